@@ -1,0 +1,1 @@
+"""Train CIFAR ResNets under Accelerate, on one or many devices."""

@@ -1,0 +1,240 @@
+"""The program `cifar`: train, evaluate, summarize, download.
+
+Torch is imported only by the commands that compute, after their options have been read.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from cifar import run_folder
+from cifar.cli import Command, parse, run_program
+from cifar.config import DataOption, ModelConfig, RunConfig, TrainConfig
+from cifar.errors import ConfigError
+from cifar.process import ensure_environment
+from cifar.recipes import get_recipe
+
+arg = tyro.conf.arg
+
+SUMMARY = """\
+Train and evaluate CIFAR ResNets, on one device or, under accelerate launch, on many.
+
+examples:
+  cifar train --model resnet20 --data shapes --epochs 3
+  cifar download cifar10
+  cifar train --model resnet18 --data cifar10 --precision bf16 --channels-last
+  accelerate launch --config_file launch/ddp.yaml --num_processes 8 -m cifar train --model resnet50
+  cifar train --resume runs/train/resnet18-cifar10-20260101-120000
+  cifar evaluate runs/train/resnet18-cifar10-20260101-120000
+  cifar summary resnet50
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """Options of `cifar train`."""
+
+    train: TrainConfig
+    run: RunConfig
+    resume: Annotated[str | None, arg(metavar="RUN")] = None
+    """Continue the run in this folder from its newest checkpoint."""
+
+
+def read_train_options(argv: list[str]) -> TrainOptions:
+    """The options, starting from the run to resume or else from the recipe that is named."""
+    resume = _value_of("--resume", argv)
+    if resume is not None:
+        stored = run_folder.read_config(Path(resume))
+        start = TrainOptions(train=stored.train, run=stored.run)
+    else:
+        recipe = get_recipe(_value_of("--recipe", argv) or "default")
+        start = TrainOptions(train=TrainConfig(recipe=recipe), run=RunConfig())
+    return parse(
+        TrainOptions,
+        argv,
+        prog="cifar train",
+        description="Train a model; the run's folder receives configuration, metrics, checkpoints "
+        "and final weights.",
+        default=start,
+    )
+
+
+def _value_of(option: str, argv: list[str]) -> str | None:
+    """The last value given for an option, as `--option value` or `--option=value`."""
+    value = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == option:
+            value = following
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def run_train(argv: list[str]) -> int:
+    """`cifar train`."""
+    options = read_train_options(argv)
+    if options.resume is not None:
+        folder = Path(options.resume)
+        run_folder.check_same(run_folder.read_config(folder).train, options.train)
+        ensure_environment()
+        _train(options, folder)
+    else:
+        ensure_environment()
+        with _new_folder(options) as new:
+            _train(options, new)
+    return 0
+
+
+def _train(options: TrainOptions, folder: Path | None) -> None:
+    from cifar.run import train
+
+    result = train(options.train, options.run, folder, resume=options.resume is not None)
+    if _is_first():
+        print(
+            f"top-1 {result.top1:.2%} on {result.samples:,} test images; weights in {folder}/final"
+        )
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _new_folder(options: TrainOptions) -> contextlib.AbstractContextManager[Path | None]:
+    """The folder of a new run, made by the first process; the others write nothing."""
+    if not _is_first():
+        return contextlib.nullcontext()
+    asked = options.run.output_dir
+    return run_folder.created(Path(asked) if asked else run_folder.default_folder(options.train))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateOptions:
+    """Options of `cifar evaluate`."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run, a checkpoint folder or a model.safetensors."""
+    data: DataOption | None = None
+    """Images to evaluate on; the embedded shapes or CIFAR, as the weights were trained, if none."""
+    split: Literal["test", "train"] = "test"
+    """Which of its splits."""
+    batch_size: Annotated[int, arg(aliases=("-b",))] = 500
+    """Images per forward pass."""
+    cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def run_evaluate(argv: list[str]) -> int:
+    """`cifar evaluate CHECKPOINT`."""
+    options = parse(
+        EvaluateOptions,
+        argv,
+        prog="cifar evaluate",
+        description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix.",
+    )
+    if options.batch_size < 1:
+        raise ConfigError(f"batch-size: {options.batch_size}: give 1 or more")
+    ensure_environment()
+    from cifar.scoring import render, score
+
+    card, result = score(
+        Path(options.checkpoint),
+        options.data,
+        split=options.split,
+        batch_size=options.batch_size,
+        cpu=options.cpu,
+    )
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(result), "classes": card.classes}))
+    else:
+        render(card, result)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SummaryOptions:
+    """Options of `cifar summary`."""
+
+    name: tyro.conf.Positional[Annotated[str, arg(metavar="MODEL")]]
+    """Architecture, e.g. resnet18 or resnet18-w16."""
+    width: int | None = None
+    """Channels of the first stage."""
+    dropout: float = 0.0
+    """Probability of dropping a feature before the classifier."""
+    squeeze_excitation: bool = False
+    """Reweight the channels at the end of every block."""
+    num_classes: int = 10
+    """Classes to tell apart."""
+    image_size: int = 32
+    """Height and width of the images in pixels."""
+
+
+def run_summary(argv: list[str]) -> int:
+    """`cifar summary MODEL`."""
+    options = parse(
+        SummaryOptions,
+        argv,
+        prog="cifar summary",
+        description="Print the layers of a model: output, receptive field, parameters, "
+        "multiply-adds.",
+    )
+    fields: dict[str, Any] = dataclasses.asdict(options)
+    size = fields.pop("image_size")
+    if size < 1:
+        raise ConfigError(f"image-size: {size}: give 1 or more")
+    config = ModelConfig(**fields)
+    from cifar.models.summary import print_summary
+
+    print_summary(config, (size, size))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadOptions:
+    """Options of `cifar download`."""
+
+    name: tyro.conf.Positional[Literal["cifar10", "cifar100"]]
+    """Data set."""
+    directory: str | None = None
+    """Where to put it; the default folder is where --data cifar10 looks."""
+
+
+def run_download(argv: list[str]) -> int:
+    """`cifar download NAME`."""
+    options = parse(
+        DownloadOptions,
+        argv,
+        prog="cifar download",
+        description="Download a data set with its checksum verified; continues where it stopped.",
+    )
+    from cifar.data.download import download
+    from cifar.data.sources import default_data_dir
+
+    directory = Path(options.directory) if options.directory else default_data_dir()
+    print(download(options.name, directory))
+    return 0
+
+
+COMMANDS = {
+    "train": Command(help="train a model, or resume a run", run=run_train),
+    "evaluate": Command(help="score saved weights on a test split", run=run_evaluate),
+    "summary": Command(help="print the layer table of a model", run=run_summary),
+    "download": Command(help="fetch CIFAR-10 or CIFAR-100", run=run_download),
+}
+
+
+def main() -> int:
+    """Entry point."""
+    return run_program("cifar", SUMMARY, COMMANDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

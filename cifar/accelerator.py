@@ -1,0 +1,117 @@
+"""Starting Accelerate, and refusing what it would quietly turn into something else."""
+
+import os
+import shutil
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from cifar.config import PRECISIONS, RunConfig, TrainConfig
+from cifar.errors import ConfigError, UnsupportedError
+
+_NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+"""Accelerate's `--mixed_precision` words and the precision that each means here."""
+
+
+def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator, str]:
+    """The Accelerator of this process and the name of the precision to train in.
+
+    Raises:
+        ConfigError: the precision contradicts Accelerate's, or another number of processes runs
+            than was asked for.
+        UnsupportedError: this device or stack cannot run the precision or compile.
+    """
+    name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    cpu = run.cpu or not torch.cuda.is_available()
+    check_supported(name, torch.device("cpu") if cpu else torch.device("cuda"))
+    if config.compile:
+        check_compiler()
+    precision = PRECISIONS[name]
+    # The legacy switches: Inductor in torch 2.11-2.15 still reads them and they set the new ones.
+    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+    torch.backends.cudnn.allow_tf32 = precision.tf32
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision.mixed_precision,
+        kwargs_handlers=[
+            # Buffers are made equal before they are saved or evaluated, not at every step.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    check_processes(accelerator, run.num_processes)
+    return accelerator, name
+
+
+def resolve_precision(asked: str | None, launched: str) -> str:
+    """The precision to train in, from `--precision` and Accelerate's `--mixed_precision`.
+
+    Accelerate says "no" when nothing was asked of it, so only its other words can contradict.
+
+    Raises:
+        ConfigError: both are given and differ.
+        UnsupportedError: Accelerate was launched in a precision that this program lacks (fp8).
+    """
+    if launched not in _NAMED:
+        raise UnsupportedError(
+            f"mixed_precision: {launched!r}: not supported; choose one of {', '.join(_NAMED)}"
+        )
+    if asked is not None and launched != "no" and asked != _NAMED[launched]:
+        raise ConfigError(
+            f"precision: {asked!r}: accelerate was launched with --mixed_precision {launched}; "
+            "give only one of them"
+        )
+    return asked or _NAMED[launched]
+
+
+def check_supported(name: str, device: torch.device) -> None:
+    """Raise an UnsupportedError if this precision would quietly run as another one."""
+    if device.type == "cpu" and name == "fp16":
+        raise UnsupportedError(
+            "precision: 'fp16': Accelerate on a CPU computes fp32 instead; use fp32 or bf16"
+        )
+    if device.type == "cpu" and name == "tf32":
+        raise UnsupportedError("precision: 'tf32': a CPU has no TensorFloat-32 units; use fp32")
+    if device.type == "cuda" and name == "tf32" and torch.cuda.get_device_capability() < (8, 0):
+        raise UnsupportedError(
+            "precision: 'tf32': this GPU has no TensorFloat-32 units (Ampere or newer); use fp32"
+        )
+
+
+def is_emulated(name: str, device: torch.device) -> bool:
+    """Whether the device lacks native instructions for the precision and runs it far slower.
+
+    A CPU without AVX-512 has no bf16 convolutions in oneDNN: torch then takes a reference path that
+    is 10 to 20 times slower than fp32.
+    """
+    if name != "bf16":
+        return False
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_compiler() -> None:
+    """Raise an UnsupportedError if torch.compile would find no C++ compiler."""
+    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if not any(name and shutil.which(name) for name in candidates):
+        raise UnsupportedError(
+            "compile: True: no C++ compiler (g++ or clang++) was found; install one"
+        )
+
+
+def check_processes(accelerator: Accelerator, expected: int | None) -> None:
+    """Raise a ConfigError unless as many processes run together as were asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one process without a word, and other
+    mistakes start independent copies that each believe to be alone.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    running = accelerator.num_processes
+    wanted = world_size if expected is None else expected
+    if running != wanted or running != world_size:
+        raise ConfigError(
+            f"num-processes: {wanted}: {running} run together (WORLD_SIZE is {world_size}); start "
+            f"with: accelerate launch --config_file launch/ddp.yaml --num_processes {wanted} "
+            "-m cifar train ..."
+        )

@@ -1,0 +1,116 @@
+"""What both command lines share: commands, options from dataclasses, errors, exit codes."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import tyro
+
+from cifar.errors import CifarError, ConfigError
+
+T = TypeVar("T")
+
+_BOX = "╭╮╰╯│─ "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A word after the program's name: what it does in a line, and the function that does it.
+
+    `run` takes the remaining words and returns the exit code.
+    """
+
+    help: str
+    run: Callable[[list[str]], int]
+
+
+def parse(
+    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None
+) -> T:
+    """Fill a dataclass from command-line options, whose names, types and help are its fields'.
+
+    Options that are not given keep `default`'s values. `--help` prints and exits with 0.
+
+    Raises:
+        ConfigError: an unknown option or a bad value, in one line.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            options: T = tyro.cli(
+                cls,
+                prog=prog,
+                description=description,
+                args=list(argv),
+                default=tyro.MISSING_NONPROP if default is None else cast(Any, default),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(errors.getvalue(), prog)) from None
+    return options
+
+
+def _one_line(box: str, prog: str) -> str:
+    """tyro's framed message as one line: the text above its first rule, and where help is."""
+    lines = [line.strip(_BOX) for line in box.splitlines()[1:]]
+    message = lines[: lines.index("")] if "" in lines else lines
+    text = " ".join(message).removeprefix("Error parsing ")
+    text = re.sub(r"^[\w.]+: (?=[\w-]+: )", "", text)  # a dataclass's own message names the field
+    return text if "--help" in text else f"{text} (see {prog} --help)"
+
+
+def run_program(
+    prog: str, summary: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None
+) -> int:
+    """Run the command that `argv` names and return the exit code.
+
+    0 done, 1 failed, 2 bad input, 128 + signal when stopped. An error is one line on stderr; under
+    a launcher the first process alone prints it.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_overview(prog, summary, commands))
+            return 0 if words else 2
+        if words[0] not in commands:
+            raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
+        return commands[words[0]].run(words[1:])
+    except CifarError as error:
+        complain(prog, str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        complain(prog, "interrupted")
+        return 130
+
+
+def complain(prog: str, message: str) -> None:
+    """One line on stderr, from the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _overview(prog: str, summary: str, commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [options]",
+            "",
+            summary.rstrip(),
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{prog} COMMAND --help tells a command's options.",
+        ]
+    )

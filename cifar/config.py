@@ -1,0 +1,337 @@
+"""What is trained and how: model, recipe, data, precision and run. No torch in here.
+
+A new depth is a row in `ARCHITECTURES`, a new precision a row in `PRECISIONS`.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from cifar.errors import ConfigError
+from cifar.serialize import NOT_IN_DIGEST, STRICT
+
+arg = tyro.conf.arg
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raise a ConfigError that names the field, the value and the remedy."""
+    if not condition:
+        raise ConfigError(f"{name}: {value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """The shape of a residual network: blocks per stage, kind of block and of shortcut.
+
+    `projection` shortcuts are a strided 1x1 convolution where the shape changes (option B of He et
+    al. 2015, https://arxiv.org/abs/1512.03385); `padding` ones subsample and pad with zero channels
+    (option A), without parameters.
+    """
+
+    stages: tuple[int, ...]
+    block: Literal["basic", "bottleneck"]
+    width: int
+    shortcut: Literal["projection", "padding"] = "projection"
+
+
+def _he(depth: int) -> Architecture:
+    """He et al.'s CIFAR network of 6n + 2 layers: three stages of n basic blocks, 16-32-64."""
+    return Architecture(stages=((depth - 2) // 6,) * 3, block="basic", width=16, shortcut="padding")
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "resnet18": Architecture(stages=(2, 2, 2, 2), block="basic", width=64),
+    "resnet34": Architecture(stages=(3, 4, 6, 3), block="basic", width=64),
+    "resnet50": Architecture(stages=(3, 4, 6, 3), block="bottleneck", width=64),
+    "resnet101": Architecture(stages=(3, 4, 23, 3), block="bottleneck", width=64),
+    "resnet152": Architecture(stages=(3, 8, 36, 3), block="bottleneck", width=64),
+    "resnet200": Architecture(stages=(3, 24, 36, 3), block="bottleneck", width=64),
+    **{f"resnet{depth}": _he(depth) for depth in (20, 32, 44, 56, 110, 1202)},
+}
+"""ImageNet's ResNets with a CIFAR stem (3x3, stride 1, no max-pool), and He et al.'s CIFAR ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A network to build.
+
+    `--model NAME-wN` is short for `--model NAME --width N`.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: Annotated[str, arg(name="model", metavar="NAME")] = "resnet18"
+    """Architecture: resnet18, resnet34, resnet50, resnet101, resnet152, resnet20, resnet56, ..."""
+    width: int | None = None
+    """Channels of the first stage; the architecture's own when not given."""
+    dropout: float = 0.0
+    """Probability of dropping a feature before the classifier."""
+    squeeze_excitation: bool = False
+    """Reweight the channels at the end of every block (https://arxiv.org/abs/1709.01507)."""
+    num_classes: tyro.conf.Suppress[int] = 10
+    in_channels: tyro.conf.Suppress[int] = 3
+
+    def __post_init__(self) -> None:
+        match = re.fullmatch(r"(.+)-w(\d+)", self.name)
+        if match and match[1] in ARCHITECTURES:
+            require(self.width is None, "width", self.width, f"{self.name} already has a width")
+            object.__setattr__(self, "name", match[1])
+            object.__setattr__(self, "width", int(match[2]))
+        known = ", ".join(sorted(ARCHITECTURES, key=lambda name: (len(name), name)))
+        require(self.name in ARCHITECTURES, "model", self.name, f"choose one of {known}")
+        if self.width == self.architecture.width:
+            object.__setattr__(self, "width", None)
+        require(self.width is None or self.width > 0, "width", self.width, "give 1 or more")
+        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "give 0 <= p < 1")
+        require(self.num_classes > 1, "num_classes", self.num_classes, "give 2 or more")
+        require(self.in_channels > 0, "in_channels", self.in_channels, "give 1 or more")
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of `ARCHITECTURES`."""
+        return ARCHITECTURES[self.name]
+
+    @property
+    def label(self) -> str:
+        """The name as tables show it: `resnet18`, `resnet18-w16`, `resnet18-w16-se`."""
+        return (
+            self.name
+            + (f"-w{self.width}" if self.width else "")
+            + ("-se" if self.squeeze_excitation else "")
+            + (f"-d{self.dropout:g}" if self.dropout else "")
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """Number formats of a run: weights are fp32 in all of them.
+
+    `autocast` is the dtype that convolutions and matrix products run in, None for fp32; `tf32` lets
+    fp32 ones use TensorFloat-32 units; `loss_scaling` multiplies the loss to keep fp16 gradients
+    from vanishing (https://arxiv.org/abs/1710.03740).
+    """
+
+    mixed_precision: Literal["no", "fp16", "bf16"]
+    autocast: Literal["float16", "bfloat16"] | None = None
+    tf32: bool = False
+    loss_scaling: bool = False
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision(mixed_precision="no"),
+    "tf32": Precision(mixed_precision="no", tf32=True),
+    "bf16": Precision(mixed_precision="bf16", autocast="bfloat16"),
+    "fp16": Precision(mixed_precision="fp16", autocast="float16", loss_scaling=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """A data set, written `shapes | cifar10[:DIR] | cifar100[:DIR] | folder:DIR | npz:FILE`.
+
+    `path` is what a folder or an npz file is known by; `root` only says where CIFAR lies, so it
+    does not enter the digest (the fingerprint in a record tells two copies apart).
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    source: Literal["shapes", "cifar10", "cifar100", "folder", "npz"] = "shapes"
+    path: str | None = None
+    root: str | None = field(default=None, metadata=NOT_IN_DIGEST)
+
+    def __str__(self) -> str:
+        return ":".join(part for part in (self.source, self.path or self.root) if part)
+
+
+def parse_data(text: str) -> DataConfig:
+    """Read the grammar of `DataConfig`.
+
+    Raises:
+        ConfigError: another source, or a path too many or too few.
+    """
+    source, _, path = text.partition(":")
+    grammar = "write shapes, cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE"
+    if source == "shapes" and not path:
+        return DataConfig()
+    if source == "cifar10":
+        return DataConfig(source="cifar10", root=path or None)
+    if source == "cifar100":
+        return DataConfig(source="cifar100", root=path or None)
+    if source == "folder" and path:
+        return DataConfig(source="folder", path=path)
+    if source == "npz" and path:
+        return DataConfig(source="npz", path=path)
+    raise ConfigError(f"data: {text!r}: {grammar}")
+
+
+DataOption = Annotated[
+    DataConfig,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SOURCE[:PATH]",
+        instance_from_str=lambda words: parse_data(words[0]),
+        is_instance=lambda value: isinstance(value, DataConfig),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a model is trained: budget, batch, optimiser, schedule, regularisation, augmentation."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: Annotated[str, arg(name="recipe", metavar="NAME")] = field(
+        default="custom", metadata=NOT_IN_DIGEST
+    )
+    """Named settings that the other options start from."""
+    epochs: int = 10
+    """Passes over the training images."""
+    global_batch_size: Annotated[int, arg(name="batch-size", aliases=("-b",))] = 128
+    """Images per optimiser step, over all devices and accumulation steps."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = 0.1
+    """Highest learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum; AdamW's first beta."""
+    nesterov: bool = True
+    """Nesterov momentum (SGD)."""
+    weight_decay: float = 5e-4
+    """L2 penalty (SGD) or decoupled decay (AdamW)."""
+    decay_norm_and_bias: bool = True
+    """Apply the weight decay to BatchNorm parameters and biases as well."""
+    schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
+    """Learning rate after the warm-up; one-cycle rises for 30 % of the steps, then falls."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0 (cosine, constant)."""
+    label_smoothing: float = 0.0
+    """Probability mass spread over all classes."""
+    ema_decay: float = 0.0
+    """Evaluate and save an exponential moving average of the weights; 0: off."""
+    augment: tuple[str, ...] = ("crop", "flip")
+    """Augmentations, in order; `--augment` alone: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size"):
+            require(
+                getattr(self, name) >= 1,
+                OPTION_NAMES.get(name, name),
+                getattr(self, name),
+                "give 1 or more",
+            )
+        require(0 < self.lr < math.inf, "lr", self.lr, "give a positive number")
+        for name in ("weight_decay", "warmup_epochs"):
+            require(
+                0 <= getattr(self, name) < math.inf, name, getattr(self, name), "give 0 or more"
+            )
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give 0 <= value < 1")
+        require(
+            not self.nesterov or self.momentum > 0 or self.optimizer != "sgd",
+            "momentum",
+            self.momentum,
+            "Nesterov needs a positive one (or --no-nesterov)",
+        )
+        unknown = [name for name in self.augment if name not in AUGMENTATIONS]
+        require(
+            not unknown,
+            "augment",
+            unknown[0] if unknown else None,
+            f"choose from {', '.join(AUGMENTATIONS)}",
+        )
+
+
+OPTION_NAMES = {"global_batch_size": "batch-size"}
+AUGMENTATIONS = ("crop", "flip")
+"""Names of the functions in `cifar.data.augment`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that determines the weights a run ends with, but for the machine it runs on."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    model: ModelConfig = ModelConfig()
+    recipe: Recipe = Recipe()
+    data: DataOption = DataConfig()
+    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """Number format; when not given, what Accelerate was launched with (fp32 unless told)."""
+    channels_last: bool = False
+    """Keep images and convolution weights in NHWC order."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """torch.compile's mode."""
+    accumulation_steps: Annotated[int, arg(name="accumulation")] = 1
+    """Micro-batches per optimiser step."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, their augmentation and dropout."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.accumulation_steps >= 1, "accumulation", self.accumulation_steps, "give 1 or more"
+        )
+        require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 <= seed < 2**31")
+        require(
+            self.compile or self.compile_mode == "default",
+            "compile-mode",
+            self.compile_mode,
+            "needs --compile",
+        )
+
+    def per_device_batch_size(self, num_processes: int) -> int:
+        """Images per device and micro-batch: global / (processes x accumulation).
+
+        Raises:
+            ConfigError: the global batch does not divide; names the nearest sizes that do.
+        """
+        size, parts = self.recipe.global_batch_size, num_processes * self.accumulation_steps
+        if size % parts:
+            below, above = size // parts * parts, (size // parts + 1) * parts
+            nearest = f"{below} or {above}" if below else str(above)
+            raise ConfigError(
+                f"batch-size: {size}: does not divide over {num_processes} processes x "
+                f"{self.accumulation_steps} accumulation steps; nearest that does: {nearest}"
+            )
+        return size // parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where and how safely a run runs; nothing here changes the weights it ends with."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    output_dir: str | None = None
+    """Folder of the run, new or empty; runs/train/<model>-<data>-<time> when not given."""
+    num_processes: int | None = None
+    """Processes that must have been started (accelerate launch or torchrun starts them)."""
+    cpu: bool = False
+    """Run on the CPU although there is a GPU."""
+    save_every: int | None = None
+    """Optimiser steps between checkpoints; one at the end of every epoch when not given."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, newest first."""
+    check_every: int | None = None
+    """Steps between readings of the device's counters (finite loss, skipped steps, signals);
+    1 on a CPU and 20 on a GPU when not given."""
+    max_skipped_steps: int = 20
+    """fp16: stop after this many skipped steps in a row."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_processes",
+            "save_every",
+            "keep_checkpoints",
+            "check_every",
+            "max_skipped_steps",
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name.replace("_", "-"), value, "give 1 or more")

@@ -1,0 +1,81 @@
+"""What a network costs, by arithmetic on its configuration alone: no torch, no network.
+
+The layers are those of `cifar.models.resnet`; tests hold the two together.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+from cifar.config import ModelConfig
+
+EXPANSION = {"basic": 1, "bottleneck": 4}
+
+
+class Layer(NamedTuple):
+    """A layer with weights, together with its bias or its BatchNorm.
+
+    `halvings` says how often the image was halved before the layer's output; None: one position.
+    """
+
+    weights: int
+    other_parameters: int
+    halvings: int | None
+
+
+def _conv(inputs: int, outputs: int, kernel: int, halvings: int) -> Layer:
+    return Layer(inputs * outputs * kernel**2, 2 * outputs, halvings)
+
+
+def _linear(inputs: int, outputs: int) -> Layer:
+    return Layer(inputs * outputs, outputs, None)
+
+
+def _block(
+    config: ModelConfig, inputs: int, width: int, level: int, stride: int
+) -> Iterator[Layer]:
+    architecture = config.architecture
+    outputs = width * EXPANSION[architecture.block]
+    if architecture.block == "basic":
+        yield _conv(inputs, width, 3, level)
+        yield _conv(width, width, 3, level)
+    else:
+        yield _conv(inputs, width, 1, level - 1 if stride > 1 else level)
+        yield _conv(width, width, 3, level)
+        yield _conv(width, outputs, 1, level)
+    if config.squeeze_excitation:
+        hidden = max(outputs // 16, 4)
+        yield _linear(outputs, hidden)
+        yield _linear(hidden, outputs)
+    if architecture.shortcut == "projection" and (stride > 1 or inputs != outputs):
+        yield _conv(inputs, outputs, 1, level)
+
+
+def _layers(config: ModelConfig) -> Iterator[Layer]:
+    architecture = config.architecture
+    width = config.width or architecture.width
+    yield _conv(config.in_channels, width, 3, 0)
+    channels = width
+    for level, count in enumerate(architecture.stages):
+        for position in range(count):
+            stride = 2 if level > 0 and position == 0 else 1
+            yield from _block(config, channels, width * 2**level, level, stride)
+            channels = width * 2**level * EXPANSION[architecture.block]
+    yield _linear(channels, config.num_classes)
+
+
+def param_count(config: ModelConfig) -> int:
+    """Trainable parameters of the network."""
+    return sum(layer.weights + layer.other_parameters for layer in _layers(config))
+
+
+def multiply_adds(config: ModelConfig, image_size: tuple[int, int]) -> int:
+    """Multiply-adds of convolutions and linear layers in the forward pass of one image.
+
+    `image_size` is (height, width) in pixels. A training step costs about three times as much.
+    """
+
+    def positions(halvings: int | None) -> int:
+        return 1 if halvings is None else prod(-(-side // 2**halvings) for side in image_size)
+
+    return sum(layer.weights * positions(layer.halvings) for layer in _layers(config))

@@ -1,0 +1,72 @@
+"""Random draws that depend only on (seed, epoch, sample, name of the draw).
+
+Counter-based: each draw is a hash of its coordinates in 32-bit integer arithmetic, so CPU and GPU,
+any number of processes and any resumed run draw the same numbers. The hash is two rounds of
+`lowbias32` (https://nullprogram.com/blog/2018/07/31/), keyed by SHA-256 of seed, epoch and name.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32 on 32-bit values held in int64; products wrap, their low 32 bits are exact."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def hash_samples(seed: int, epoch: int, name: str, count: int, device: torch.device) -> Tensor:
+    """One value in [0, 2**32) per sample, `[count]` int64."""
+    key = hashlib.sha256(f"{seed}/{epoch}/{name}".encode()).digest()
+    first, second = int.from_bytes(key[:4], "little"), int.from_bytes(key[4:8], "little")
+    samples = torch.arange(count, dtype=torch.int64, device=device)
+    return _mix(_mix(samples ^ first) ^ second)
+
+
+class EpochDraws:
+    """The draws of every sample in one epoch, made for all samples when first asked for."""
+
+    def __init__(self, seed: int, epoch: int, count: int, device: torch.device) -> None:
+        self._coordinates = (seed, epoch)
+        self._count = count
+        self._device = device
+        self._made: dict[str, Tensor] = {}
+
+    def hashed(self, name: str) -> Tensor:
+        """`[count]` int64 in [0, 2**32)."""
+        if name not in self._made:
+            seed, epoch = self._coordinates
+            self._made[name] = hash_samples(seed, epoch, name, self._count, self._device)
+        return self._made[name]
+
+    def order(self) -> Tensor:
+        """The epoch's permutation of the samples, `[count]` int64; ties keep sample order."""
+        return torch.argsort(self.hashed("order"), stable=True)
+
+    def of(self, samples: Tensor) -> "SampleDraws":
+        """The draws of the samples with these indices, `[B]` int64."""
+        return SampleDraws(self, samples)
+
+
+class SampleDraws:
+    """The draws of the samples of one batch."""
+
+    def __init__(self, epoch: EpochDraws, samples: Tensor) -> None:
+        self._epoch = epoch
+        self._samples = samples
+
+    def integers(self, name: str, high: int) -> Tensor:
+        """Uniform integers in [0, high), `[B]` int64; high up to 2**31."""
+        return (self._epoch.hashed(name).index_select(0, self._samples) * high) >> 32
+
+    def uniform(self, name: str) -> Tensor:
+        """Uniform numbers in [0, 1) on a grid of 2**-24, `[B]` float32."""
+        hashed = self._epoch.hashed(name).index_select(0, self._samples)
+        return (hashed >> 8).to(torch.float32) * 2.0**-24

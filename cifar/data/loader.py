@@ -1,0 +1,147 @@
+"""Batches made on the training device, from uint8 images that live there.
+
+No workers and no host copies: a step's input is a handful of batched tensor operations. What a
+sample gets depends only on (seed, epoch, sample), see `cifar.data.draws`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifar.data.augment import Augmentation
+from cifar.data.dataset import Split
+from cifar.data.draws import EpochDraws
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Normalised images `[B, C, H, W]` float32; targets `[B]` int64 or soft `[B, K]`."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalization:
+    """Per-channel mean and standard deviation of pixels in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, split: Split) -> "Normalization":
+        """The statistics of a split, exact: from integer sums of pixels and of their squares."""
+        pixels = split.images.shape[0] * split.images.shape[2] * split.images.shape[3]
+        mean, std = [], []
+        for channel in range(split.images.shape[1]):
+            counts = np.bincount(split.images[:, channel].reshape(-1), minlength=256)
+            values = np.arange(256, dtype=np.int64)
+            total, squares = int(counts @ values), int(counts @ values**2)
+            mean.append(total / pixels / 255)
+            variance = (squares * pixels - total * total) / pixels**2 / 255**2
+            std.append(max(variance, 1e-12) ** 0.5)
+        return cls(mean=tuple(mean), std=tuple(std))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which process of how many this is."""
+
+    index: int = 0
+    count: int = 1
+
+
+class DeviceImages:
+    """A split on a device, with the normalisation that turns its pixels into network input."""
+
+    def __init__(
+        self,
+        split: Split,
+        normalization: Normalization,
+        device: torch.device,
+        *,
+        channels_last: bool = False,
+    ) -> None:
+        self.images = torch.from_numpy(np.ascontiguousarray(split.images)).to(device)
+        self.labels = torch.from_numpy(np.ascontiguousarray(split.labels)).to(device)
+        self.device = device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        mean = torch.tensor(normalization.mean, dtype=torch.float64)
+        std = torch.tensor(normalization.std, dtype=torch.float64)
+        self._scale = (1 / (255 * std)).float().view(1, -1, 1, 1).to(device)
+        self._shift = (-mean / std).float().view(1, -1, 1, 1).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]` to float32 of zero mean and unit variance, in the run's layout."""
+        pixels = images.to(torch.float32, memory_format=self._format)
+        return pixels.mul_(self._scale).add_(self._shift)
+
+    def batch(self, samples: Tensor) -> Batch:
+        """The samples with these indices as they are, `[B]` int64."""
+        images = self.normalize(self.images.index_select(0, samples))
+        return Batch(images, self.labels.index_select(0, samples))
+
+
+class TrainLoader:
+    """Training batches of one process: its share of every global batch, epoch by epoch.
+
+    A global batch is `accumulation_steps x processes x per_device_batch_size` consecutive samples
+    of the epoch's order; the last incomplete one is dropped.
+    """
+
+    def __init__(
+        self,
+        images: DeviceImages,
+        augmentations: tuple[Augmentation, ...],
+        *,
+        per_device_batch_size: int,
+        accumulation_steps: int = 1,
+        place: Place = Place(),
+        seed: int = 0,
+    ) -> None:
+        self._images = images
+        self._augmentations = augmentations
+        self._shape = (accumulation_steps, place.count, per_device_batch_size)
+        self._place = place
+        self._seed = seed
+        self.global_batch_size = accumulation_steps * place.count * per_device_batch_size
+        self.steps_per_epoch = len(images) // self.global_batch_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order and the augmentations of this epoch."""
+        self.epoch = epoch
+        self._draws = EpochDraws(self._seed, epoch, len(self._images), self._images.device)
+        self._order = self._draws.order()
+
+    def samples(self, step: int) -> Tensor:
+        """Indices of this process's samples in step `step` of the epoch, `[accumulation, B]`."""
+        start = step * self.global_batch_size
+        chosen = self._order[start : start + self.global_batch_size]
+        return chosen.view(self._shape)[:, self._place.index]
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """The augmented micro-batches of this process in step `step` of the epoch."""
+        for samples in self.samples(step):
+            yield self.load(samples)
+
+    def load(self, samples: Tensor) -> Batch:
+        """The augmented images and labels of any samples of this epoch, `[B]` int64."""
+        images = self._images.images.index_select(0, samples)
+        draws = self._draws.of(samples)
+        for augmentation in self._augmentations:
+            images = augmentation(images, draws)
+        return Batch(self._images.normalize(images), self._images.labels.index_select(0, samples))
+
+
+def eval_batches(images: DeviceImages, batch_size: int, place: Place) -> Iterator[Batch]:
+    """This process's share of a split, every sample on exactly one process, none padded."""
+    mine = torch.arange(place.index, len(images), place.count, device=images.device)
+    for start in range(0, len(mine), batch_size):
+        yield images.batch(mine[start : start + batch_size])

@@ -1,0 +1,83 @@
+"""Arrays of an `.npz` file, read without pickle and with every size checked before memory is taken.
+
+`numpy.load` allocates the shape that a member declares before it looks whether the data are there.
+"""
+
+import math
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from cifar.errors import DataError
+
+_MALFORMED = (
+    EOFError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
+    """Every array of the file by its name, writable.
+
+    Format, versions 1 and 2:
+    https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
+
+    Raises:
+        DataError: missing, damaged, more than `max_bytes` when unpacked, an array of objects, or
+            one whose declared shape is not the size of its data; names the file and the array.
+    """
+    if not path.is_file():
+        raise DataError(f"data: {path}: no such file; write npz:FILE")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+            if total > max_bytes:
+                raise DataError(
+                    f"data: {path}: {total:,} bytes unpacked: must be at most {max_bytes:,}"
+                )
+            return {
+                member.filename.removesuffix(".npy"): _read_member(path, archive, member)
+                for member in archive.infolist()
+            }
+    except DataError:  # is a ValueError
+        raise
+    except _MALFORMED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"data: {path}: not an .npz file, or damaged: {reason[:200]}; write it again"
+        ) from None
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    where = f"data: {path}: {member.filename.removesuffix('.npy')}"
+    with archive.open(member) as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise DataError(f"{where}: .npy version {version}: write plain arrays of numbers")
+        read_header = npy.read_array_header_1_0 if version[0] == 1 else npy.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(file)
+        if dtype.hasobject:
+            raise DataError(f"{where}: an array of objects; write plain arrays of numbers")
+        size = math.prod(shape) * dtype.itemsize
+        if size != member.file_size - file.tell():
+            raise DataError(
+                f"{where}: {dtype} {list(shape)} needs {size:,} bytes, "
+                f"the file has {member.file_size - file.tell():,}; write it again"
+            )
+        data = bytearray(file.read())
+    return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")

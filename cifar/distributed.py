@@ -1,0 +1,38 @@
+"""The few collective operations the trainer needs; with one process they do nothing."""
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one process exists."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over all processes, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values, in place."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_distributed():
+        dist.barrier()

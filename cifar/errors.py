@@ -1,0 +1,41 @@
+"""The exceptions of this package and the exit code that each stands for."""
+
+
+class CifarError(Exception):
+    """Root of every exception raised on purpose by this package."""
+
+    exit_code = 1
+
+
+class UserError(CifarError, ValueError):
+    """Bad input: the message is one line that names the field, the value and the remedy."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be meant: unknown name, value out of range, conflict."""
+
+
+class DataError(UserError):
+    """A data set that is missing, damaged or of the wrong form."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or belongs to another model."""
+
+
+class UnsupportedError(UserError):
+    """This machine or software stack cannot run what was asked as it was asked."""
+
+
+class TrainingError(CifarError):
+    """Training cannot go on: a non-finite loss, or too many skipped steps in a row."""
+
+
+class Stopped(CifarError):  # noqa: N818 - no error
+    """Training stopped on a signal after saving; the exit code is 128 + signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

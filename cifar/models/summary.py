@@ -1,0 +1,209 @@
+"""The layer table of a network: output shape, receptive field, parameters and multiply-adds.
+
+It is computed on torch's meta device: no weights are allocated and nothing is calculated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cifar.config import ModelConfig, require
+from cifar.models import build_model
+from cifar.models.resnet import BasicBlock, Bottleneck, PaddingShortcut
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WHOLE_IMAGE = "all"
+"""Shown for the receptive field of layers behind a global pooling."""
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.BatchNorm2d: "batch norm",
+    nn.Linear: "linear",
+    nn.AdaptiveAvgPool2d: "global pool",
+    nn.Dropout: "dropout",
+    PaddingShortcut: "zero pad",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSummary:
+    """One layer, for one image.
+
+    `output_shape` is (channels, height, width) or (features,). `receptive_field` is the side in
+    pixels of the square of input pixels that one output can depend on, None for the whole image; it
+    is not clipped to the image.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    receptive_field: int | None
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSummary:
+    """The layers of a network in the order of execution, and their totals.
+
+    `multiply_adds` counts convolutions and linear layers, as is usual; `trainable_bytes` is the
+    size of the parameters in fp32.
+    """
+
+    label: str
+    input_shape: tuple[int, int, int]
+    layers: tuple[LayerSummary, ...]
+    param_count: int
+    multiply_adds: int
+
+    @property
+    def trainable_bytes(self) -> int:
+        """Bytes of the parameters in fp32."""
+        return 4 * self.param_count
+
+    def to_rows(self) -> list[dict[str, str | int]]:
+        """One flat dict per layer, as `csv.DictWriter` wants them."""
+        return [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "output_shape": _by(layer.output_shape),
+                "receptive_field": layer.receptive_field or WHOLE_IMAGE,
+                "parameters": layer.parameters,
+                "multiply_adds": layer.multiply_adds,
+            }
+            for layer in self.layers
+        ]
+
+
+class _Field(NamedTuple):
+    """What one output sees: `size` pixels (None: all), and `jump` pixels between neighbours."""
+
+    size: int | None
+    jump: int
+
+    def behind(self, layer: nn.Module) -> "_Field":
+        if isinstance(layer, nn.Conv2d) and self.size is not None:
+            grown = self.size + (layer.kernel_size[0] - 1) * self.jump
+            return _Field(grown, self.jump * layer.stride[0])
+        if isinstance(layer, nn.Linear | nn.AdaptiveAvgPool2d):
+            return _Field(None, self.jump)
+        return self
+
+
+class _Recorder:
+    """Forward hooks that note every layer as it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[LayerSummary] = []
+        self.field = self.block_input = _Field(1, 1)
+        for name, module in model.named_modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                module.register_forward_pre_hook(self._enter_block)
+            elif not any(module.children()):
+                module.register_forward_hook(self._layer_hook(name))
+
+    def _enter_block(self, _block: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+        self.block_input = self.field
+
+    def _layer_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if "downsample" in name.split("."):
+                # The branch, noted before, sees all of this and more: self.field is their sum's.
+                field = self.block_input = self.block_input.behind(layer)
+            else:
+                field = self.field = self.field.behind(layer)
+            self.layers.append(
+                LayerSummary(
+                    name=name,
+                    kind=_kind(layer),
+                    output_shape=tuple(output.shape[1:]),
+                    receptive_field=field.size,
+                    parameters=_param_count(layer),
+                    multiply_adds=_multiply_adds(layer, output),
+                )
+            )
+
+        return note
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Conv2d):
+        stride = f" /{layer.stride[0]}" if layer.stride[0] > 1 else ""
+        return f"conv {_by(layer.kernel_size)}{stride}"
+    return KINDS.get(type(layer), type(layer).__name__)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _param_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _multiply_adds(layer: nn.Module, output: Tensor) -> int:
+    """For one image: every output of a convolution or linear layer costs one row of weights."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return output[0].numel() * layer.weight[0].numel()
+    return 0
+
+
+def summarize_model(config: ModelConfig, image_size: tuple[int, int] = (32, 32)) -> ModelSummary:
+    """Describe the layers of a network for images of `image_size` (height, width) in pixels.
+
+    The receptive field is the theoretical one, the larger of the two paths where a shortcut joins
+    (https://distill.pub/2019/computing-receptive-fields/). Behind the classifier's pooling, and
+    behind the first squeeze-excitation gate, it is the whole image.
+
+    Raises:
+        ConfigError: a side of the image is not positive.
+    """
+    require(min(image_size) > 0, "image-size", image_size, "give 1 pixel or more each way")
+    with torch.device("meta"), torch.no_grad():
+        model = build_model(config).eval()
+        recorder = _Recorder(model)
+        model(torch.empty(1, config.in_channels, *image_size))
+    return ModelSummary(
+        label=config.label,
+        input_shape=(config.in_channels, *image_size),
+        layers=tuple(recorder.layers),
+        param_count=_param_count(model),
+        multiply_adds=sum(layer.multiply_adds for layer in recorder.layers),
+    )
+
+
+def render_summary(summary: ModelSummary) -> "Table":
+    """The layer table for `rich.print`; it fits into 80 columns."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"{summary.label} on {_by(summary.input_shape)}",
+        caption=f"{summary.trainable_bytes / 2**20:,.2f} MiB of trainable parameters in fp32; "
+        "receptive field in input pixels, multiply-adds per image",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        show_footer=True,
+    )
+    table.add_column("Layer", "Total", overflow="fold")
+    table.add_column("Kind", no_wrap=True)
+    table.add_column("Output", justify="right", overflow="fold")
+    table.add_column("Receptive\nfield", justify="right", no_wrap=True)
+    table.add_column("Parameters", f"{summary.param_count:,}", justify="right", no_wrap=True)
+    table.add_column("Multiply-adds", f"{summary.multiply_adds:,}", justify="right", no_wrap=True)
+    for row in summary.to_rows():
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values()))
+    return table
+
+
+def print_summary(config: ModelConfig, image_size: tuple[int, int] = (32, 32)) -> None:
+    """Print the layer table on standard output; raises what `summarize_model` raises."""
+    from rich.console import Console
+
+    Console().print(render_summary(summarize_model(config, image_size)))

@@ -1,0 +1,82 @@
+"""Parameter groups, optimisers, the learning rate as a function of the step, weight averaging."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar.config import Recipe
+
+ONE_CYCLE_RISE = 0.3
+"""Share of the steps in which a one-cycle learning rate rises (PyTorch's and fastai's default)."""
+
+
+def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """All parameters in one group, or norms and biases in a second one without weight decay."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if recipe.decay_norm_and_bias or recipe.weight_decay == 0:
+        return [{"params": parameters, "weight_decay": recipe.weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser, in the fused form that torch has for CPU and GPU alike."""
+    groups = parameter_groups(module, recipe)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+        fused=True,
+    )
+
+
+def lr_at(step: int, total_steps: int, steps_per_epoch: int, recipe: Recipe) -> float:
+    """Learning rate of the 0-based optimiser step `step`, whatever the number of processes.
+
+    One-cycle: linear from 0 for 30 % of the steps, then half a cosine to 0 (Smith 2018,
+    https://arxiv.org/abs/1708.07120). Cosine: https://arxiv.org/abs/1608.03983.
+    """
+    if recipe.schedule == "one-cycle":
+        warmup = max(1, round(ONE_CYCLE_RISE * total_steps))
+    else:
+        warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    if recipe.schedule == "constant":
+        return recipe.lr
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class WeightAverage:
+    """Exponential moving average of all weights and BatchNorm statistics.
+
+    The decay is warmed up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first
+    weights, which are random, do not linger (TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = {name: tensor.clone() for name, tensor in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: dict[str, Tensor]) -> None:
+        """Move every average towards the present weights; counters are copied."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages, values = [], []
+        for name, average in self.weights.items():
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(weights[name])
+            else:
+                average.copy_(weights[name])
+        torch._foreach_lerp_(averages, values, 1 - decay)

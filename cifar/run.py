@@ -1,0 +1,178 @@
+"""A training run from start or checkpoint to final weights: loop, signals, files, progress."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from cifar import checkpoint, run_folder
+from cifar.config import RunConfig, TrainConfig
+from cifar.data.sources import load_dataset
+from cifar.distributed import barrier
+from cifar.errors import CheckpointError, CifarError, Stopped
+from cifar.evaluation import Evaluation
+from cifar.progress import TrainingProgress
+from cifar.signals import StopSignals
+from cifar.trainer import Trainer
+
+
+def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: bool) -> Evaluation:
+    """Train as configured, writing to `folder` (None on processes that write nothing).
+
+    Returns the evaluation of the last epoch's weights on the whole test split.
+
+    Raises:
+        UserError: bad input.
+        TrainingError: training went wrong.
+        Stopped: by a signal, after saving.
+    """
+    with StopSignals() as signals:
+        trainer = Trainer(config, run, load_dataset(config.data))
+        session = Session(trainer, folder, signals)
+        if resume:
+            session.resume()
+        elif session.folder:
+            run_folder.write_config(session.folder, trainer.config, run)
+        return session.fit()
+
+
+class Session:
+    """One process's part in a run; only the first process writes and prints."""
+
+    def __init__(self, trainer: Trainer, folder: Path | None, signals: StopSignals) -> None:
+        self.trainer = trainer
+        self.root = folder
+        self.folder = folder if trainer.is_main else None
+        self._signals = signals
+        self._seconds = 0.0
+        self._epoch_due = False
+        self._since = time.monotonic()
+        self._evaluation: Evaluation | None = None
+        self._progress = TrainingProgress(
+            trainer.total_steps,
+            trainer.loader.steps_per_epoch,
+            trainer.loader.global_batch_size,
+            enabled=trainer.is_main,
+        )
+
+    def fit(self) -> Evaluation:
+        """Train the remaining steps; every epoch ends with an evaluation and a checkpoint."""
+        trainer = self.trainer
+        with self._progress as progress:
+            progress.say(self._headline())
+            progress.start_at(trainer.step)
+            self._since = time.monotonic()
+            if self._epoch_due:
+                self._end_epoch()
+                self._save()
+            while trainer.step < trainer.total_steps:
+                trainer.train_step()
+                self._after_step()
+                progress.update(trainer.step)
+            result = self._evaluation or trainer.evaluate()
+            self._write_final()
+        return result
+
+    def _headline(self) -> str:
+        trainer, config = self.trainer, self.trainer.config
+        return (
+            f"{trainer.model_config.label} on {trainer.dataset.name} "
+            f"({len(trainer.dataset.train):,} train, {len(trainer.dataset.test):,} test images), "
+            f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
+            f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
+            + (f", in {self.root}" if self.root else "")
+        )
+
+    def _after_step(self) -> None:
+        trainer, every = self.trainer, self.trainer.run.save_every
+        epoch_ends = (
+            trainer.step % trainer.loader.steps_per_epoch == 0
+            or trainer.step == trainer.total_steps
+        )
+        saves = epoch_ends or (every is not None and trainer.step % every == 0)
+        stop = 0
+        if saves or trainer.step % trainer.check_every == 0:
+            stop = trainer.check(self._signals.received)
+        if epoch_ends and not stop:
+            self._end_epoch()
+        if saves or stop:
+            self._save(epoch_due=epoch_ends and bool(stop))
+        if stop:
+            where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
+            raise Stopped(stop, f"stopped by signal {stop} after step {trainer.step}{where}")
+
+    def _end_epoch(self) -> None:
+        trainer = self.trainer
+        self._seconds += time.monotonic() - self._since
+        metrics = trainer.meter.train_metrics()
+        result = self._evaluation = trainer.evaluate()
+        line = {
+            "epoch": -(-trainer.step // trainer.loader.steps_per_epoch),
+            "step": trainer.step,
+            "samples_seen": trainer.samples_seen,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "train_loss": metrics.loss,
+            "train_top1": metrics.top1,
+            "train_seconds": self._seconds,
+            "train_images_per_s": metrics.samples / self._seconds,
+            "test_loss": result.loss,
+            "test_top1": result.top1,
+            "test_top5": result.top5,
+            "test_samples": result.samples,
+            "skipped_steps": trainer.meter.skipped_steps,
+        }
+        trainer.meter.reset()
+        if self.folder:
+            run_folder.append_metrics(self.folder, line)
+        self._progress.epoch(line)
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    def _save(self, *, epoch_due: bool = False) -> None:
+        """Write a checkpoint; `epoch_due`: the epoch is over, its evaluation is still to come."""
+        self._seconds += time.monotonic() - self._since
+        tensors, counters = self.trainer.state()
+        counters |= {"epoch_seconds": self._seconds, "epoch_due": epoch_due}
+        if self.folder:
+            root = self.folder / "checkpoints"
+            folder = checkpoint.checkpoint_folder(root, self.trainer.step)
+            try:
+                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
+            except OSError as error:
+                raise CifarError(f"checkpoint: {folder}: cannot be written: {error}") from None
+            checkpoint.prune(root, self.trainer.run.keep_checkpoints)
+        self._since = time.monotonic()
+
+    def _write_final(self) -> None:
+        if self.folder:
+            tensors = {"model": self.trainer.eval_weights()}
+            checkpoint.write_checkpoint(
+                self.folder / "final", tensors, self.trainer.card(), {"step": self.trainer.step}
+            )
+        barrier()
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint that is whole; a damaged one is passed over.
+
+        Raises:
+            CheckpointError: there is no whole checkpoint, or it does not fit this run.
+        """
+        assert self.root is not None
+        where, files = self._newest_checkpoint(self.root)
+        groups = [name.removesuffix(".safetensors") for name in files if name.endswith("tensors")]
+        tensors = {group: checkpoint.read_tensors(files, group, where) for group in groups}
+        counters: dict[str, Any] = json.loads(files["state.json"])
+        self.trainer.load_state(tensors, counters)
+        self._seconds, self._epoch_due = counters["epoch_seconds"], counters["epoch_due"]
+        if self.folder:
+            run_folder.rewind_metrics(self.folder, self.trainer.step)
+
+    def _newest_checkpoint(self, root: Path) -> tuple[Path, dict[str, bytes]]:
+        found = checkpoint.list_checkpoints(root / "checkpoints")
+        for folder in reversed(found):
+            try:
+                return folder, checkpoint.read_folder(folder)
+            except CheckpointError as error:
+                self._progress.say(f"warning: {error}")
+        raise CheckpointError(
+            f"resume: '{root}': no whole checkpoint among {len(found)}; start a new run"
+        )

@@ -1,0 +1,87 @@
+"""Scoring saved weights on a data set, outside of training."""
+
+from pathlib import Path
+
+import torch
+
+from cifar.accelerator import check_supported
+from cifar.checkpoint import ModelCard, load_into, load_weights
+from cifar.config import PRECISIONS, DataConfig, parse_data
+from cifar.data.loader import DeviceImages, Place, eval_batches
+from cifar.data.sources import load_dataset
+from cifar.errors import ConfigError, DataError
+from cifar.evaluation import Evaluation, evaluate
+from cifar.models import build_model
+
+
+def score(
+    path: Path, data: DataConfig | None, *, split: str, batch_size: int, cpu: bool
+) -> tuple[ModelCard, Evaluation]:
+    """Evaluate a checkpoint in the precision and with the normalisation it was trained with.
+
+    Raises:
+        CheckpointError: no weights there, or damaged.
+        DataError: the data set's classes or image size are not the model's.
+    """
+    card, weights = load_weights(path)
+    dataset = load_dataset(data or _trained_on(card))
+    if dataset.classes != card.classes:
+        raise DataError(
+            f"data: {dataset.name}: its {len(dataset.classes)} classes are not the "
+            f"{len(card.classes)} of the checkpoint ({card.dataset}); choose its data with --data"
+        )
+    images = dataset.test if split == "test" else dataset.train
+    if images.images.shape[1] != card.model.in_channels:
+        raise DataError(
+            f"data: {dataset.name}: {images.images.shape[1]} channels, the checkpoint has "
+            f"{card.model.in_channels}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    check_supported(card.precision, device)
+    precision = PRECISIONS[card.precision]
+    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
+    torch.backends.cudnn.allow_tf32 = precision.tf32
+    module = build_model(card.model).to(device).eval()
+    load_into(module, weights, str(path))
+    if card.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    on_device = DeviceImages(images, card.normalization, device, channels_last=card.channels_last)
+    autocast = getattr(torch, precision.autocast) if precision.autocast else torch.float32
+    with torch.autocast(device.type, autocast, enabled=precision.autocast is not None):
+        result = evaluate(
+            module,
+            eval_batches(on_device, batch_size, Place()),
+            num_classes=len(card.classes),
+            device=device,
+        )
+    return card, result
+
+
+def _trained_on(card: ModelCard) -> DataConfig:
+    if card.dataset not in ("shapes", "cifar10", "cifar100"):
+        raise ConfigError(
+            f"data: the checkpoint was trained on {card.dataset}; say where with --data"
+        )
+    return parse_data(card.dataset)
+
+
+def render(card: ModelCard, result: Evaluation) -> None:
+    """Print the scores, the accuracy of each class and the confusion matrix."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{card.model.label}, trained on {escape(card.dataset)} for {card.samples_seen:,} images "
+        f"in {card.precision}\ntop-1 {result.top1:.2%}  top-5 {result.top5:.2%}  "
+        f"loss {result.loss:.4f}  on {result.samples:,} images",
+        highlight=False,
+    )
+    table = Table(title="Accuracy of each class, and what was predicted for it (rows: true class)")
+    for heading in ("Class", "Top-1 (%)", *card.classes):
+        table.add_column(escape(heading), justify="left" if heading == "Class" else "right")
+    for name, accuracy, row in zip(card.classes, result.per_class, result.confusion, strict=True):
+        shown = "-" if accuracy is None else f"{accuracy * 100:.1f}"
+        table.add_row(escape(name), shown, *map(str, row))
+    console.print(table)

@@ -1,0 +1,333 @@
+"""The trainer: one optimiser step, the health of a run, evaluation, and the state to save.
+
+How the loss is computed and how the weights are updated are two functions that can be replaced,
+see `ComputeLoss` and `Update`.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from cifar.accelerator import start_accelerator
+from cifar.checkpoint import ModelCard, Tensors, load_into
+from cifar.config import RunConfig, TrainConfig
+from cifar.data.augment import get_augmentations
+from cifar.data.dataset import Dataset
+from cifar.data.loader import Batch, DeviceImages, Normalization, Place, TrainLoader, eval_batches
+from cifar.distributed import broadcast_from_first
+from cifar.errors import CheckpointError, ConfigError, TrainingError
+from cifar.evaluation import Evaluation, evaluate
+from cifar.meter import Meter
+from cifar.models import build_model
+from cifar.optim import WeightAverage, build_optimizer, lr_at
+
+EVAL_BATCH_SIZE = 500
+
+ComputeLoss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+"""(model, batch) -> (mean loss, logits `[B, K]`)."""
+Update = Callable[["Trainer", Callable[[], None]], None]
+"""(trainer, forward_backward) -> None: fill gradients by `forward_backward`, once or more often
+(the metrics count the first time), and change the weights."""
+
+
+def cross_entropy(label_smoothing: float) -> ComputeLoss:
+    """Cross-entropy with hard or soft targets."""
+
+    def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(batch.images)
+        return F.cross_entropy(logits, batch.targets, label_smoothing=label_smoothing), logits
+
+    return compute_loss
+
+
+def descend(trainer: "Trainer", forward_backward: Callable[[], None]) -> None:
+    """One step along the gradient."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    forward_backward()
+    trainer.optimizer_step()
+
+
+class Trainer:
+    """A model in training on this process's device.
+
+    `step` counts finished optimiser steps; the learning rate, the samples of a step and their
+    augmentation follow from it, so a run that is resumed goes on as if it had never stopped.
+
+    Raises:
+        ConfigError: the configuration does not fit the data or the processes that were started.
+        UnsupportedError: the device or the stack cannot run it as asked.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunConfig,
+        dataset: Dataset,
+        *,
+        train_samples: int | None = None,
+        compute_loss: ComputeLoss | None = None,
+        update: Update = descend,
+    ) -> None:
+        self.accelerator, precision = start_accelerator(config, run)
+        self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+        self.run, self.dataset = run, dataset
+        self.fingerprint = dataset.fingerprint()
+        self.device = self.accelerator.device
+        self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
+        self._compute_loss = compute_loss or cross_entropy(config.recipe.label_smoothing)
+        self._update = update
+        self._build_data()
+        self._build_model()
+        self.total_steps = self._plan_steps(train_samples)
+        self.step = 0
+        self.meter = Meter(self.device)
+        self.check_every = run.check_every or (20 if self.device.type == "cuda" else 1)
+
+    def _build_data(self) -> None:
+        recipe, dataset = self.config.recipe, self.dataset
+        per_device = self.config.per_device_batch_size(self.place.count)
+        if recipe.global_batch_size > len(dataset.train):
+            raise ConfigError(
+                f"batch-size: {recipe.global_batch_size}: larger than the {len(dataset.train)} "
+                f"training images of {dataset.name}; give at most that many"
+            )
+        self.normalization = Normalization.of(dataset.train)
+        on_device = {"device": self.device, "channels_last": self.config.channels_last}
+        self.loader = TrainLoader(
+            DeviceImages(dataset.train, self.normalization, **on_device),
+            get_augmentations(recipe.augment),
+            per_device_batch_size=per_device,
+            accumulation_steps=self.config.accumulation_steps,
+            place=self.place,
+            seed=self.config.seed,
+        )
+        self.test_images = DeviceImages(dataset.test, self.normalization, **on_device)
+
+    def _build_model(self) -> None:
+        config = self.config
+        self.model_config = dataclasses.replace(
+            config.model,
+            num_classes=len(self.dataset.classes),
+            in_channels=self.dataset.train.images.shape[1],
+        )
+        torch.manual_seed(config.seed)
+        self.module = build_model(self.model_config).to(self.device)
+        if config.channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)
+        with warnings.catch_warnings():
+            # torch 2.15 renames the option, Accelerate knows the old name alone
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            wrapped = self.accelerator.prepare_model(self.module)
+        self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+        if config.compile:
+            wrapped = cast(nn.Module, torch.compile(wrapped, mode=config.compile_mode))
+        self.model: nn.Module = wrapped
+        # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
+        self.optimizer = build_optimizer(self.module, config.recipe)
+        self.scaler = self.accelerator.scaler
+        decay = config.recipe.ema_decay
+        self.average = WeightAverage(self.weights(), decay) if decay else None
+
+    def _plan_steps(self, train_samples: int | None) -> int:
+        if train_samples is None:
+            return self.config.recipe.epochs * self.loader.steps_per_epoch
+        return train_samples // self.loader.global_batch_size
+
+    @property
+    def samples_seen(self) -> int:
+        """Training samples over all processes since the start of the run."""
+        return self.step * self.loader.global_batch_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.place.index == 0
+
+    def weights(self) -> Tensors:
+        """The full weights and buffers by name, without wrapper prefixes; views, not copies."""
+        return self.module.state_dict()
+
+    def eval_weights(self) -> Tensors:
+        """The weights to evaluate and publish: their average where there is one."""
+        return self.average.weights if self.average else self.weights()
+
+    def train_step(self) -> None:
+        """Load the next global batch and take one optimiser step; reads nothing from the device."""
+        epoch, position = divmod(self.step, self.loader.steps_per_epoch)
+        if epoch != self.loader.epoch:
+            self.loader.set_epoch(epoch)
+        recipe = self.config.recipe
+        lr = lr_at(self.step, self.total_steps, self.loader.steps_per_epoch, recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.model_config.dropout:
+            # The generators' state then needs no saving, on any number of processes.
+            torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
+        batches = list(self.loader.micro_batches(position))
+        passes = iter(range(2**31))
+        self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
+        self.step += 1
+        if self.average:
+            self.average.update(self.weights())
+
+    def _forward_backward(self, batches: list[Batch], *, record: bool) -> None:
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                loss, logits = self._compute_loss(self.model, batch)
+                self.accelerator.backward(loss / len(batches) if len(batches) > 1 else loss)
+            if record:
+                self.meter.add(loss.detach(), logits.detach(), batch.targets, self.step)
+
+    def optimizer_step(self) -> None:
+        """Apply the gradients; in fp16 unscale them first and skip the step if they overflowed."""
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        before = self.scaler._scale.clone()  # get_scale() would wait for the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.meter.add_skip(self.scaler._scale < before)
+
+    def check(self, signal: int = 0) -> int:
+        """Agree with all processes on the state of the run; returns the signal to stop for, or 0.
+
+        Raises:
+            TrainingError: a loss was not finite, or too many fp16 steps in a row were skipped.
+        """
+        health = self.meter.health(signal)
+        if health.bad_step is not None:
+            raise TrainingError(
+                f"loss: not finite in step {health.bad_step + 1}: training stopped; the last good "
+                "checkpoint is kept; lower --lr or change --precision"
+            )
+        if health.skipped_in_a_row >= self.run.max_skipped_steps:
+            raise TrainingError(
+                f"fp16: {health.skipped_in_a_row} steps in a row were skipped by step {self.step}: "
+                "training stopped; the last good checkpoint is kept; use --precision bf16"
+            )
+        return health.signal
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Score the test split with the published weights and this run's precision and layout."""
+        self.synchronize_buffers()
+        self.module.eval()
+        weights = self.eval_weights()
+
+        def forward(images: Tensor) -> Tensor:
+            if self.average is None:
+                return self.module(images)  # type: ignore[no-any-return]
+            return torch.func.functional_call(self.module, weights, (images,))  # type: ignore[no-any-return]
+
+        result = evaluate(
+            forward,
+            eval_batches(self.test_images, EVAL_BATCH_SIZE, self.place),
+            num_classes=len(self.dataset.classes),
+            device=self.device,
+        )
+        self.module.train()
+        assert result.samples == len(self.test_images), "every test sample counts once"
+        return result
+
+    def synchronize_buffers(self) -> None:
+        """Give every process the first one's BatchNorm statistics."""
+        tensors = [*self.module.buffers()]
+        if self.average:
+            tensors += [self.average.weights[name] for name, _ in self.module.named_buffers()]
+        broadcast_from_first(tensors)
+
+    def card(self) -> ModelCard:
+        """What the weights are, for the folder they are saved in."""
+        assert self.config.precision is not None
+        return ModelCard(
+            model=self.model_config,
+            dataset=self.dataset.name,
+            fingerprint=self.fingerprint,
+            classes=self.dataset.classes,
+            image_size=tuple(self.dataset.train.images.shape[2:]),
+            mean=self.normalization.mean,
+            std=self.normalization.std,
+            precision=self.config.precision,
+            channels_last=self.config.channels_last,
+            recipe=self.config.recipe.name,
+            step=self.step,
+            samples_seen=self.samples_seen,
+        )
+
+    def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """Everything that the rest of the run depends on: tensors by group, and counters.
+
+        Raises:
+            TrainingError: a weight is not finite, so the state is not worth keeping.
+        """
+        self.synchronize_buffers()
+        tensors = {"model": self.weights(), "optimizer": self._optimizer_tensors()}
+        if self.average:
+            tensors["ema"] = self.average.weights
+        for name, tensor in tensors["model"].items():
+            if not bool(tensor.isfinite().all()):
+                raise TrainingError(
+                    f"weights: {name} is not finite after step {self.step}: training stopped; the "
+                    "last good checkpoint is kept; lower --lr or change --precision"
+                )
+        counters: dict[str, Any] = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "fingerprint": self.fingerprint,
+            "meter": self.meter.state(),
+        }
+        if self.average:
+            counters["ema_updates"] = self.average.updates
+        if self.scaler is not None:
+            counters["scaler"] = self.scaler.state_dict()
+        return tensors, counters
+
+    def load_state(self, tensors: dict[str, Tensors], counters: dict[str, Any]) -> None:
+        """Take up a saved state.
+
+        Raises:
+            CheckpointError: it is of another model, data set or length of run.
+        """
+        if counters["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"data: {self.dataset.name}: not the images this run was started with "
+                f"(fingerprint {self.fingerprint}, must be {counters['fingerprint']})"
+            )
+        if counters["total_steps"] != self.total_steps:
+            raise CheckpointError(
+                f"steps: {self.total_steps}: the run to resume has {counters['total_steps']}; "
+                "resume with the same epochs and batch size"
+            )
+        load_into(self.module, tensors["model"], "model")
+        self._load_optimizer_tensors(tensors["optimizer"])
+        if self.average:
+            self.average.weights = {k: v.to(self.device) for k, v in tensors["ema"].items()}
+            self.average.updates = counters["ema_updates"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(counters["scaler"])
+        self.meter.load(counters["meter"], first=self.is_main)
+        self.step = counters["step"]
+
+    def _optimizer_tensors(self) -> Tensors:
+        """The optimiser's state as `<parameter number>.<name>`, e.g. `0.momentum_buffer`."""
+        return {
+            f"{number}.{name}": value
+            for number, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _load_optimizer_tensors(self, tensors: Tensors) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            number, _, name = key.partition(".")
+            state.setdefault(int(number), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,62 @@
+"""Shared fixtures: small data sets, the real CIFAR-10 where CIFAR_DATA names it, GPU skips."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cifar.data.dataset import Dataset, Split
+
+
+def make_dataset(
+    train: int = 96, test: int = 50, size: int = 16, classes: int = 10, channels: int = 3
+) -> Dataset:
+    """Random images whose class shows in their brightness, so that a net can learn them."""
+    random = np.random.RandomState(0)
+
+    def split(count: int) -> Split:
+        labels = np.arange(count, dtype=np.int64) % classes
+        noise = random.randint(0, 60, (count, channels, size, size))
+        images = noise + (labels * (180 // classes))[:, None, None, None]
+        return Split(images=images.astype(np.uint8), labels=labels)
+
+    names = tuple(f"class{i}" for i in range(classes))
+    return Dataset(name="toy", classes=names, train=split(train), test=split(test))
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return make_dataset()
+
+
+@pytest.fixture
+def npz(tmp_path: Path, dataset: Dataset) -> Path:
+    """The toy data set as an .npz file, for programs started from tests."""
+    path = tmp_path / "toy.npz"
+    np.savez(
+        path,
+        train_images=dataset.train.images,
+        train_labels=dataset.train.labels,
+        test_images=dataset.test.images,
+        test_labels=dataset.test.labels,
+    )
+    return path
+
+
+@pytest.fixture
+def cifar_data() -> Path:
+    folder = os.environ.get("CIFAR_DATA")
+    if not folder or not (Path(folder) / "cifar-10-batches-py").is_dir():
+        pytest.skip("CIFAR_DATA does not name a folder with cifar-10-batches-py")
+    return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
