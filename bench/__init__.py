@@ -1,0 +1,1 @@
+"""Measure what CIFAR ResNet configurations cost and reach, and compare them."""

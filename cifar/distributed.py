@@ -1,7 +1,8 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,3 +37,13 @@ def barrier() -> None:
     """Wait for all processes."""
     if is_distributed():
         dist.barrier()
+
+
+def gather(values: Sequence[float], device: torch.device) -> tuple[tuple[float, ...], ...]:
+    """Every process's values by rank, as many from each; a collective call."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    if not is_distributed():
+        return (tuple(mine.tolist()),)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return tuple(tuple(each.tolist()) for each in everyone)

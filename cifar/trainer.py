@@ -18,7 +18,7 @@ from cifar.accelerator import start_accelerator
 from cifar.checkpoint import ModelCard, Tensors, load_into
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.augment import get_augmentations
-from cifar.data.dataset import Dataset
+from cifar.data.dataset import Dataset, Split
 from cifar.data.loader import Batch, DeviceImages, Normalization, Place, TrainLoader, eval_batches
 from cifar.distributed import broadcast_from_first
 from cifar.errors import CheckpointError, ConfigError, TrainingError
@@ -78,7 +78,7 @@ class Trainer:
         self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
         self.run, self.dataset = run, dataset
         self.fingerprint = dataset.fingerprint()
-        self.device = self.accelerator.device
+        self.device: torch.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self._compute_loss = compute_loss or cross_entropy(config.recipe.label_smoothing)
         self._update = update
@@ -98,16 +98,20 @@ class Trainer:
                 f"training images of {dataset.name}; give at most that many"
             )
         self.normalization = Normalization.of(dataset.train)
-        on_device = {"device": self.device, "channels_last": self.config.channels_last}
+
+        def on_device(split: Split) -> DeviceImages:
+            nhwc = self.config.channels_last
+            return DeviceImages(split, self.normalization, self.device, channels_last=nhwc)
+
         self.loader = TrainLoader(
-            DeviceImages(dataset.train, self.normalization, **on_device),
+            on_device(dataset.train),
             get_augmentations(recipe.augment),
             per_device_batch_size=per_device,
             accumulation_steps=self.config.accumulation_steps,
             place=self.place,
             seed=self.config.seed,
         )
-        self.test_images = DeviceImages(dataset.test, self.normalization, **on_device)
+        self.test_images = on_device(dataset.test)
 
     def _build_model(self) -> None:
         config = self.config
@@ -124,6 +128,7 @@ class Trainer:
             # torch 2.15 renames the option, Accelerate knows the old name alone
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
             wrapped = self.accelerator.prepare_model(self.module)
+        self.wrapped = wrapped
         self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
         if config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=config.compile_mode))

@@ -1,0 +1,1 @@
+"""Accelerate launch configurations, as package data."""

@@ -1,0 +1,121 @@
+"""What ran: hardware, software, code and process environment, as observed in this process.
+
+`python -m bench.environment` prints it as JSON.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from bench.record import Environment
+from cifar.process import available_cores, recorded_environment
+from cifar.serialize import to_json
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("bench", "cifar", "launch")
+
+
+def collect() -> Environment:
+    """Describe this process and its machine."""
+    sha, dirty, reason = _git()
+    return Environment(
+        cpu_model=_cpu_model(),
+        cpu_count=available_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpu_names=tuple(
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ),
+        driver=_driver(),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=_version("torchvision"),
+        accelerate=_version("accelerate") or "unknown",
+        numpy=_version("numpy") or "unknown",
+        cuda=torch.version.cuda,
+        cudnn=_cudnn(),
+        code_digest=code_digest(),
+        git_sha=sha,
+        git_dirty=dirty,
+        git_reason=reason,
+        worker_env=recorded_environment(os.environ),
+        threads=torch.get_num_threads(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        hostname=socket.gethostname(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    """The model name that the kernel gives, else the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    path = Path("/sys/module/nvidia/version")
+    if path.exists():
+        return path.read_text().strip()
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    lines = done.stdout.splitlines()
+    return lines[0] if lines else None
+
+
+def _cudnn() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return None if number is None else str(number)
+
+
+def code_digest() -> str:
+    """16 hexadecimal digits over the sources of this project's packages."""
+    sha = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((_ROOT / package).rglob("*")):
+            if path.suffix in (".py", ".yaml"):
+                sha.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
+                sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _git() -> tuple[str | None, bool | None, str]:
+    """Commit, whether files differ from it, and why there is none if so."""
+    if not shutil.which("git"):
+        return None, None, "git is not installed"
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False
+        )
+
+    if git("ls-files", "--error-unmatch", "bench/environment.py").returncode:
+        return None, None, "the program does not lie in a git checkout"
+    head = git("rev-parse", "HEAD")
+    if head.returncode:
+        return None, None, "the checkout has no commit"
+    return head.stdout.strip(), bool(git("status", "--porcelain").stdout.strip()), ""
+
+
+if __name__ == "__main__":
+    print(to_json(collect()))

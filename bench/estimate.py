@@ -1,0 +1,81 @@
+"""How long tasks will take: from records of the same machine, else from arithmetic."""
+
+import platform
+import statistics
+from collections.abc import Sequence
+
+from bench.record import Record
+from bench.spec import Cell, Protocol
+from cifar.cost import multiply_adds
+
+START_SECONDS = 10.0
+"""From command to first step: interpreter, torch, launcher, data."""
+COMPILE_SECONDS = 60.0
+"""torch.compile of a training step and of inference, cold."""
+ASSUMED_FLOPS = 1e11
+"""FLOP/s until a record of this machine says otherwise: two slow CPU cores in fp32."""
+TRAINING_COST = 3
+"""Forward and backward pass in forward passes: the backward pass has two products per layer."""
+IMAGE_SIZE = (32, 32)
+"""Height and width of shapes and CIFAR in pixels; assumed of other images."""
+TEST_SAMPLES = {"shapes": 2_000}
+"""By data source; CIFAR's 10,000 for the others."""
+
+
+def estimate_seconds(
+    cell: Cell,
+    protocol: Protocol,
+    *,
+    history: Sequence[Record] = (),
+    hostname: str | None = None,
+) -> float:
+    """Expected seconds of wall time of one repeat, from launch to end.
+
+    The median duration of finished records of the same cell and protocol in `history`; without one,
+    multiply-adds over an assumed rate, corrected by the median ratio of actual to estimated time
+    over the finished records in `history`. Only records of this machine (`hostname`) count.
+    """
+    hostname = hostname or platform.node()
+    mine = [
+        record
+        for record in history
+        if record.status == "ok" and record.environment and record.environment.hostname == hostname
+    ]
+    wanted = (cell.digest, protocol.digest)
+    same = [record.duration_s for record in mine if record.key[:2] == wanted]
+    if same:
+        return statistics.median(same)
+    ratios = [
+        max(record.duration_s - START_SECONDS, 0.0) / _work_seconds(record.cell, record.protocol)
+        for record in mine
+    ]
+    ratio = statistics.median(ratios) if ratios else 1.0
+    return START_SECONDS + ratio * _work_seconds(cell, protocol)
+
+
+def _work_seconds(cell: Cell, protocol: Protocol) -> float:
+    """Seconds at the assumed rate, start-up left out; inference within its time limit."""
+    train = cell.train
+    forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
+    steps = protocol.warmup_steps + protocol.timed_steps
+    trained = steps * train.recipe.global_batch_size + protocol.train_samples
+    seconds = TRAINING_COST * forward * trained
+    if protocol.train_samples:
+        seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
+    for size in protocol.inference_batch_sizes:
+        batch = forward * size
+        least = min(protocol.inference_iterations, 3) * batch
+        timed = min(protocol.inference_iterations * batch, protocol.inference_seconds)
+        seconds += protocol.inference_warmup * batch + max(least, timed)
+    return seconds + (COMPILE_SECONDS if train.compile else 0.0)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people: `45 s`, `3 min 20 s`, `1 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,377 @@
+"""What one process found: measurements, environment, status; and the files that hold records.
+
+A record file has one record per line (JSON). It only grows, one `write` per record, so that a crash
+can tear the last line at most.
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn
+
+from bench.spec import Cell, Protocol
+from bench.stats import headline, throughput
+from cifar.config import require
+from cifar.errors import UserError
+from cifar.serialize import STRICT, from_json, to_json
+
+SCHEMA_VERSION = 1
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From a schema version to the function that turns its records into the next version's."""
+
+Label = str | int | float | bool
+Status = Literal["ok", "failed", "unsupported", "oom", "timeout"]
+
+
+class TornLineWarning(UserWarning):
+    """The last line of a record file was cut off by a crash and is left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One metric of one process group, as raw samples; statistics are derived on reading.
+
+    `samples` holds one tuple per rank with one value per step or iteration; a scalar is
+    `((value,),)`. They are in `unit`, a base unit: "s/sample", "bytes", "s", "1", "fraction". A
+    rate ("samples/s") alone holds seconds per step instead, and its label `samples_per_step` the
+    samples of one step over all ranks.
+
+    Raises:
+        ConfigError (a ValueError): NaN, infinity, no samples though ok, no reason though not ok.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    unit: str
+    better: Literal["higher", "lower", "none"]
+    labels: dict[str, Label] = field(default_factory=dict)
+    samples: tuple[tuple[float, ...], ...] = ()
+    status: Literal["ok", "absent", "failed"] = "ok"
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        bad = [value for rank in self.samples for value in rank if not math.isfinite(value)]
+        require(not bad, f"{self.name} samples", bad, "must be finite")
+        if self.status != "ok":
+            require(
+                bool(self.reason),
+                f"{self.name} reason",
+                self.reason,
+                f"say why it is {self.status}",
+            )
+            return
+        require(
+            bool(self.samples) and all(self.samples),
+            f"{self.name} samples",
+            self.samples,
+            "needs one or more from every rank",
+        )
+        if self.unit == "samples/s":
+            require(
+                self._samples_per_step > 0,
+                f"{self.name} labels",
+                self.labels,
+                "a rate needs samples_per_step",
+            )
+            throughput(self.samples, self._samples_per_step)
+
+    @property
+    def _samples_per_step(self) -> float:
+        return float(self.labels.get("samples_per_step", 0))
+
+    @property
+    def value(self) -> float | None:
+        """The headline in `unit`: a rate's throughput, else the worst rank's median; None if none.
+
+        See `bench.stats.throughput` and `bench.stats.headline`.
+        """
+        if self.status != "ok":
+            return None
+        if self.unit == "samples/s":
+            return throughput(self.samples, self._samples_per_step)
+        return headline(self.samples, self.better)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """What a process ran on and with. What is unknown is None, or "" with its reason beside."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    cpu_model: str
+    cpu_count: int
+    """Cores this process may use."""
+    memory_bytes: int
+    gpu_names: tuple[str, ...] = ()
+    """One name per visible GPU."""
+    driver: str | None = None
+    """Of the GPUs."""
+
+    os: str
+    """System and kernel, e.g. `Linux 6.8.0`."""
+    python: str
+    torch: str
+    torchvision: str | None = None
+    accelerate: str
+    numpy: str
+    cuda: str | None = None
+    cudnn: str | None = None
+
+    code_digest: str
+    """Over the sources of `bench` and `cifar`."""
+    git_sha: str | None = None
+    git_dirty: bool | None = None
+    git_reason: str = ""
+    """Why there is no sha."""
+
+    worker_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables that the launcher chose (malloc, OpenMP, ...)."""
+    threads: int
+    """Of one process's CPU kernels."""
+    started: str
+    """UTC, ISO 8601."""
+    hostname: str = ""
+
+    @property
+    def gpu_count(self) -> int:
+        """Visible GPUs."""
+        return len(self.gpu_names)
+
+    @property
+    def hardware(self) -> str:
+        """The folder under `results/`: `nvidia-h200-x1`, or `amd-epyc-9b45-2c` without a GPU."""
+        name = self.gpu_names[0] if self.gpu_names else self.cpu_model
+        text = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", name.lower())
+        slug = re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or "unknown"
+        return f"{slug}-x{self.gpu_count}" if self.gpu_names else f"{slug}-{self.cpu_count}c"
+
+    def key(self) -> dict[str, Any]:
+        """What must be equal for two records to be comparable, by part.
+
+        The code is known by the digest of its sources, not by its commit: a commit may change only
+        prose, and uncommitted changes count. Memory size is left out; a reboot may change it.
+        """
+        return {
+            "code": self.code_digest,
+            "software": (
+                self.os,
+                self.python,
+                self.torch,
+                self.torchvision,
+                self.accelerate,
+                self.numpy,
+                self.cuda,
+                self.cudnn,
+                self.driver,
+            ),
+            "hardware": (self.cpu_model, self.cpu_count, self.gpu_names),
+            "worker environment": (tuple(sorted(self.worker_env.items())), self.threads),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFacts:
+    """The data set that was read."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    fingerprint: str
+    """See `cifar.data.dataset.Dataset.fingerprint`."""
+    train_samples: int
+    test_samples: int
+    classes: int
+    image_shape: tuple[int, int, int] | None = None
+    """`[C, H, W]`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One repeat of one cell in one fresh process group, failures included.
+
+    Raises:
+        ConfigError: a status other than ok without a reason.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str = ""
+    suite: str = ""
+    cell: Cell
+    protocol: Protocol
+    repeat: int = 0
+    status: Status
+    reason: str = ""
+    started: str
+    """UTC, ISO 8601."""
+    duration_s: float
+    """From launch to end, start-up included."""
+    returncode: int | None = None
+    environment: Environment | None = None
+    """None when the process died before it said."""
+    data: DataFacts | None = None
+    effective: dict[str, Label] = field(default_factory=dict)
+    """What was observed: precision, layout, device, process count, wrapper."""
+    measurements: tuple[Measurement, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            self.status == "ok" or bool(self.reason),
+            "reason",
+            self.reason,
+            f"say why the record is {self.status}",
+        )
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Digests of cell and protocol, and the repeat: equal to its task's key."""
+        return (self.cell.digest, self.protocol.digest, self.repeat)
+
+    def find(self, name: str, **labels: Label) -> Measurement | None:
+        """The first measurement of that name that carries these labels."""
+        for measurement in self.measurements:
+            if measurement.name == name and labels.items() <= measurement.labels.items():
+                return measurement
+        return None
+
+    def value(self, name: str, **labels: Label) -> float | None:
+        """The headline of `find(name, **labels)`, None when there is none."""
+        measurement = self.find(name, **labels)
+        return measurement.value if measurement else None
+
+
+def migrate(fields: dict[str, Any], *, source: str = "record") -> dict[str, Any]:
+    """The fields of a record of any schema version up to ours, as those of ours.
+
+    Raises:
+        UserError: a newer version, an older one that nothing migrates, or none; names `source`.
+    """
+    version = fields.get("schema_version")
+    if type(version) is not int:
+        raise UserError(f"{source}: schema_version: {version!r}: must be an integer")
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"{source}: schema_version: {version}: this program reads up to {SCHEMA_VERSION}; "
+            "update it"
+        )
+    for step in range(version, SCHEMA_VERSION):
+        if step not in MIGRATIONS:
+            raise UserError(f"{source}: schema_version: {version}: too old to read; measure anew")
+        fields = {**MIGRATIONS[step](fields), "schema_version": step + 1}
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UserError(f"{name} is not a number that a record may hold")
+
+
+def parse_record(text: str, *, source: str = "record") -> Record:
+    """Read a record of any schema version up to ours from JSON.
+
+    Raises:
+        UserError: unknown or missing key, wrong value, NaN, newer schema; names `source`.
+        json.JSONDecodeError: not JSON at all.
+    """
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{source}: {text[:40]!r}: must be a JSON object")
+    migrated = migrate(fields, source=source)
+    return from_json(Record, text if migrated is fields else json.dumps(migrated), source=source)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a record file; a last line that is not JSON was torn by a crash and is left out.
+
+    Warns:
+        TornLineWarning: the last line was left out; the message is one line.
+
+    Raises:
+        UserError: the file cannot be read, or holds a bad line; names file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"records: {path}: {error.strerror}; give a record file") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    records = []
+    for number, line in numbered:
+        source = f"{path}:{number}"
+        try:
+            records.append(parse_record(line, source=source))
+        except json.JSONDecodeError as error:
+            if number != numbered[-1][0]:
+                raise UserError(f"{source}: {error.msg}: remove or repair this line") from None
+            message = f"{source}: the last line is incomplete and was left out"
+            warnings.warn(message, TornLineWarning, stacklevel=2)
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a record to a file, durably, with one `write`; a torn last line is removed first.
+
+    Raises:
+        OSError: the file cannot be written, or the disk is full.
+    """
+    line = to_json(record).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        line = _mend(descriptor) + line
+        if os.write(descriptor, line) != len(line):
+            raise OSError(f"{path}: could not write the whole record; is the disk full?")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _sync_folder(path.parent)
+
+
+def _mend(descriptor: int) -> bytes:
+    """Cut a torn last line off an open, locked file; a newline if only that is missing."""
+    text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    start = text.rstrip(b"\n").rfind(b"\n") + 1
+    last = text[start:]
+    try:
+        if last.strip():
+            json.loads(last)
+    except ValueError:
+        os.ftruncate(descriptor, start)
+        return b""
+    return b"" if not last or last.endswith(b"\n") else b"\n"
+
+
+def write_json_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old contents or the new, never a part.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,295 @@
+"""Records to rows, and which rows in which order.
+
+A row is a flat dict: what was measured (`model`, `layout`, ...), then every measurement under its
+name in base units, so that a new metric is a new column of the CSV. Runs that differ only in repeat
+and seed share a row; runs on other hardware, software, code or data never do.
+"""
+
+import functools
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from bench.record import DataFacts, Environment, Measurement, Record
+from bench.spec import Cell
+from bench.stats import percentile, spread
+from cifar.errors import UserError
+from cifar.serialize import digest
+
+Row = dict[str, str | int | float | None]
+"""Column name to raw value; None: not measured."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _cell_key(cell: Cell, precision: str) -> str:
+    """Digest of a cell at another precision and seed 0."""
+    train = replace(cell.train, seed=0, precision=precision)  # type: ignore[arg-type]
+    return digest(replace(cell, train=train))
+
+
+def _completed(records: Iterable[Record]) -> list[Record]:
+    """The last record of every task of a run; one that died early gets its run's environment.
+
+    A task is recorded again when it is tried again. A process that died before it said what it ran
+    on ran on what the others of its cell, else of its run, did; likewise for the data.
+    """
+    last = {(record.run_id, *record.key): record for record in records}
+    environments: dict[tuple[str, str], Environment] = {}
+    data: dict[tuple[str, str], DataFacts] = {}
+    for record in last.values():
+        for key in (_cell_key(record.cell, record.cell.precision), ""):
+            if record.environment:
+                environments.setdefault((record.run_id, key), record.environment)
+        if record.data:
+            data.setdefault((record.run_id, str(record.cell.train.data)), record.data)
+
+    def completed(record: Record) -> Record:
+        if record.environment and record.data:
+            return record
+        run, key = record.run_id, _cell_key(record.cell, record.cell.precision)
+        inherited = environments.get((run, key)) or environments.get((run, ""))
+        facts = data.get((run, str(record.cell.train.data)))
+        return replace(
+            record, environment=record.environment or inherited, data=record.data or facts
+        )
+
+    return [completed(record) for record in last.values()]
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """One row per cell (seeds together), protocol, environment and data set, in order of arrival.
+
+    Speeds and sizes are medians over the runs, fractions (top-1) means with `_std` and `_n`;
+    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks. `vs_fp32` is the ratio of
+    training throughput to the fp32 row that is otherwise equal.
+    """
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in _completed(records):
+        groups.setdefault(_identity(record, record.cell.precision), []).append(record)
+    result = {identity: _row(group) for identity, group in groups.items()}
+    for identity, group in groups.items():
+        row, reference = result[identity], result.get(_identity(group[0], "fp32"), {})
+        mine, other = row.get("train_throughput"), reference.get("train_throughput")
+        if isinstance(mine, float) and isinstance(other, float):
+            row["vs_fp32"] = mine / other
+    return list(result.values())
+
+
+def _identity(record: Record, precision: str) -> tuple[str, ...]:
+    environment, data = record.environment, record.data
+    return (
+        _cell_key(record.cell, precision),
+        record.protocol.digest,
+        repr(environment.key()) if environment else "",
+        data.fingerprint if data else "",
+    )
+
+
+def _row(group: Sequence[Record]) -> Row:
+    finished = [record for record in group if record.status == "ok"]
+    broken = [record for record in group if record.status != "ok"]
+    status, reason = (broken[-1].status, broken[-1].reason) if broken else ("ok", "")
+    if broken and finished:
+        reason = f"{len(broken)} of {len(group)} runs: {reason}"
+    row = _what(group[0])
+    row |= {
+        "status": status,
+        "reason": " ".join(reason.split()),
+        "runs": len(finished),
+        "vs_fp32": None,
+    }
+    by_key: dict[str, list[Measurement]] = {}
+    for record in finished:
+        for measurement in record.measurements:
+            by_key.setdefault(_metric_key(measurement), []).append(measurement)
+    for key, measurements in by_key.items():
+        row |= _summary(key, measurements)
+    return row
+
+
+def _what(record: Record) -> Row:
+    """The part of a row that says what was run, on what."""
+    cell, train, environment, data = (
+        record.cell,
+        record.cell.train,
+        record.environment,
+        record.data,
+    )
+    return {
+        "hardware": environment.hardware if environment else "unknown",
+        "precision": cell.precision,
+        "model": train.model.label,
+        "layout": cell.layout,
+        "compile": cell.compiled,
+        "batch_size": train.recipe.global_batch_size,
+        "num_processes": cell.num_processes,
+        "launcher": cell.launcher,
+        "accumulation_steps": train.accumulation_steps,
+        "data": train.data.source,
+        "recipe": train.recipe.name,
+        "train_samples": record.protocol.train_samples,
+        "torch": environment.torch if environment else None,
+        "code": environment.code_digest[:8] if environment else None,
+        "cell": _cell_key(cell, cell.precision),
+        "protocol": record.protocol.digest,
+        "machine": _machine(environment) if environment else None,
+        "worker": _worker(environment) if environment else None,
+        "software": _software(environment) if environment else None,
+        "source": _source(environment) if environment else None,
+        "data_set": _data_set(data) if data else None,
+    }
+
+
+def _machine(environment: Environment) -> str:
+    gpus = (
+        [f"{environment.gpu_count} x {environment.gpu_names[0]}, driver {environment.driver}"]
+        if environment.gpu_names
+        else []
+    )
+    cpu = f"{environment.cpu_model}, {environment.cpu_count} cores"
+    return ", ".join([*gpus, cpu, f"{environment.memory_bytes / 2**30:.0f} GiB of memory"])
+
+
+def _worker(environment: Environment) -> str:
+    threads = f"{environment.threads} thread" + ("s" if environment.threads > 1 else "")
+    variables = sorted(environment.worker_env.items())
+    return " ".join([threads, *(f"{name}={value}" for name, value in variables)])
+
+
+def _software(environment: Environment) -> str:
+    versions = (
+        ("", environment.os),
+        ("Python", environment.python),
+        ("torch", environment.torch),
+        ("accelerate", environment.accelerate),
+        ("CUDA", environment.cuda),
+        ("cuDNN", environment.cudnn),
+    )
+    return ", ".join(f"{name} {version}".strip() for name, version in versions if version)
+
+
+def _source(environment: Environment) -> str:
+    state = " with uncommitted changes" if environment.git_dirty else ""
+    commit = (
+        f"git {environment.git_sha[:12]}{state}"
+        if environment.git_sha
+        else (f"no git commit ({environment.git_reason})")
+    )
+    return f"{commit}, sources {environment.code_digest[:8]}"
+
+
+def _data_set(data: DataFacts) -> str:
+    return (
+        f"{data.name}, {data.train_samples:,} training and {data.test_samples:,} test images of "
+        f"{data.classes} classes, fingerprint {data.fingerprint}"
+    )
+
+
+def _metric_key(measurement: Measurement) -> str:
+    """Its column: the name and the labels that tell measurements of one name apart."""
+    labels = measurement.labels
+    size = labels.get("batch_size") if measurement.unit == "s/sample" else None
+    backend = labels.get("backend")
+    return (
+        measurement.name
+        + (f"_b{size}" if size is not None else "")
+        + (f"_{backend}" if backend is not None else "")
+    )
+
+
+def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
+    values = [value for item in measurements if (value := item.value) is not None]
+    if not values:
+        return {key: None, f"{key}_status": measurements[0].status}
+    first = measurements[0]
+    if first.unit == "fraction":
+        return {
+            key: statistics.fmean(values),
+            f"{key}_std": spread(values),
+            f"{key}_n": len(values),
+        }
+    row: Row = {key: float(statistics.median(values))}
+    pooled = [value for item in measurements for rank in item.samples for value in rank]
+    if first.unit != "samples/s" and any(len(rank) > 1 for rank in first.samples):
+        row |= {f"{key}_p{percent}": percentile(pooled, percent) for percent in (50, 95, 99)}
+    return row
+
+
+ALIASES = {
+    "batch": "batch_size",
+    "procs": "num_processes",
+    "accumulation": "accumulation_steps",
+    "samples": "train_samples",
+    "size": "checkpoint_bytes",
+    "params": "param_count",
+    "inference_b1": "inference_latency_b1",
+    "inference_b256": "inference_latency_b256",
+    "train": "train_throughput",
+    "memory": "peak_memory_bytes",
+}
+"""Short names of columns, for `--sort` and `--filter`; every column of the CSV works as well."""
+
+DESCENDING = ("top1", "train_throughput", "vs_fp32")
+
+
+def _column(table: Sequence[Row], name: str) -> str:
+    key = name.strip().lower().replace("-", "_")
+    key = ALIASES.get(key, key)
+    known = dict.fromkeys([*(key for row in table for key in row), *ALIASES.values(), "top1"])
+    if key not in known:
+        short = {long: alias for alias, long in ALIASES.items()}
+        names = ", ".join(short.get(other, other) for other in known)
+        raise UserError(f"column: {name!r}: choose one of {names}")
+    return key
+
+
+def sort_rows(table: Sequence[Row], name: str) -> list[Row]:
+    """Sort by a column, the best first: large for top-1 and rates, small for all others.
+
+    Numbers within names count as numbers (resnet18 before resnet101); rows without a value come
+    last.
+
+    Raises:
+        UserError: no such column; names those that exist.
+    """
+    key = _column(table, name)
+
+    def order(row: Row) -> tuple[object, ...]:
+        value = row[key]
+        if isinstance(value, str):
+            return tuple(
+                int(part) if part.isdigit() else part for part in re.split(r"(\d+)", value)
+            )
+        return (value,)
+
+    present = [row for row in table if row.get(key) is not None]
+    missing = [row for row in table if row.get(key) is None]
+    return sorted(present, key=order, reverse=key in DESCENDING) + missing
+
+
+def parse_filter(text: str) -> dict[str, list[str]]:
+    """Read `model=resnet18,precision=bf16`; a column given twice accepts either value.
+
+    Raises:
+        UserError: a part that is not NAME=VALUE.
+    """
+    wanted: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not (name.strip() and equals):
+            raise UserError(f"filter: {part!r}: write COLUMN=VALUE[,COLUMN=VALUE...]")
+        wanted.setdefault(name.strip(), []).append(value.strip())
+    return wanted
+
+
+def filter_rows(table: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> list[Row]:
+    """The rows whose columns have the wanted values (see `parse_filter`).
+
+    Raises:
+        UserError: no such column; names those that exist.
+    """
+    keys = {_column(table, name): values for name, values in wanted.items()}
+    return [
+        row for row in table if all(str(row.get(key)) in values for key, values in keys.items())
+    ]

@@ -1,0 +1,262 @@
+"""What is measured and how: cells, protocols, suites, and their expansion into tasks. No torch."""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, cast
+
+from cifar.config import PRECISIONS, DataConfig, ModelConfig, Recipe, TrainConfig, require
+from cifar.recipes import get_recipe
+from cifar.serialize import NOT_IN_DIGEST, STRICT, digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One point of the grid: a training configuration, its launcher and its process count.
+
+    Raises:
+        ConfigError: no precision or an unknown one, no process, or a batch that does not divide.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    train: TrainConfig
+    launcher: str = "ddp"
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        known = ", ".join(PRECISIONS)
+        require(
+            self.train.precision in PRECISIONS,
+            "precision",
+            self.train.precision,
+            f"choose one of {known}",
+        )
+        require(self.num_processes >= 1, "num-processes", self.num_processes, "give 1 or more")
+        self.train.per_device_batch_size(self.num_processes)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over the contents."""
+        return digest(self)
+
+    @property
+    def precision(self) -> str:
+        """The precision's name: a cell always has one."""
+        assert self.train.precision is not None
+        return self.train.precision
+
+    @property
+    def layout(self) -> str:
+        """Memory format of images and convolution weights, as tables show it."""
+        return "channels-last" if self.train.channels_last else "contiguous"
+
+    @property
+    def compiled(self) -> str:
+        """How the model is run, as tables show it: `eager`, `compile`, `compile-max-autotune`."""
+        train = self.train
+        if not train.compile:
+            return "eager"
+        return "compile" if train.compile_mode == "default" else f"compile-{train.compile_mode}"
+
+    @property
+    def label(self) -> str:
+        """For people: `resnet18 fp32 channels-last compile b128 x2 seed1`, defaults left out."""
+        train = self.train
+        parts = (
+            train.model.label,
+            self.precision,
+            self.layout if train.channels_last else "",
+            self.compiled if train.compile else "",
+            f"b{train.recipe.global_batch_size}",
+            f"acc{train.accumulation_steps}" if train.accumulation_steps > 1 else "",
+            f"x{self.num_processes}" if self.num_processes > 1 else "",
+            self.launcher if self.launcher != "ddp" else "",
+            train.data.source if train.data.source != "shapes" else "",
+            f"seed{train.seed}" if train.seed else "",
+        )
+        return " ".join(part for part in parts if part)
+
+    @property
+    def slug(self) -> str:
+        """The label in characters that are safe in a file name; not unique, see `Task.slug`."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.label)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """How a cell is measured: steps, iterations, training budget and limits."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    warmup_steps: int = 5
+    """Optimiser steps before the clock starts, at the timed shapes."""
+    timed_steps: int = 20
+    """Optimiser steps that are timed."""
+    repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
+    """Fresh processes per cell."""
+    train_samples: int = 0
+    """Training budget in samples; 0: speed only."""
+    inference_batch_sizes: tuple[int, ...] = (1, 256)
+    inference_warmup: int = 5
+    """Batches before the clock starts, at each batch size."""
+    inference_iterations: int = 30
+    """Batches timed at each batch size."""
+    inference_seconds: float = 10.0
+    """At each batch size, stop after this many seconds, but not before the third batch."""
+    allow_emulated: bool = True
+    """False: a precision the device only emulates (bf16 without kernels) is `unsupported`."""
+    timeout: float = field(default=1800.0, metadata=NOT_IN_DIGEST)
+    """Seconds after which the cell's processes are ended."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("warmup_steps", 0),
+            ("timed_steps", 1),
+            ("repeats", 1),
+            ("train_samples", 0),
+            ("inference_warmup", 0),
+            ("inference_iterations", 1),
+        ):
+            value = getattr(self, name)
+            require(value >= least, name.replace("_", "-"), value, f"give {least} or more")
+        for name in ("inference_seconds", "timeout"):
+            value = getattr(self, name)
+            require(
+                0 < value < math.inf,
+                name.replace("_", "-"),
+                value,
+                "give a positive number of seconds",
+            )
+        sizes = self.inference_batch_sizes
+        require(
+            all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
+            "inference-batch-sizes",
+            sizes,
+            "give different sizes of 1 or more",
+        )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over what is measured; repeats and time limit do not enter."""
+        return digest(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One process to start: a cell, its protocol and the index of the repeat."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    cell: Cell
+    protocol: Protocol
+    repeat: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What a record of this task is known by."""
+        return (self.cell.digest, self.protocol.digest, self.repeat)
+
+    @property
+    def slug(self) -> str:
+        """A folder name, unique within a suite: `resnet18-fp32-b128-1f0c9a3e-r0`."""
+        cell, protocol, repeat = self.key
+        return f"{self.cell.slug}-{cell[:4]}{protocol[:4]}-r{repeat}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Cells that are measured alike."""
+
+    protocol: Protocol
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suite:
+    """A named set of plans; `description` is the line that `bench list` shows."""
+
+    name: str
+    description: str
+    plans: tuple[Plan, ...]
+
+
+def expand(suite: Suite) -> tuple[Task, ...]:
+    """One task per cell, protocol and repeat, without duplicates.
+
+    The first repeats of all cells come before the second ones, so that a drifting machine does not
+    favour a cell.
+
+    Raises:
+        ConfigError: no cell at all, or a training budget smaller than one batch.
+    """
+    tasks: dict[tuple[str, str, int], Task] = {}
+    for plan in suite.plans:
+        for cell in plan.cells:
+            _check_budget(cell, plan.protocol)
+            for repeat in range(plan.protocol.repeats):
+                task = Task(cell=cell, protocol=plan.protocol, repeat=repeat)
+                tasks.setdefault(task.key, task)
+    require(bool(tasks), "suite", suite.name, "has no cells; give models and precisions")
+    return tuple(sorted(tasks.values(), key=lambda task: task.repeat))
+
+
+def _check_budget(cell: Cell, protocol: Protocol) -> None:
+    batch, budget = cell.train.recipe.global_batch_size, protocol.train_samples
+    require(
+        budget == 0 or budget >= batch,
+        "train-samples",
+        budget,
+        f"give 0 (speed only) or at least one batch of {batch}",
+    )
+
+
+def seeded(cells: Sequence[Cell], seeds: int) -> tuple[Cell, ...]:
+    """Every cell at seeds 0, 1, ..., `seeds` - 1."""
+    require(seeds >= 1, "seeds", seeds, "give 1 or more")
+    return tuple(
+        replace(cell, train=replace(cell.train, seed=seed))
+        for cell in cells
+        for seed in range(seeds)
+    )
+
+
+def grid(
+    models: Sequence[str],
+    precisions: Sequence[str],
+    *,
+    channels_last: Sequence[bool] = (False,),
+    compile: Sequence[bool] = (False,),  # noqa: A002 - the option's name everywhere
+    batch_sizes: Sequence[int] = (128,),
+    seeds: int = 1,
+    recipe: Recipe | None = None,
+    data: DataConfig | None = None,
+    launcher: str = "ddp",
+    num_processes: int = 1,
+) -> tuple[Cell, ...]:
+    """The product of the options, the last one varying fastest; `recipe`: "default" if None.
+
+    Raises:
+        ConfigError: an unknown name, a value out of range, a batch that does not divide.
+    """
+    recipe = recipe or get_recipe("default")
+    cells = [
+        Cell(
+            train=TrainConfig(
+                model=ModelConfig(name=model),
+                recipe=replace(recipe, global_batch_size=batch_size),
+                data=data or DataConfig(),
+                precision=cast(Literal["fp32", "tf32", "bf16", "fp16"], precision),
+                channels_last=nhwc,
+                compile=compiled,
+            ),
+            launcher=launcher,
+            num_processes=num_processes,
+        )
+        for model, precision, nhwc, compiled, batch_size in itertools.product(
+            models, precisions, channels_last, compile, batch_sizes
+        )
+    ]
+    return seeded(cells, seeds)

@@ -1,0 +1,170 @@
+"""The named suites: one function each, whose docstring gives purpose and cost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bench.spec import Cell, Plan, Protocol, Suite, grid, seeded
+from cifar.config import DataConfig, Recipe
+from cifar.errors import ConfigError
+from cifar.recipes import get_recipe
+
+
+def quick() -> Suite:
+    """Two small models trained for 12,800 samples and resnet18 for speed, in fp32 and bf16.
+
+    For a first look at a machine, on the embedded images. Cost: at most 5 minutes on two slow CPU
+    cores (resnet18 at 38 and resnet20 at 350 training images/s, without bf16 kernels: 3 minutes).
+    """
+    trained = Protocol(
+        train_samples=12_800,
+        warmup_steps=2,
+        timed_steps=8,
+        inference_warmup=2,
+        inference_iterations=50,
+        inference_seconds=2.0,
+        allow_emulated=False,
+    )
+    speed = replace(
+        trained, train_samples=0, timed_steps=5, inference_warmup=1, inference_seconds=1.0
+    )
+    return Suite(
+        name="quick",
+        description="resnet20 and a narrow resnet18 trained briefly, resnet18 for speed: 5 minutes",
+        plans=(
+            Plan(protocol=trained, cells=grid(["resnet20", "resnet18-w16"], ["fp32", "bf16"])),
+            Plan(protocol=speed, cells=grid(["resnet18"], ["fp32", "bf16"])),
+        ),
+    )
+
+
+def depths() -> Suite:
+    """The cost of depth: ResNet-18 to ResNet-152 in fp32, speed only.
+
+    Cost: minutes on a GPU, half an hour to an hour on two CPU cores.
+    """
+    models = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+    return Suite(
+        name="depths",
+        description="resnet18, 34, 50, 101 and 152 in fp32, speed only",
+        plans=(Plan(protocol=Protocol(inference_warmup=2), cells=grid(models, ["fp32"])),),
+    )
+
+
+def precisions() -> Suite:
+    """Number format x memory layout x torch.compile, for ResNet-18 and ResNet-50, speed only.
+
+    Cost: 32 cells; half an hour on a GPU, hours on two CPU cores, where fp16 and tf32 are
+    unsupported.
+    """
+    cells = grid(
+        ["resnet18", "resnet50"],
+        ["fp32", "tf32", "bf16", "fp16"],
+        channels_last=(False, True),
+        compile=(False, True),
+    )
+    return Suite(
+        name="precisions",
+        description="resnet18 and resnet50 x precision x channels-last x compile, speed only",
+        plans=(Plan(protocol=Protocol(inference_warmup=2), cells=cells),),
+    )
+
+
+def accuracy() -> Suite:
+    """What the default recipe reaches: ResNet-20 on CIFAR-10 in fp32 and bf16, full budget.
+
+    Expected top-1: 0.85 or more on the 10,000 test images after 10 epochs. Cost: about 20 minutes
+    per cell on two CPU cores.
+    """
+    recipe = get_recipe("default")
+    protocol = Protocol(
+        train_samples=recipe.epochs * 50_000, allow_emulated=False, timeout=4 * 3600.0
+    )
+    cells = grid(["resnet20"], ["fp32", "bf16"], recipe=recipe, data=DataConfig(source="cifar10"))
+    return Suite(
+        name="accuracy",
+        description="resnet20 on CIFAR-10 in fp32 and bf16, the default recipe's full budget",
+        plans=(Plan(protocol=protocol, cells=cells),),
+    )
+
+
+SUITES: dict[str, Callable[[], Suite]] = {
+    suite.__name__: suite for suite in (quick, depths, precisions, accuracy)
+}
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        ConfigError: no such suite.
+    """
+    if name not in SUITES:
+        raise ConfigError(f"suite: {name!r}: choose one of {', '.join(SUITES)}")
+    return SUITES[name]()
+
+
+def override(
+    suite: Suite,
+    *,
+    data: DataConfig | None = None,
+    recipe: Recipe | None = None,
+    batch_size: int | None = None,
+    accumulation_steps: int | None = None,
+    channels_last: bool | None = None,
+    compile: bool | None = None,  # noqa: A002 - the option's name everywhere
+    seeds: int | None = None,
+    launcher: str | None = None,
+    num_processes: int | None = None,
+    train_samples: int | None = None,
+    warmup_steps: int | None = None,
+    timed_steps: int | None = None,
+    repeats: int | None = None,
+    timeout: float | None = None,
+) -> Suite:
+    """The suite with what is given (not None) changed in all of its cells and protocols.
+
+    A recipe brings its own batch size unless `batch_size` is given too. Cells that become equal
+    are measured once (`bench.spec.expand`).
+
+    Raises:
+        ConfigError: a value out of range, or a batch that does not divide.
+    """
+    train = _given(
+        data=data,
+        recipe=recipe,
+        accumulation_steps=accumulation_steps,
+        channels_last=channels_last,
+        compile=compile,
+    )
+    own = _given(launcher=launcher, num_processes=num_processes)
+    protocol = _given(
+        train_samples=train_samples,
+        warmup_steps=warmup_steps,
+        timed_steps=timed_steps,
+        repeats=repeats,
+        timeout=timeout,
+    )
+
+    def changed(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+        new = tuple(_changed(cell, train, own, batch_size) for cell in cells)
+        return new if seeds is None else seeded(new, seeds)
+
+    plans = tuple(
+        Plan(protocol=replace(plan.protocol, **protocol), cells=changed(plan.cells))
+        for plan in suite.plans
+    )
+    return replace(suite, plans=plans)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _changed(
+    cell: Cell, train: dict[str, Any], own: dict[str, Any], batch_size: int | None
+) -> Cell:
+    recipe = train.get("recipe", cell.train.recipe)
+    if batch_size is not None:
+        recipe = replace(recipe, global_batch_size=batch_size)
+    return replace(cell, train=replace(cell.train, **{**train, "recipe": recipe}), **own)

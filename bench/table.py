@@ -1,0 +1,258 @@
+"""Rows to tables for the terminal, Markdown and CSV: one per hardware and precision."""
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.rows import Row, filter_rows, parse_filter, rows, sort_rows
+from cifar.config import PRECISIONS
+
+__all__ = [
+    "filter_rows",
+    "parse_filter",
+    "render_csv",
+    "render_markdown",
+    "render_terminal",
+    "rows",
+    "sort_rows",
+]
+
+DASH = "\N{EN DASH}"
+"""Not measured, or nothing to compare with."""
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, and all those before the point."""
+    places = next((places for places, least in ((0, 100), (1, 10), (2, 1)) if value >= least), 3)
+    return f"{value:,.{places}f}"
+
+
+def _number(key: str, show: Callable[[float], str]) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.get(key)
+        if isinstance(value, (int, float)):
+            return show(value)
+        return "failed" if row.get(f"{key}_status") == "failed" else DASH
+
+    return cell
+
+
+def _text(key: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row[key]
+        return f"{value:,}" if isinstance(value, int) else str(value or DASH)
+
+    return cell
+
+
+def _top1(row: Row) -> str:
+    mean, deviation = row.get("top1"), row.get("top1_std")
+    if not isinstance(mean, float):
+        trained = row["train_samples"] or row["status"] != "ok"
+        return _number("top1", str)(row) if trained else "not trained"
+    plus_minus = f" ± {100 * deviation:.2f}" if isinstance(deviation, float) else ""
+    return f"{100 * mean:.2f}{plus_minus} (n={row['top1_n']})"
+
+
+def _status(row: Row) -> str:
+    if row["status"] == "ok":
+        return "ok"
+    return textwrap.shorten(f"{row['status']}: {row['reason']}", 80, placeholder=" …")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A column of the tables that people read."""
+
+    heading: str
+    show: Callable[[Row], str]
+    numeric: bool = True
+
+
+IDENTITY = (
+    ("model", "Model", "{}"),
+    ("layout", "Layout", "{}"),
+    ("compile", "Compile", "{}"),
+    ("batch_size", "Batch", "batch {}"),
+    ("num_processes", "Procs", "{} process(es)"),
+    ("launcher", "Launcher", "{}"),
+    ("accumulation_steps", "Accum.", "{} accumulation step(s)"),
+    ("data", "Data", ""),
+    ("recipe", "Recipe", "recipe {}"),
+    ("train_samples", "Trained (samples)", "top-1 after {} training samples"),
+    ("torch", "torch", ""),
+    ("code", "Sources", ""),
+    ("runs", "Runs", "{} run(s) each"),
+)
+"""Key, heading, and how the caption says it when it is the same for all rows."""
+
+ALWAYS = ("model", "batch_size")
+
+SIZES = (
+    Column(heading="Top-1 (%)", show=_top1),
+    Column(
+        heading="Size (MiB)",
+        show=_number("checkpoint_bytes", lambda value: f"{value / 2**20:,.2f}"),
+    ),
+    Column(heading="Params (M)", show=_number("param_count", lambda value: f"{value / 1e6:,.2f}")),
+)
+
+SPEEDS = (
+    Column(heading="Train (images/s)", show=_number("train_throughput", _digits)),
+    Column(
+        heading="Peak memory (MiB)",
+        show=_number("peak_memory_bytes", lambda value: f"{value / 2**20:,.0f}"),
+    ),
+    Column(heading="vs fp32", show=_number("vs_fp32", lambda value: f"{value:.2f}x")),
+)
+
+
+def _distinct(table: Sequence[Row], key: str) -> list[str]:
+    """The texts of a column in order; rows that trained or finished nothing say nothing of it."""
+    silent = key in ("train_samples", "runs")
+    return list(dict.fromkeys(_text(key)(row) for row in table if not (silent and row[key] == 0)))
+
+
+def _columns(table: Sequence[Row]) -> list[Column]:
+    identity = [
+        Column(heading=heading, show=_text(key), numeric=isinstance(table[0][key], int))
+        for key, heading, _ in IDENTITY
+        if key in ALWAYS or len(_distinct(table, key)) > 1
+    ]
+    keys = {key for row in table for key in row}
+    sizes = sorted(int(key[19:]) for key in keys if re.fullmatch(r"inference_latency_b\d+", key))
+    inference = [
+        Column(
+            heading=f"Inference b{size} (ms/sample)",
+            show=_number(f"inference_latency_b{size}", lambda value: _digits(1000 * value)),
+        )
+        for size in sizes
+    ]
+    broken = any(row["status"] != "ok" for row in table)
+    status = [Column(heading="Status", show=_status, numeric=False)] if broken else []
+    return [*identity, *SIZES, *inference, *SPEEDS, *status]
+
+
+def _captions(table: Sequence[Row]) -> list[tuple[str, str]]:
+    """What all rows share, as (subject, text)."""
+    subjects = (
+        ("Hardware", "machine"),
+        ("Worker", "worker"),
+        ("Software", "software"),
+        ("Code", "source"),
+        ("Data", "data_set"),
+    )
+    lines = [
+        (name, text) for name, key in subjects for text in _distinct(table, key) if text != DASH
+    ]
+    shared = []
+    for key, _, phrase in IDENTITY:
+        values = _distinct(table, key)
+        if phrase and key not in ALWAYS and len(values) == 1:
+            shared.append(_plural(phrase.format(values[0]), values[0]))
+    return [*lines, ("Cells", ", ".join(shared))]
+
+
+def _plural(phrase: str, count: str) -> str:
+    one = count == "1"
+    return phrase.replace("(es)", "" if one else "es").replace("(s)", "" if one else "s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """The tables of one hardware: the same columns for all precisions."""
+
+    hardware: str
+    captions: list[tuple[str, str]]
+    columns: list[Column]
+    tables: dict[str, list[list[str]]]
+    """By precision, the cells' texts in the order of `columns`."""
+
+
+def sections(table: Sequence[Row]) -> list[Section]:
+    """Split rows by hardware and precision, and lay them out."""
+    by_hardware: dict[str, list[Row]] = {}
+    for row in table:
+        by_hardware.setdefault(str(row["hardware"]), []).append(row)
+    result = []
+    for hardware, group in by_hardware.items():
+        columns = _columns(group)
+        cells = {
+            precision: [
+                [column.show(row) for column in columns]
+                for row in group
+                if row["precision"] == precision
+            ]
+            for precision in PRECISIONS
+        }
+        tables = {precision: lines for precision, lines in cells.items() if lines}
+        result.append(
+            Section(hardware=hardware, captions=_captions(group), columns=columns, tables=tables)
+        )
+    return result
+
+
+def render_markdown(table: Sequence[Row]) -> str:
+    """Tables in GitHub's Markdown, a heading per hardware and per precision."""
+    lines: list[str] = []
+    for section in sections(table):
+        lines += [f"## {section.hardware}", ""]
+        lines += [f"- {subject}: {_escape(text)}" for subject, text in section.captions]
+        for precision, cells in section.tables.items():
+            headings = [column.heading for column in section.columns]
+            rule = ["---:" if column.numeric else ":---" for column in section.columns]
+            lines += ["", f"### {precision}", ""]
+            lines += [f"| {' | '.join(headings)} |", f"| {' | '.join(rule)} |"]
+            lines += [f"| {' | '.join(map(_escape, texts))} |" for texts in cells]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\|<`*\[])", r"\\\1", " ".join(text.split()))
+
+
+def render_terminal(table: Sequence[Row], *, width: int | None = None, color: bool = False) -> str:
+    """Tables for a terminal of `width` characters (the actual one's by default)."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    output = io.StringIO()
+    console = Console(
+        file=output, width=width, force_terminal=color, highlight=False, markup=False, emoji=False
+    )
+    for section in sections(table):
+        console.print(Text(section.hardware, style="bold"))
+        for subject, text in section.captions:
+            console.print(Text(f"{subject}: {text}", style="dim"))
+        for precision, cells in section.tables.items():
+            console.print()
+            grid = Table(title=Text(precision), title_justify="left", box=box.SIMPLE_HEAD)
+            grid.padding, grid.pad_edge = (0, 1, 0, 0), False
+            for column, texts in zip(section.columns, zip(*cells, strict=True), strict=True):
+                grid.add_column(
+                    Text(column.heading),
+                    justify="right" if column.numeric else "left",
+                    overflow="fold",
+                    no_wrap=not column.numeric and column.heading != "Status",
+                    min_width=max(len(word) for text in texts for word in text.split()),
+                )
+            for line in cells:
+                grid.add_row(*map(Text, line))
+            console.print(grid, crop=False)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def render_csv(table: Sequence[Row]) -> str:
+    """All rows in one CSV: bytes, seconds, samples/s, fractions; empty where not measured."""
+    header = list(dict.fromkeys(key for row in table for key in row))
+    output = io.StringIO()
+    writer = csv.DictWriter(output, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return output.getvalue()

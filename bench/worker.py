@@ -1,0 +1,127 @@
+"""The program that measures one cell; runs under `accelerate launch`, one process per device.
+
+`python -m bench.worker FOLDER` reads FOLDER/cell.json; the first process writes FOLDER/record.json.
+An out-of-memory error, a crash or a hang leaves no record; the launcher then says what happened.
+"""
+
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from bench.environment import collect
+from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.measure import METRICS, Subject, compile_seconds, planned_steps
+from bench.observe import mismatches, observe
+from bench.record import DataFacts, Label, Measurement, Record, Status, write_json_atomic
+from bench.spec import Task
+from cifar.accelerator import is_emulated
+from cifar.config import RunConfig
+from cifar.data.dataset import Dataset
+from cifar.data.sources import load_dataset
+from cifar.errors import CifarError, UnsupportedError
+from cifar.serialize import from_json, to_json
+from cifar.trainer import Trainer
+
+
+class Worker:
+    """One process's part in measuring a task; what is known so far goes into the record."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._clock = time.monotonic()
+        self._environment = collect()
+        self._data: DataFacts | None = None
+        self._effective: dict[str, Label] = {}
+        self._measurements: list[Measurement] = []
+
+    def run(self) -> Record:
+        """Measure; what goes wrong in a way that has a name becomes the record's status."""
+        try:
+            return self._record(*self._measure(self._job.task))
+        except UnsupportedError as error:
+            return self._record("unsupported", str(error))
+        except CifarError as error:
+            return self._record("failed", str(error))
+
+    def _measure(self, task: Task) -> tuple[Status, str]:
+        train, protocol = task.cell.train, task.protocol
+        refuse_emulation(task)
+        dataset = load_dataset(train.data)
+        self._data = describe(dataset)
+        batch_size = train.recipe.global_batch_size
+        trainer = Trainer(
+            train,
+            RunConfig(num_processes=task.cell.num_processes),
+            dataset,
+            train_samples=planned_steps(protocol, batch_size) * batch_size,
+        )
+        subject = Subject(trainer, protocol)
+        for metric in METRICS:
+            for measurement in metric(subject):
+                self._measurements.append(measurement)
+        if train.compile:
+            self._measurements.append(compile_seconds(self._measurements))
+        self._effective = observe(trainer)
+        wrong = mismatches(task.cell, self._effective)
+        return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
+
+    def _record(self, status: Status, reason: str) -> Record:
+        task = self._job.task
+        return Record(
+            run_id=self._job.run_id,
+            suite=self._job.suite,
+            cell=task.cell,
+            protocol=task.protocol,
+            repeat=task.repeat,
+            status=status,
+            reason=reason,
+            started=self._started,
+            duration_s=round(time.monotonic() - self._clock, 3),
+            environment=self._environment,
+            data=self._data,
+            effective=self._effective,
+            measurements=tuple(self._measurements),
+        )
+
+
+def refuse_emulation(task: Task) -> None:
+    """Raise an UnsupportedError if the protocol refuses a precision this device emulates."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = task.cell.precision
+    if not task.protocol.allow_emulated and is_emulated(precision, device):
+        raise UnsupportedError(
+            f"precision: '{precision}': this {device.type.upper()} has no {precision} kernels and "
+            "emulates them many times slower than fp32, which this protocol leaves out; "
+            "measure it with `bench run --models ... --precisions ...`"
+        )
+
+
+def describe(dataset: Dataset) -> DataFacts:
+    """What a record says of the images."""
+    _, channels, height, width = dataset.train.images.shape
+    return DataFacts(
+        name=dataset.name,
+        fingerprint=dataset.fingerprint(),
+        train_samples=len(dataset.train),
+        test_samples=len(dataset.test),
+        classes=len(dataset.classes),
+        image_shape=(channels, height, width),
+    )
+
+
+def main(folder: Path) -> int:
+    """Measure the job in `folder`; returns 0 if the record is ok or unsupported, else 1."""
+    job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=str(folder / CELL_FILE))
+    record = Worker(job).run()
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json_atomic(folder / RECORD_FILE, to_json(record))
+    return 0 if record.status in ("ok", "unsupported") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,159 @@
+"""Cells, protocols and their expansion."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from bench.spec import Cell, Plan, Protocol, Suite, Task, expand, grid, seeded
+from cifar.config import ModelConfig, Recipe, TrainConfig
+from cifar.errors import ConfigError
+from cifar.serialize import from_json, to_json
+
+
+def make_cell(**changes):
+    return Cell(train=TrainConfig(precision="fp32", **changes))
+
+
+def make_suite(protocol, *cells):
+    return Suite(name="test", description="", plans=(Plan(protocol=protocol, cells=cells),))
+
+
+def test_label_leaves_defaults_out():
+    assert make_cell().label == "resnet18 fp32 b128"
+
+
+def test_label_says_all_that_differs():
+    train = TrainConfig(
+        model=ModelConfig(name="resnet18-w16"),
+        precision="bf16",
+        channels_last=True,
+        compile=True,
+        compile_mode="max-autotune",
+        accumulation_steps=4,
+        seed=1,
+    )
+    cell = Cell(train=train, num_processes=2, launcher="fsdp")
+    assert cell.label == (
+        "resnet18-w16 bf16 channels-last compile-max-autotune b128 acc4 x2 fsdp seed1"
+    )
+    assert re.fullmatch(r"[A-Za-z0-9._-]+", cell.slug)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"channels_last": True},
+        {"recipe": Recipe(lr=0.2)},
+        {"model": ModelConfig(name="resnet34")},
+    ],
+)
+def test_digest_changes_with_the_contents(change):
+    assert make_cell(**change).digest != make_cell().digest
+
+
+def test_digest_is_the_same_after_json():
+    cell = make_cell(seed=3)
+    again = from_json(Cell, to_json(cell))
+    assert again == cell
+    assert again.digest == cell.digest
+
+
+def test_digest_is_that_of_old_records():
+    assert make_cell().digest == "9b6c71ad143bdbde"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cell(train=TrainConfig()), "precision: None: choose one of fp32, tf32"),
+        (lambda: grid(["resnet18"], ["fp8"]), "precision: 'fp8': choose one of fp32"),
+        (lambda: grid(["resnet19"], ["fp32"]), "model: 'resnet19': choose one of"),
+        (lambda: replace(make_cell(), num_processes=0), "num-processes: 0: give 1 or more"),
+        (lambda: replace(make_cell(), num_processes=3), "nearest that does: 126 or 129"),
+        (lambda: grid(["resnet18"], ["fp32"], seeds=0), "seeds: 0: give 1 or more"),
+        (lambda: Protocol(timed_steps=0), "timed-steps: 0: give 1 or more"),
+        (lambda: Protocol(warmup_steps=-1), "warmup-steps: -1: give 0 or more"),
+        (lambda: Protocol(train_samples=-1), "train-samples: -1: give 0 or more"),
+        (lambda: Protocol(repeats=0), "repeats: 0: give 1 or more"),
+        (lambda: Protocol(timeout=0), "timeout: 0: give a positive number of seconds"),
+        (lambda: Protocol(timeout=float("inf")), "timeout: inf: give a positive"),
+        (lambda: Protocol(inference_seconds=float("nan")), "inference-seconds: nan: give a"),
+        (lambda: Protocol(inference_batch_sizes=(0,)), "inference-batch-sizes: (0,): give"),
+        (lambda: Protocol(inference_batch_sizes=(8, 8)), "inference-batch-sizes: (8, 8): give"),
+        (
+            lambda: expand(make_suite(Protocol(train_samples=127), make_cell())),
+            "train-samples: 127: give 0 (speed only) or at least one batch of 128",
+        ),
+        (lambda: expand(make_suite(Protocol())), "suite: 'test': has no cells"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_field_and_value(make, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_protocol_digest_ignores_repeats_and_time_limit():
+    assert Protocol(repeats=5, timeout=1.0).digest == Protocol().digest
+    assert Protocol(timed_steps=21).digest != Protocol().digest
+    assert Protocol(allow_emulated=False).digest != Protocol().digest
+
+
+def test_expand_runs_all_cells_before_it_repeats_any():
+    one, two = make_cell(), make_cell(seed=1)
+    tasks = expand(make_suite(Protocol(repeats=2), one, two))
+    assert [(task.cell, task.repeat) for task in tasks] == [(one, 0), (two, 0), (one, 1), (two, 1)]
+
+
+def test_expand_removes_duplicates_but_not_other_protocols():
+    suite = Suite(
+        name="test",
+        description="",
+        plans=(
+            Plan(protocol=Protocol(), cells=(make_cell(), make_cell())),
+            Plan(protocol=Protocol(timeout=5.0), cells=(make_cell(),)),
+            Plan(protocol=Protocol(train_samples=128), cells=(make_cell(),)),
+        ),
+    )
+    tasks = expand(suite)
+    assert [task.protocol.train_samples for task in tasks] == [0, 128]
+    assert len({task.slug for task in tasks}) == 2
+
+
+def test_task_slugs_tell_repeats_apart():
+    tasks = [Task(cell=make_cell(), protocol=Protocol(), repeat=repeat) for repeat in (0, 1)]
+    assert tasks[0].slug != tasks[1].slug
+    assert tasks[0].slug.startswith("resnet18-fp32-b128-")
+
+
+def test_grid_is_the_product_in_a_fixed_order():
+    cells = grid(
+        ["resnet18", "resnet20"],
+        ["fp32", "bf16"],
+        channels_last=(False, True),
+        batch_sizes=(64, 128),
+        seeds=2,
+    )
+    assert len(set(cells)) == len(cells) == 32
+    assert [cell.label for cell in cells[:5]] == [
+        "resnet18 fp32 b64",
+        "resnet18 fp32 b64 seed1",
+        "resnet18 fp32 b128",
+        "resnet18 fp32 b128 seed1",
+        "resnet18 fp32 channels-last b64",
+    ]
+    assert cells[-1].label == "resnet20 bf16 channels-last b128 seed1"
+
+
+def test_grid_starts_from_the_recipe():
+    (cell,) = grid(["resnet20"], ["fp32"], recipe=Recipe(lr=0.3), batch_sizes=(32,))
+    assert (cell.train.recipe.lr, cell.train.recipe.global_batch_size) == (0.3, 32)
+    (default,) = grid(["resnet20"], ["fp32"])
+    assert default.train.recipe.name == "default"
+
+
+def test_seeded_replaces_the_seed():
+    cells = seeded((make_cell(seed=7),), 3)
+    assert [cell.train.seed for cell in cells] == [0, 1, 2]

@@ -1,0 +1,175 @@
+"""The named suites, their overrides, and the estimate of their cost."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.estimate import START_SECONDS, estimate_seconds, format_duration
+from bench.record import Environment, Record
+from bench.spec import Protocol, expand, grid
+from bench.suites import SUITES, get_suite, override, quick
+from cifar.config import DataConfig, Recipe
+from cifar.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_expand_and_describe_themselves(name):
+    suite = get_suite(name)
+    assert suite.name == name
+    assert suite.description
+    assert SUITES[name].__doc__
+    assert expand(suite)
+
+
+def test_quick_trains_four_cells_on_the_same_samples_and_times_resnet18():
+    tasks = expand(quick())
+    plan = {(task.cell.train.model.label, task.cell.precision): task.protocol for task in tasks}
+    budgets = {cell: protocol.train_samples for cell, protocol in plan.items()}
+    assert budgets == {
+        (model, precision): budget
+        for model, budget in (("resnet20", 12_800), ("resnet18-w16", 12_800), ("resnet18", 0))
+        for precision in ("fp32", "bf16")
+    }
+    assert not any(protocol.allow_emulated for protocol in plan.values())
+    assert {str(task.cell.train.data) for task in tasks} == {"shapes"}
+
+
+def test_quick_is_estimated_at_five_minutes_at_most():
+    assert sum(estimate_seconds(task.cell, task.protocol) for task in expand(quick())) <= 300
+
+
+def test_depths_and_precisions_cover_their_grids():
+    depths = [task.cell.train.model.name for task in expand(get_suite("depths"))]
+    assert depths == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    cells = {task.cell for task in expand(get_suite("precisions"))}
+    assert len(cells) == 2 * 4 * 2 * 2
+
+
+def test_accuracy_trains_the_recipes_full_budget_on_real_images():
+    for task in expand(get_suite("accuracy")):
+        recipe = task.cell.train.recipe
+        assert task.protocol.train_samples == recipe.epochs * 50_000
+        assert task.cell.train.data.source == "cifar10"
+
+
+def test_unknown_suite_lists_the_suites():
+    with pytest.raises(ConfigError, match=r"^suite: 'quik': choose one of quick, depths, "):
+        get_suite("quik")
+
+
+def test_override_changes_nothing_by_default():
+    assert override(quick()) == quick()
+
+
+def test_override_reaches_every_cell_and_protocol():
+    suite = override(
+        quick(),
+        data=DataConfig(source="cifar10"),
+        batch_size=64,
+        accumulation_steps=2,
+        channels_last=True,
+        compile=True,
+        seeds=2,
+        launcher="fsdp",
+        num_processes=2,
+        train_samples=640,
+        warmup_steps=1,
+        timed_steps=3,
+        repeats=2,
+        timeout=60.0,
+    )
+    tasks = expand(suite)
+    assert len(tasks) == 2 * 2 * len(expand(quick()))
+    assert {task.cell.train.seed for task in tasks} == {0, 1}
+    for task in tasks:
+        train, protocol = task.cell.train, task.protocol
+        assert (train.data.source, train.recipe.global_batch_size) == ("cifar10", 64)
+        assert (train.accumulation_steps, train.channels_last, train.compile) == (2, True, True)
+        assert (task.cell.launcher, task.cell.num_processes) == ("fsdp", 2)
+        assert (protocol.train_samples, protocol.timeout) == (640, 60.0)
+        assert (protocol.warmup_steps, protocol.timed_steps) == (1, 3)
+
+
+def test_a_recipe_brings_its_batch_size_unless_one_is_given():
+    recipe = Recipe(name="other", lr=0.2, global_batch_size=96)
+    alone = override(quick(), recipe=recipe, num_processes=3)
+    assert {task.cell.train.recipe for task in expand(alone)} == {recipe}
+    both = override(quick(), recipe=recipe, batch_size=32)
+    assert {task.cell.train.recipe.global_batch_size for task in expand(both)} == {32}
+
+
+def test_cells_that_an_override_makes_equal_are_measured_once():
+    tasks = expand(override(get_suite("precisions"), channels_last=True))
+    assert len(tasks) == 2 * 4 * 2
+
+
+def test_override_refuses_what_a_cell_refuses():
+    with pytest.raises(ConfigError, match="nearest that does: 126 or 129"):
+        override(quick(), num_processes=3)
+
+
+ENVIRONMENT = Environment(
+    cpu_model="CPU",
+    cpu_count=2,
+    memory_bytes=1,
+    os="Linux",
+    python="3.11",
+    torch="2.15",
+    accelerate="1.15",
+    numpy="2.0",
+    code_digest="0",
+    threads=2,
+    started="",
+    hostname="here",
+)
+
+
+def finished(cell, protocol, seconds, **changes):
+    record = Record(
+        cell=cell,
+        protocol=protocol,
+        status="ok",
+        started="",
+        duration_s=seconds,
+        environment=ENVIRONMENT,
+    )
+    return replace(record, **changes)
+
+
+def estimate(cell, protocol, *history):
+    return estimate_seconds(cell, protocol, history=history, hostname="here")
+
+
+def test_estimate_grows_with_depth_budget_and_compilation():
+    (small,), (large,) = grid(["resnet18"], ["fp32"]), grid(["resnet152"], ["fp32"])
+    speed, trained = Protocol(), Protocol(train_samples=12_800)
+    assert START_SECONDS < estimate(small, speed) < estimate(small, trained)
+    assert estimate(small, speed) < estimate(large, speed)
+    (compiled,) = grid(["resnet18"], ["fp32"], compile=(True,))
+    assert estimate(small, speed) < estimate(compiled, speed)
+
+
+def test_estimate_takes_a_finished_record_of_the_same_cell():
+    (cell,) = grid(["resnet18"], ["fp32"])
+    history = [finished(cell, Protocol(), seconds) for seconds in (50.0, 70.0, 900.0)]
+    assert estimate(cell, Protocol(), *history) == 70.0
+
+
+def test_estimate_is_calibrated_by_other_records_of_this_machine():
+    (cell,), (other,) = grid(["resnet18"], ["fp32"]), grid(["resnet34"], ["fp32"])
+    plain = estimate(cell, Protocol())
+    twice = START_SECONDS + 2 * (estimate(other, Protocol()) - START_SECONDS)
+    record = finished(other, Protocol(), twice)
+    calibrated = estimate(cell, Protocol(), record)
+    assert calibrated - START_SECONDS == pytest.approx(2 * (plain - START_SECONDS))
+    foreign = replace(record, environment=replace(ENVIRONMENT, hostname="elsewhere"))
+    failed = replace(record, status="failed", reason="crash")
+    assert estimate(cell, Protocol(), foreign, failed) == plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")],
+)
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text

@@ -1,0 +1,327 @@
+"""Tables: what shares a row, what is compared, and how it looks (golden files).
+
+After an intended change write the golden files anew: `UPDATE_GOLDEN=1 pytest tests/test_table.py`.
+"""
+
+import csv
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.record import DataFacts, Environment, Measurement, Record
+from bench.rows import filter_rows, parse_filter, rows, sort_rows
+from bench.spec import Cell, Protocol, grid
+from bench.table import render_csv, render_markdown, render_terminal
+from cifar.config import Recipe
+from cifar.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+ENVIRONMENT = Environment(
+    cpu_model="AMD EPYC 7B13",
+    cpu_count=2,
+    memory_bytes=8 * 2**30,
+    os="Linux 6.8",
+    python="3.11.7",
+    torch="2.15.0",
+    accelerate="1.15.0",
+    numpy="2.0",
+    code_digest="0123456789abcdef",
+    git_sha="a" * 40,
+    git_dirty=False,
+    worker_env={"OMP_WAIT_POLICY": "PASSIVE"},
+    threads=2,
+    started="2026-01-01T00:00:00+00:00",
+)
+DATA = DataFacts(
+    name="shapes",
+    fingerprint="fedcba9876543210",
+    train_samples=10_000,
+    test_samples=2_000,
+    classes=10,
+)
+TRAINED = Protocol(train_samples=12_800)
+
+
+def scalar(name, unit, value, better="lower"):
+    return Measurement(name=name, unit=unit, better=better, samples=((value,),))
+
+
+def latency(size, *samples):
+    return Measurement(
+        name="inference_latency", unit="s/sample", better="lower", samples=(samples,),
+        labels={"batch_size": size},
+    )  # fmt: skip
+
+
+def measurements(*, rate=200.0, top1=None):
+    trained = [] if top1 is None else [scalar("top1", "fraction", top1, "higher")]
+    return (
+        Measurement(
+            name="train_throughput", unit="samples/s", better="higher",
+            samples=((128 / rate,) * 3,), labels={"samples_per_step": 128},
+        ),
+        latency(1, 0.004, 0.005, 0.006),
+        latency(256, 0.0015, 0.0025),
+        scalar("param_count", "1", 269_722),
+        scalar("checkpoint_bytes", "bytes", 1_100_000),
+        scalar("peak_memory_bytes", "bytes", 300 * 2**20),
+        *trained,
+    )  # fmt: skip
+
+
+def make_cell(model="resnet20", precision="fp32", **options):
+    return grid([model], [precision], **options)[0]
+
+
+def make_record(cell=None, *, found=None, **changes):
+    record = Record(
+        run_id="run", cell=cell or make_cell(), protocol=TRAINED, status="ok", started="",
+        duration_s=1.0, environment=ENVIRONMENT, data=DATA,
+        measurements=measurements(top1=0.9) if found is None else found,
+    )  # fmt: skip
+    return replace(record, **changes)
+
+
+def broken(cell, status, reason, **changes):
+    return make_record(
+        cell, status=status, reason=reason, found=(), environment=None, data=None, **changes
+    )
+
+
+def quick_records():
+    """What `bench run quick --seeds 3` may leave on a machine that is short of memory."""
+    records = []
+    for precision, factor in (("fp32", 1.0), ("bf16", 1.5)):
+        for seed, top1 in enumerate((0.90, 0.92, 0.91)):
+            cell = make_cell(precision=precision, seeds=seed + 1)
+            seeded = replace(cell, train=replace(cell.train, seed=seed))
+            found = measurements(rate=factor * (200.0 + seed), top1=top1 - factor / 100)
+            records.append(make_record(seeded, found=found))
+    speed = Protocol()
+    absent = Measurement(
+        name="top1", unit="fraction", better="higher", status="absent", reason="not trained"
+    )
+    found = (*measurements(rate=38.0), absent)
+    records.append(make_record(make_cell("resnet18"), protocol=speed, found=found))
+    wide = make_cell("resnet18", "bf16")
+    records.append(broken(wide, "oom", "CUDA | out of memory\ntried 2 GiB", protocol=speed))
+    return records
+
+
+def only(table):
+    (row,) = table
+    return row
+
+
+def check_golden(name, text):
+    path = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_golden_markdown():
+    check_golden("quick.md", render_markdown(rows(quick_records())))
+
+
+def test_golden_csv():
+    check_golden("quick.csv", render_csv(rows(quick_records())))
+
+
+def test_golden_terminal():
+    check_golden("quick.txt", render_terminal(rows(quick_records()), width=110))
+
+
+def test_seeds_and_repeats_share_a_row():
+    tops, rates = (0.90, 0.92, 0.94), (100.0, 400.0, 200.0)
+    records = []
+    for index, (top1, rate) in enumerate(zip(tops, rates, strict=True)):
+        cell = make_cell()
+        cell = replace(cell, train=replace(cell.train, seed=min(index, 1)))
+        records.append(make_record(cell, repeat=index, found=measurements(rate=rate, top1=top1)))
+    row = only(rows(records))
+    assert row["runs"] == row["top1_n"] == 3
+    assert row["top1"] == pytest.approx(0.92)
+    assert row["top1_std"] == pytest.approx(0.02)
+    assert row["train_throughput"] == pytest.approx(200.0)
+    assert "92.00 ± 2.00 (n=3)" in render_markdown([row])
+
+
+def test_percentiles_pool_the_runs():
+    records = [
+        make_record(repeat=repeat, found=(latency(1, *samples),))
+        for repeat, samples in enumerate([(0.1, 0.2, 0.3), (0.4, 0.5)])
+    ]
+    row = only(rows(records))
+    assert row["inference_latency_b1"] == pytest.approx((0.2 + 0.45) / 2)
+    assert row["inference_latency_b1_p50"] == pytest.approx(0.3)
+    assert row["inference_latency_b1_p95"] == pytest.approx(0.48)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cell": make_cell(channels_last=(True,))},
+        {"cell": make_cell(compile=(True,))},
+        {"cell": make_cell(batch_sizes=(64,))},
+        {"cell": make_cell(recipe=Recipe(lr=0.3))},
+        {"cell": replace(make_cell(), num_processes=2)},
+        {"cell": replace(make_cell(), launcher="fsdp")},
+        {"protocol": Protocol(train_samples=25_600)},
+        {"environment": replace(ENVIRONMENT, cpu_count=4)},
+        {"environment": replace(ENVIRONMENT, torch="2.16.0")},
+        {"environment": replace(ENVIRONMENT, code_digest="f" * 16)},
+        {"environment": replace(ENVIRONMENT, threads=1)},
+        {"data": replace(DATA, fingerprint="0" * 16)},
+    ],
+)
+def test_what_differs_has_its_own_row_and_is_not_compared(change):
+    first, second = make_record(), make_record(make_cell(precision="bf16"))
+    assert len(rows([first, replace(first, run_id="other", **change)])) == 2
+    cell = change.get("cell")
+    other = {**change, "cell": replace(
+        cell, train=replace(cell.train, precision="bf16")
+    )} if isinstance(cell, Cell) else change  # fmt: skip
+    table = rows([first, replace(second, **other)])
+    assert [row["vs_fp32"] for row in table] == [1.0, None]
+
+
+def test_vs_fp32_is_the_ratio_to_the_otherwise_equal_row():
+    records = [
+        make_record(make_cell(precision="bf16"), found=measurements(rate=300.0)),
+        make_record(make_cell(), found=measurements(rate=200.0)),
+        make_record(make_cell("resnet32"), found=measurements(rate=1000.0)),
+    ]
+    assert [row["vs_fp32"] for row in rows(records)] == [pytest.approx(1.5), 1.0, 1.0]
+
+
+def test_a_task_that_was_tried_again_counts_once():
+    cell = make_cell()
+    failed = broken(cell, "failed", "crash")
+    assert only(rows([failed, make_record(cell)]))["status"] == "ok"
+    other_run = make_record(cell, run_id="other")
+    assert only(rows([make_record(cell), make_record(cell), other_run]))["runs"] == 2
+
+
+@pytest.mark.parametrize("status", ["failed", "unsupported", "oom", "timeout"])
+def test_what_did_not_finish_is_a_row_with_its_status(status):
+    records = [make_record(), broken(make_cell(precision="bf16"), status, "why " * 40)]
+    table = rows(records)
+    assert [row["status"] for row in table] == ["ok", status]
+    line = next(
+        line for line in render_markdown(table).splitlines() if f"| {status}: why why" in line
+    )
+    assert "…" in line
+    assert len(line) < 200
+    assert f"{status}: why" in render_terminal(table, width=200)
+    assert "why " * 39 in render_csv(table)
+
+
+def test_some_failed_runs_of_a_cell_are_told_beside_its_numbers():
+    records = [make_record(), broken(make_cell(), "timeout", "after 60 s", repeat=1)]
+    row = only(rows(records))
+    assert (row["status"], row["runs"]) == ("timeout", 1)
+    assert "timeout: 1 of 2 runs: after 60 s" in render_markdown([row])
+    assert "90.00 (n=1)" in render_markdown([row])
+
+
+def test_a_run_where_everything_died_is_still_shown():
+    text = render_markdown(rows([broken(make_cell(), "failed", "no such launcher")]))
+    assert text.startswith("## unknown\n")
+    assert "failed: no such launcher" in text
+
+
+def test_a_failed_measurement_of_a_finished_cell_says_so():
+    failed = Measurement(
+        name="peak_memory_bytes", unit="bytes", better="lower", status="failed", reason="no /proc"
+    )
+    assert "| failed |" in render_markdown(rows([make_record(found=(failed,))]))
+
+
+def test_hardware_has_its_own_section():
+    other = replace(ENVIRONMENT, gpu_names=("NVIDIA H200",), driver="550")
+    text = render_markdown(rows([make_record(), make_record(run_id="gpu", environment=other)]))
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## amd-epyc-7b13-2c",
+        "## nvidia-h200-x1",
+    ]
+
+
+def test_constant_columns_move_to_the_caption():
+    same = render_markdown(rows([make_record(), make_record(make_cell("resnet32"))]))
+    assert "| Layout |" not in same
+    assert "- Cells: contiguous, eager, 1 process, ddp" in same
+    differ = render_markdown(rows([make_record(), make_record(make_cell(channels_last=(True,)))]))
+    assert "| Layout |" in differ
+    assert "| channels-last |" in differ
+
+
+def test_a_new_metric_is_a_column_of_the_csv():
+    found = (*measurements(), scalar("joules", "J/sample", 2.5))
+    (line,) = csv.DictReader(io.StringIO(render_csv(rows([make_record(found=found)]))))
+    assert line["joules"] == "2.5"
+    assert line["checkpoint_bytes"] == "1100000.0"
+
+
+def test_markup_of_markdown_and_of_the_terminal_is_escaped():
+    table = rows([broken(make_cell(), "failed", "a|b [red]c[/red] <d>")])
+    assert r"failed: a\|b \[red]c\[/red] \<d>" in render_markdown(table)
+    assert "a|b [red]c[/red] <d>" in render_terminal(table, width=150)
+
+
+def test_terminal_keeps_every_word_when_it_is_narrow():
+    text = render_terminal(rows(quick_records()), width=60)
+    for word in ("resnet20", "1.50x", "12,800", "trained", "(n=3)"):
+        assert word in text
+
+
+def test_no_rows_no_table():
+    assert render_markdown([]) == ""
+    assert render_terminal([]).strip() == ""
+
+
+def models(table):
+    return [row["model"] for row in table]
+
+
+def test_sort_puts_the_best_first_and_the_missing_last():
+    slow = make_record(make_cell("resnet110"), found=measurements(rate=50.0))
+    fast = make_record(make_cell("resnet20"), found=measurements(rate=500.0))
+    dead = broken(make_cell("resnet32"), "oom", "memory")
+    table = rows([dead, slow, fast])
+    assert models(sort_rows(table, "train")) == ["resnet20", "resnet110", "resnet32"]
+    assert models(sort_rows(table, "train_throughput")) == ["resnet20", "resnet110", "resnet32"]
+    assert models(sort_rows(table, "model")) == ["resnet20", "resnet32", "resnet110"]
+    assert models(sort_rows(table, "Inference-B1"))[-1] == "resnet32"
+
+
+def test_filter_wants_all_columns_and_any_of_their_values():
+    cells = [make_cell(m, p) for m in ("resnet20", "resnet32") for p in ("fp32", "bf16", "tf32")]
+    table = rows([make_record(cell) for cell in cells])
+    found = filter_rows(table, parse_filter("model=resnet20, precision=bf16,precision=tf32"))
+    assert [(row["model"], row["precision"]) for row in found] == [
+        ("resnet20", "bf16"),
+        ("resnet20", "tf32"),
+    ]
+    assert filter_rows(table, parse_filter("batch=128")) == table
+    assert filter_rows(table, parse_filter("batch=64")) == []
+
+
+def test_unknown_columns_are_named_with_those_that_exist():
+    table = rows([make_record()])
+    for act in (
+        lambda: sort_rows(table, "speed"),
+        lambda: filter_rows(table, parse_filter("speed=1")),
+    ):
+        with pytest.raises(UserError, match=r"^column: 'speed': choose one of .*model.* train"):
+            act()
+
+
+@pytest.mark.parametrize("text", ["model", "=resnet18", "", "model=a,,"])
+def test_a_filter_that_is_not_name_and_value_is_refused(text):
+    with pytest.raises(UserError, match=r"^filter: .*: write COLUMN=VALUE"):
+        parse_filter(text)
