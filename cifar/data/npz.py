@@ -64,7 +64,7 @@ def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
-    where = f"data: {path}: {member.filename.removesuffix('.npy')}"
+    where = f"data: {path}: {' '.join(member.filename.split()).removesuffix('.npy')}"
     with archive.open(member) as file:
         version = npy.read_magic(file)
         if version not in ((1, 0), (2, 0)):

@@ -204,7 +204,7 @@ def _npz_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str) -> S
         if key not in arrays:
             raise DataError(
                 f"data: {path}: no {split}_images and {split}_labels (or x_{split} and y_{split}); "
-                f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
+                f"it holds {reprlib.repr(sorted(arrays))}"
             )
     images = _channels_first(f"data: {path}: {images_key}", arrays[images_key])
     labels = arrays[labels_key]

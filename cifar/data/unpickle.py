@@ -21,6 +21,9 @@ from cifar.errors import DataError
 MAX_FILE_BYTES = 256 * 2**20
 """No file of CIFAR is larger; the largest, CIFAR-100's `train`, has 155,249,918 bytes."""
 
+_MAX_TUPLES = 60_000
+"""Python 3 writes one for every byte text in protocol 2, and CIFAR-100 has 50,000 file names."""
+
 _OPCODES = frozenset(
     re.findall(
         r"\w+",
@@ -103,15 +106,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_opcodes(raw: bytes) -> None:
-    """Refuse strange opcodes, texts beyond the end of the file and huge memo indices.
+    """Refuse strange opcodes, texts beyond the end of the file, huge memo indices, deep nesting.
 
-    `pickle` itself would allocate what the last two declare before it looks at the file.
+    `pickle` itself would allocate what a text or an index declares before it looks at the file, and
+    hashing tuples nested 200,000 deep overflows the interpreter's stack.
     """
+    tuples = 0
     for opcode, arg, _ in pickletools.genops(raw):
         if opcode.name not in _OPCODES:
             raise pickle.UnpicklingError(f"opcode {opcode.name}, which no CIFAR file has")
         if opcode.name == "LONG_BINPUT" and (not isinstance(arg, int) or arg > len(raw)):
             raise pickle.UnpicklingError(f"memo index {arg}")
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > _MAX_TUPLES:
+            raise pickle.UnpicklingError(f"more than {_MAX_TUPLES} tuples")
 
 
 def unpickle(path: Path) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""Download of CIFAR-10 and CIFAR-100: resumable, checked before anything is unpacked."""
+
+import hashlib
+import http.client
+import shutil
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from cifar.data.sources import CIFAR_LAYOUTS, CifarLayout
+from cifar.data.unpickle import MAX_FILE_BYTES
+from cifar.errors import DataError
+
+MIB = 2**20
+MAX_ARCHIVE_BYTES = 256 * MIB
+CHUNK_BYTES = MIB
+TIMEOUT_SECONDS = 30.0
+PLAIN_LINE_BYTES = 16 * MIB
+"""Off a terminal a line is printed each time this much has come."""
+
+Report = Callable[[int, int | None], None]
+"""Called with the bytes that are there and the bytes in all, None where the server does not say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Archive:
+    """Where an archive lies and what it must hash to."""
+
+    url: str
+    md5: str
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a",
+    ),
+    "cifar100": Archive(
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+    ),
+}
+"""Source of the addresses and checksums: https://www.cs.toronto.edu/~kriz/cifar.html."""
+
+
+def download(
+    name: Literal["cifar10", "cifar100"],
+    directory: Path,
+    *,
+    url: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Fetch and unpack a CIFAR into `directory`; the folder that holds its files.
+
+    What was fetched before an interruption stays in `directory` as a `.part` file, and the next
+    call goes on from there. `url` is another place for the same archive. Progress goes to stderr.
+
+    Raises:
+        DataError: the server, the network or the disk failed, the checksum differs, or the folder
+            is there but not complete; names the address or path and the remedy.
+    """
+    layout, archive = CIFAR_LAYOUTS[name], ARCHIVES[name]
+    folder, part = directory / layout.folder, directory / f"{name}.tar.gz.part"
+    try:
+        if folder.exists():
+            _check_complete(folder, layout)
+            if progress:
+                print(f"{folder}: already there", file=sys.stderr)
+            return folder
+        directory.mkdir(parents=True, exist_ok=True)
+        if not part.exists() or _md5(part) != archive.md5:
+            _fetch(name, url or archive.url, part, progress)
+            _check_md5(name, url or archive.url, part)
+        _extract(part, folder, layout)
+        part.unlink()
+    except OSError as error:
+        where, reason = error.filename or directory, error.strerror or error
+        raise DataError(f"download: {where}: {reason}; choose another folder") from None
+    return folder
+
+
+def _remedy(name: str) -> str:
+    return f"run again to resume, or use your own copy: --data {name}:DIR"
+
+
+def _check_complete(folder: Path, layout: CifarLayout) -> None:
+    missing = [file for file in layout.files if not (folder / file).is_file()]
+    if missing:
+        raise DataError(f"download: {folder}: lacks {', '.join(missing)}; remove it and run again")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _check_md5(name: str, url: str, part: Path) -> None:
+    found, expected = _md5(part), ARCHIVES[name].md5
+    if found != expected:
+        part.unlink()
+        raise DataError(
+            f"download: {url}: md5 is {found}, must be {expected}: damaged or another file, "
+            f"removed; {_remedy(name)}"
+        )
+
+
+def _fetch(name: str, url: str, part: Path, progress: bool) -> None:
+    """Bring `part` up to the whole of `url`, going on from what it holds where the server can."""
+    with _network_errors(name, url):
+        response, done = _open(url, part.stat().st_size if part.exists() else 0)
+    total = None if response.length is None else done + response.length
+    with response, part.open("ab" if done else "wb") as file, _reporter(name, progress) as report:
+        report(done, total)
+        while chunk := _read(response, name, url):
+            file.write(chunk)
+            done += len(chunk)
+            if done > MAX_ARCHIVE_BYTES:
+                part.unlink()
+                raise DataError(
+                    f"download: {url}: more than {MAX_ARCHIVE_BYTES:,} bytes; wrong url"
+                )
+            report(done, total)
+    if total is not None and done < total:
+        raise DataError(
+            f"download: {url}: connection closed after {done:,} of {total:,} bytes; {_remedy(name)}"
+        )
+
+
+def _read(response: http.client.HTTPResponse, name: str, url: str) -> bytes:
+    with _network_errors(name, url):
+        return response.read(CHUNK_BYTES)
+
+
+def _open(url: str, start: int) -> tuple[http.client.HTTPResponse, int]:
+    """The response and the byte it begins with: `start`, or 0 from a server that cannot resume."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the scheme is checked
+    try:
+        response = urllib.request.build_opener().open(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if not start or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        error.close()
+        return _open(url, 0)
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        return response, 0
+    if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return response, start
+    response.close()
+    return _open(url, 0)
+
+
+@contextmanager
+def _network_errors(name: str, url: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        reason = " ".join(str(error).strip("<>").split())
+        raise DataError(f"download: {url}: {reason}; {_remedy(name)}") from None
+
+
+@contextmanager
+def _reporter(name: str, progress: bool) -> Iterator[Report]:
+    """A bar on a terminal, now and then a line elsewhere, nothing when not wanted."""
+    console = Console(stderr=True)
+    if not progress:
+        yield lambda _done, _total: None
+    elif not console.is_terminal:
+        yield _plain_lines(name)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        with Progress(*columns, TransferSpeedColumn(), console=console) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_lines(name: str) -> Report:
+    next_line = 0
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal next_line
+        if done >= next_line or done == total:
+            of_total = f" of {total / MIB:.0f}" if total else ""
+            print(f"{name}: {done / MIB:.0f}{of_total} MiB", file=sys.stderr, flush=True)
+            next_line = done + PLAIN_LINE_BYTES
+
+    return report
+
+
+def _extract(part: Path, folder: Path, layout: CifarLayout) -> None:
+    """Write the known files of the archive beside `folder`, then rename: all of them or none.
+
+    Not `extractall`, whose filter can be escaped in Python 3.11 before 3.11.13 (CVE-2025-4517).
+    """
+    wanted = {f"{layout.folder}/{file}" for file in layout.files}
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary,
+            tarfile.open(part, "r:gz") as archive,
+        ):
+            staging = Path(temporary) / folder.name
+            staging.mkdir()
+            for member in archive:
+                name = member.name.removeprefix("./")
+                if name in wanted and member.isreg() and member.size <= MAX_FILE_BYTES:
+                    _write_member(archive, member, staging / Path(name).name)
+                    wanted.remove(name)
+            if wanted:
+                raise DataError(
+                    f"download: {part}: lacks the files {', '.join(sorted(wanted))}; remove it"
+                )
+            staging.rename(folder)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"download: {part}: damaged: {error}; remove it and run again") from None
+
+
+def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    source = archive.extractfile(member)
+    assert source is not None, "extractfile gives None for folders and devices only"
+    with source, path.open("wb") as target:
+        shutil.copyfileobj(source, target)

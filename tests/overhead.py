@@ -1,0 +1,164 @@
+"""What the trainer costs over a bare PyTorch loop, and the input pipeline over a plain index.
+
+    python tests/overhead.py step --model resnet20 --pairs 200
+    python tests/overhead.py step --model resnet20-w4 --batch-size 16 --pairs 300
+    python tests/overhead.py pipeline
+
+Steps are interleaved in random order in one process: the trainer's, a bare loop's over one fixed
+batch, and a second bare loop's as the control. Prints the median of the ratios of neighbouring
+steps (bare / trainer: 1 means no overhead) with a 95 % interval from order statistics.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from cifar.process import ensure_environment
+
+if __name__ == "__main__":
+    ensure_environment()  # before torch is imported
+
+import torch
+import torch.nn.functional as F
+
+from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
+from cifar.data.augment import get_augmentations
+from cifar.data.loader import DeviceImages, Normalization, TrainLoader
+from cifar.data.sources import load_dataset
+from cifar.models import build_model
+from cifar.optim import build_optimizer
+from cifar.trainer import Trainer
+
+Interval = tuple[float, float, float]
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Median and the order statistics that bound it with 95 % confidence (sign test)."""
+    ordered, n = sorted(values), len(values)
+    reach = math.ceil(0.98 * math.sqrt(n))
+    low, high = max(0, n // 2 - reach), min(n - 1, n // 2 + reach)
+    return statistics.median(ordered), ordered[low], ordered[high]
+
+
+def bare_step(trainer: Trainer) -> Callable[[], None]:
+    """The shortest training step in plain PyTorch: same model, layout and precision, one batch."""
+    config = trainer.config
+    model = build_model(trainer.model_config).to(trainer.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.recipe)
+    (batch,) = trainer.loader.micro_batches(0)
+    autocast = config.precision == "bf16"
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(batch.images).float(), batch.targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare_steps(args: argparse.Namespace) -> dict[str, object]:
+    recipe = Recipe(
+        epochs=1000, global_batch_size=args.batch_size, lr=1e-4, schedule="constant"
+    )
+    config = TrainConfig(
+        model=ModelConfig(name=args.model),
+        recipe=recipe,
+        precision=args.precision,
+        channels_last=args.channels_last,
+    )
+    trainer = Trainer(config, RunConfig(), load_dataset(config.data))
+
+    def full_step() -> None:
+        trainer.train_step()
+        if trainer.step % trainer.check_every == 0:
+            trainer.check()
+
+    steps = {"trainer": full_step, "bare": bare_step(trainer), "control": bare_step(trainer)}
+    for step in steps.values():
+        for _ in range(args.warmup):
+            step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    shuffle = random.Random(0).shuffle
+    for _ in range(args.pairs):
+        order = list(steps)
+        shuffle(order)
+        for name in order:
+            taken[name].append(seconds(steps[name], trainer.device))
+    bare = taken["bare"]
+    return {
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "precision": args.precision,
+        "channels_last": args.channels_last,
+        "threads": torch.get_num_threads(),
+        "pairs": args.pairs,
+        "bare_step_ms": statistics.median(bare) * 1e3,
+        "ratio": median_interval([b / t for b, t in zip(bare, taken["trainer"], strict=True)]),
+        "control": median_interval([b / c for b, c in zip(bare, taken["control"], strict=True)]),
+        "added_ms": median_interval(
+            [(t - b) * 1e3 for b, t in zip(bare, taken["trainer"], strict=True)]
+        ),
+    }
+
+
+def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
+    dataset = load_dataset(TrainConfig().data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = DeviceImages(dataset.train, Normalization.of(dataset.train), device)
+    size = args.batch_size
+    loaders = {
+        "plain": TrainLoader(images, (), per_device_batch_size=size),
+        "augmented": TrainLoader(
+            images, get_augmentations(("crop", "flip")), per_device_batch_size=size
+        ),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in loaders}
+    for pair in range(args.pairs + args.warmup):
+        for name, loader in loaders.items():
+            position = pair % loader.steps_per_epoch
+            if position == 0:
+                loader.set_epoch(pair)
+            spent = seconds(lambda: list(loader.micro_batches(position)), device)  # noqa: B023
+            if pair >= args.warmup:
+                taken[name].append(spent)
+    plain, augmented = taken["plain"], taken["augmented"]
+    return {
+        "batch_size": size,
+        "plain_images_per_s": size / statistics.median(plain),
+        "augmented_images_per_s": size * len(augmented) / sum(augmented),
+        "ratio": median_interval([p / a for p, a in zip(plain, augmented, strict=True)]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["step", "pipeline"])
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--warmup", type=int, default=3)
+    args = parser.parse_args()
+    compare = compare_steps if args.what == "step" else compare_pipelines
+    print(json.dumps(compare(args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from bench import measure, observe, worker
+from bench.environment import code_digest, collect
+from bench.job import Job
+from bench.measure import HostClock, Subject, compile_seconds, planned_steps
+from bench.record import Measurement, parse_record
+from bench.spec import Cell, Protocol, Task, grid
+from cifar.config import RunConfig, parse_data
+from cifar.data.dataset import Dataset
+from cifar.data.sources import load_dataset
+from cifar.process import worker_environment
+from cifar.serialize import to_json
+from cifar.trainer import Trainer
+
+PROTOCOL = Protocol(
+    warmup_steps=1, timed_steps=3, inference_batch_sizes=(1, 8), inference_iterations=4
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_cell(npz: Path, **options: object) -> Cell:
+    return grid(
+        ["resnet20-w4"], ["fp32"], batch_sizes=(16,), data=parse_data(f"npz:{npz}"), **options
+    )[0]
+
+
+def make_subject(cell: Cell, protocol: Protocol = PROTOCOL) -> Subject:
+    dataset = load_dataset(cell.train.data)
+    samples = planned_steps(protocol, 16) * 16
+    trainer = Trainer(cell.train, RunConfig(), dataset, train_samples=samples)
+    return Subject(trainer, protocol)
+
+
+def collect_all(subject: Subject) -> dict[str, list[Measurement]]:
+    found: dict[str, list[Measurement]] = {}
+    for metric in measure.METRICS:
+        for measurement in metric(subject):
+            found.setdefault(measurement.name, []).append(measurement)
+    return found
+
+
+def test_budget_in_steps() -> None:
+    assert planned_steps(Protocol(warmup_steps=5, timed_steps=20), 128) == 25
+    assert planned_steps(Protocol(train_samples=12_800), 128) == 100
+    assert planned_steps(Protocol(train_samples=12_850), 128) == 100
+
+
+def test_speed_only_cell(npz: Path) -> None:
+    found = collect_all(make_subject(make_cell(npz)))
+    (throughput,) = found["train_throughput"]
+    assert len(throughput.samples[0]) == 3
+    assert throughput.labels["samples_per_step"] == 16
+    assert throughput.value == pytest.approx(3 * 16 / sum(throughput.samples[0]))
+    (top1,) = found["top1"]
+    assert top1.status == "absent"
+    assert "not trained" in top1.reason
+    by_size = {each.labels["batch_size"]: each for each in found["inference_latency"]}
+    assert {size: len(each.samples[0]) for size, each in by_size.items()} == {1: 4, 8: 4}
+    assert found["peak_memory_bytes"][0].value > 50 * 2**20
+
+
+def test_the_budget_is_trained_and_scored(npz: Path) -> None:
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, train_samples=20 * 16))
+    found = collect_all(subject)
+    assert subject.trainer.samples_seen == 320
+    (top1,) = found["top1"]
+    assert top1.value == subject.trainer.evaluate().top1
+    assert top1.labels["trained_samples"] == 320
+    assert top1.labels["samples"] == 50
+    assert len(found["train_throughput"][0].samples[0]) == 3
+
+
+def test_a_budget_shorter_than_the_window_times_what_there_is(npz: Path) -> None:
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, train_samples=2 * 16))
+    found = collect_all(subject)
+    assert len(found["train_throughput"][0].samples[0]) == 1
+    assert subject.trainer.step == 2
+
+
+def test_sizes_are_those_of_the_model(npz: Path) -> None:
+    subject = make_subject(make_cell(npz))
+    found = {each.name: each.value for each in measure.measure_size(subject)}
+    module = subject.trainer.module
+    assert found["param_count"] == sum(p.numel() for p in module.parameters())
+    payload = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    assert payload < found["checkpoint_bytes"] < payload + 20_000
+
+
+def test_latency_is_seconds_of_a_batch_divided_by_its_size(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = make_subject(make_cell(npz))
+    monkeypatch.setattr(measure, "_time_batches", lambda *_: [0.4, 0.8])
+    found = {each.labels["batch_size"]: each for each in measure.measure_inference(subject)}
+    assert found[8].samples == ((0.05, 0.1),)
+    assert found[1].samples == ((0.4, 0.8),)
+
+
+def test_inference_stops_after_its_seconds_but_not_before_three_batches(npz: Path) -> None:
+    protocol = replace(PROTOCOL, inference_seconds=1e-9, inference_iterations=50)
+    subject = make_subject(make_cell(npz), protocol)
+    for each in measure.measure_inference(subject):
+        assert len(each.samples[0]) == 3
+
+
+def test_host_clock_gives_the_time_between_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([1.0, 1.5, 3.5])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(moments))
+    clock = HostClock()
+    for _ in range(3):
+        clock.mark()
+    assert clock.seconds() == [0.5, 2.0]
+
+
+def test_compile_seconds_by_hand() -> None:
+    steps = Measurement(
+        name="train_throughput",
+        unit="samples/s",
+        better="higher",
+        labels={"samples_per_step": 8},
+        samples=((1.0, 2.0, 3.0), (4.0, 4.0, 9.0)),
+    )
+    first = Measurement(name="first_step", unit="s", better="lower", samples=((30.0,), (3.0,)))
+    assert compile_seconds([steps, first]).samples == ((28.0,), (0.0,))
+
+
+def test_observed_configuration_agrees_with_the_cell(npz: Path) -> None:
+    cell = make_cell(npz, channels_last=(True,))
+    subject = make_subject(cell)
+    effective = observe.observe(subject.trainer)
+    assert effective["compute_dtype"] == "float32"
+    assert effective["channels_last"] is True
+    assert observe.mismatches(cell, effective) == []
+
+
+def test_bf16_is_observed_in_an_inner_convolution(npz: Path) -> None:
+    cell = make_cell(npz)
+    cell = replace(cell, train=replace(cell.train, precision="bf16"))
+    effective = observe.observe(make_subject(cell).trainer)
+    assert (effective["compute_dtype"], effective["weight_dtype"]) == ("bfloat16", "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("compute_dtype", "bfloat16"),
+        ("weight_dtype", "bfloat16"),
+        ("channels_last", True),
+        ("num_processes", 2),
+        ("tf32", True),
+        ("loss_scaling", True),
+    ],
+)
+def test_every_mismatch_is_told(npz: Path, name: str, value: object) -> None:
+    cell = make_cell(npz)
+    effective = {**observe.observe(make_subject(cell).trainer), name: value}
+    (told,) = observe.mismatches(cell, effective)
+    assert name in told
+    assert str(value) in told
+
+
+def run_worker(folder: Path, cell: Cell, protocol: Protocol = PROTOCOL) -> int:
+    folder.mkdir()
+    (folder / "cell.json").write_text(to_json(Job(task=Task(cell=cell, protocol=protocol))))
+    return worker.main(folder)
+
+
+def test_worker_writes_one_good_record(npz: Path, tmp_path: Path, dataset: Dataset) -> None:
+    cell = make_cell(npz)
+    assert run_worker(tmp_path / "job", cell) == 0
+    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    assert record.status == "ok"
+    assert record.cell == cell
+    assert record.data is not None
+    assert record.data.fingerprint == load_dataset(cell.train.data).fingerprint()
+    assert record.environment is not None
+    assert record.environment.code_digest == code_digest()
+    assert record.effective["samples_seen"] == 64
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these precisions")
+def test_worker_says_what_a_cpu_cannot_run(npz: Path, tmp_path: Path, precision: str) -> None:
+    cell = make_cell(npz)
+    cell = replace(cell, train=replace(cell.train, precision=precision))
+    assert run_worker(tmp_path / "job", cell) == 0
+    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    assert record.status == "unsupported"
+    assert precision in record.reason
+
+
+def test_worker_refuses_emulation_where_the_protocol_does(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "is_emulated", lambda *_: True)
+    assert (
+        run_worker(tmp_path / "job", make_cell(npz), replace(PROTOCOL, allow_emulated=False)) == 0
+    )
+    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    assert record.status == "unsupported"
+    assert "emulates" in record.reason
+
+
+def test_worker_fails_when_the_effective_configuration_differs(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = observe.observe
+
+    def forged(trainer: Trainer) -> dict[str, object]:
+        return {**true(trainer), "compute_dtype": "float16"}
+
+    monkeypatch.setattr(worker, "observe", forged)
+    assert run_worker(tmp_path / "job", make_cell(npz)) == 1
+    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    assert record.status == "failed"
+    assert "compute_dtype: float16 where float32 was asked" in record.reason
+
+
+def test_worker_records_the_wrong_number_of_processes(npz: Path, tmp_path: Path) -> None:
+    cell = replace(make_cell(npz), num_processes=2)
+    assert run_worker(tmp_path / "job", cell) == 1
+    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    assert record.status == "failed"
+    assert "num-processes" in record.reason
+
+
+def test_environment_is_complete_and_keeps_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    environment = collect()
+    assert environment.torch == torch.__version__
+    assert environment.worker_env["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "secret" not in to_json(environment)
+    assert (environment.git_sha is None) == bool(environment.git_reason)
+
+
+def test_git_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    environment = collect()
+    assert environment.git_sha is None
+    assert environment.git_reason == "git is not installed"
+
+
+@pytest.mark.multiprocess
+def test_two_processes_leave_one_record_with_samples_of_both(npz: Path, tmp_path: Path) -> None:
+    options = ["--models", "resnet20-w4", "--precisions", "fp32", "-b", "16"]
+    options += ["--num-processes", "2", "--data", f"npz:{npz}", "--train-samples", "64"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "run", *options, "--runs-dir", str(tmp_path / "runs")],
+        env=worker_environment(2, os.environ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "runs").glob("*/records.jsonl")
+    record = parse_record(path.read_text())
+    throughput = record.find("train_throughput")
+    assert throughput is not None
+    assert len(throughput.samples) == 2
+    assert record.effective["wrapper"] == "DistributedDataParallel"
+    assert record.effective["num_processes"] == 2
+    assert record.find("top1").labels["samples"] == 50
