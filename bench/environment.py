@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import shutil
-import socket
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bench.record import Environment
+from bench.record import Environment, this_host
 from cifar.process import available_cores, recorded_environment
 from cifar.serialize import to_json
 
@@ -50,7 +49,7 @@ def collect() -> Environment:
         worker_env=recorded_environment(os.environ),
         threads=torch.get_num_threads(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        hostname=socket.gethostname(),
+        host=this_host(),
     )
 
 

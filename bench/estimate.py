@@ -1,10 +1,9 @@
 """How long tasks will take: from records of the same machine, else from arithmetic."""
 
-import platform
 import statistics
 from collections.abc import Sequence
 
-from bench.record import Record
+from bench.record import Record, this_host
 from bench.spec import Cell, Protocol
 from cifar.cost import multiply_adds
 
@@ -27,19 +26,19 @@ def estimate_seconds(
     protocol: Protocol,
     *,
     history: Sequence[Record] = (),
-    hostname: str | None = None,
+    host: str | None = None,
 ) -> float:
     """Expected seconds of wall time of one repeat, from launch to end.
 
     The median duration of finished records of the same cell and protocol in `history`; without one,
     multiply-adds over an assumed rate, corrected by the median ratio of actual to estimated time
-    over the finished records in `history`. Only records of this machine (`hostname`) count.
+    over the finished records in `history`. Only records of this machine (`host`) count.
     """
-    hostname = hostname or platform.node()
+    host = host or this_host()
     mine = [
         record
         for record in history
-        if record.status == "ok" and record.environment and record.environment.hostname == hostname
+        if record.status == "ok" and record.environment and record.environment.host == host
     ]
     wanted = (cell.digest, protocol.digest)
     same = [record.duration_s for record in mine if record.key[:2] == wanted]

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from bench.record import Label
 from bench.spec import Cell
@@ -39,6 +40,7 @@ def observe(trainer: Trainer) -> dict[str, Label]:
         "channels_last": _is_channels_last(output),
         "tf32": bool(torch.backends.cudnn.allow_tf32),
         "loss_scaling": trainer.scaler is not None,
+        "compile": counters["stats"]["unique_graphs"] > 0,
         "skipped_steps": trainer.meter.skipped_steps,
         "samples_seen": trainer.samples_seen,
     }
@@ -57,6 +59,7 @@ def mismatches(cell: Cell, effective: dict[str, Label]) -> list[str]:
         "compute_dtype": _DTYPES[precision.autocast],
         "weight_dtype": "float32",
         "channels_last": cell.train.channels_last,
+        "compile": cell.train.compile,
         "tf32": precision.tf32,
         "loss_scaling": precision.loss_scaling,
     }

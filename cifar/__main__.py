@@ -82,7 +82,7 @@ def run_train(argv: list[str]) -> int:
     options = read_train_options(argv)
     if options.resume is not None:
         folder = Path(options.resume)
-        run_folder.check_same(run_folder.read_config(folder).train, options.train)
+        run_folder.check_same(run_folder.read_config(folder), options.train, options.run)
         ensure_environment()
         _train(options, folder)
     else:
@@ -110,8 +110,7 @@ def _new_folder(options: TrainOptions) -> contextlib.AbstractContextManager[Path
     """The folder of a new run, made by the first process; the others write nothing."""
     if not _is_first():
         return contextlib.nullcontext()
-    asked = options.run.output_dir
-    return run_folder.created(Path(asked) if asked else run_folder.default_folder(options.train))
+    return run_folder.created(options.train, options.run.output_dir)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +22,10 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     Raises:
         ConfigError: the precision contradicts Accelerate's, or another number of processes runs
             than was asked for.
-        UnsupportedError: this device or stack cannot run the precision or compile.
+        UnsupportedError: this device or stack cannot run the precision or compile, or Accelerate
+            was launched with an engine or setting that this program does not have.
     """
+    check_launch(os.environ)
     name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     cpu = run.cpu or not torch.cuda.is_available()
     check_supported(name, torch.device("cpu") if cpu else torch.device("cuda"))
@@ -39,8 +43,28 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
+    assert accelerator.mixed_precision == precision.mixed_precision
     check_processes(accelerator, run.num_processes)
     return accelerator, name
+
+
+def check_launch(environ: Mapping[str, str]) -> None:
+    """Raise an UnsupportedError for launcher settings that would change the training unseen."""
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise UnsupportedError(
+                f"distributed_type: {engine!r}: not supported; launch with launch/ddp.yaml"
+            )
+    for name, neutral, option in (
+        ("DYNAMO_BACKEND", "no", "compile"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "accumulation"),
+    ):
+        value = environ.get(f"ACCELERATE_{name}", neutral)
+        if value.lower() != neutral:
+            raise UnsupportedError(
+                f"{name.lower()}: {value!r}: accelerate was launched with it; leave it out and "
+                f"give --{option} to this program"
+            )
 
 
 def resolve_precision(asked: str | None, launched: str) -> str:
@@ -93,10 +117,11 @@ def is_emulated(name: str, device: torch.device) -> bool:
 
 def check_compiler() -> None:
     """Raise an UnsupportedError if torch.compile would find no C++ compiler."""
-    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    if not any(name and shutil.which(name) for name in candidates):
+    default = "clang++" if sys.platform == "darwin" else "g++"  # as torch._inductor.config has it
+    compiler = os.environ.get("CXX", default)
+    if not shutil.which(compiler):
         raise UnsupportedError(
-            "compile: True: no C++ compiler (g++ or clang++) was found; install one"
+            f"compile: True: no C++ compiler, {compiler!r} was not found; install it or set CXX"
         )
 
 

@@ -96,11 +96,11 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         CheckpointError: no such folder, a file missing or changed.
     """
     try:
-        sums = json.loads((folder / MANIFEST).read_bytes())
+        sums = dict(json.loads((folder / MANIFEST).read_bytes()))
         files = {name: (folder / Path(name).name).read_bytes() for name in sums}
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint: {folder}: {error.filename} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"checkpoint: {folder}: cannot be read: {error}") from None
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != sums[name]:
@@ -144,9 +144,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what was left half written."""
-    for old in [*list_checkpoints(root)[:-keep], *root.glob(f"{_TEMPORARY}*")]:
+def prune(newest: Path, keep: int) -> None:
+    """Keep `newest` and the `keep` - 1 checkpoints before it; delete what was left half written.
+
+    Later ones, which a resumed run found damaged, stay until it writes them anew.
+    """
+    root = newest.parent
+    past = [folder for folder in list_checkpoints(root) if folder.name <= newest.name]
+    for old in [*past[:-keep], *root.glob(f"{_TEMPORARY}*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -5,15 +5,19 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import tyro
 
-from cifar.errors import CifarError, ConfigError
+from cifar.errors import CifarError, ConfigError, UserError
 
 T = TypeVar("T")
+
+FIRST_PROCESS_SECONDS = 10.0
+"""How long a process waits for the first one to meet the same bad input and end the job."""
 
 _BOX = "╭╮╰╯│─ "
 
@@ -82,6 +86,9 @@ def run_program(
         if words[0] not in commands:
             raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
         return commands[words[0]].run(words[1:])
+    except UserError as error:
+        complain_of_input(prog, str(error))
+        return error.exit_code
     except CifarError as error:
         complain(prog, str(error))
         return error.exit_code
@@ -97,6 +104,19 @@ def complain(prog: str, message: str) -> None:
     """One line on stderr, from the first process alone."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def complain_of_input(prog: str, message: str) -> None:
+    """The same, but another process speaks up if it alone has met the error.
+
+    It waits first: the launcher ends all processes as soon as one of them has failed, which must
+    not be before the first has printed.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(FIRST_PROCESS_SECONDS)
+        prog = f"{prog}: process {rank}"
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _overview(prog: str, summary: str, commands: Mapping[str, Command]) -> str:

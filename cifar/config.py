@@ -208,7 +208,7 @@ class Recipe:
     schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
     """Learning rate after the warm-up; one-cycle rises for 30 % of the steps, then falls."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0 (cosine, constant)."""
+    """Linear warm-up from 0 (cosine, constant); one-cycle has its own."""
     label_smoothing: float = 0.0
     """Probability mass spread over all classes."""
     ema_decay: float = 0.0
@@ -229,6 +229,14 @@ class Recipe:
             require(
                 0 <= getattr(self, name) < math.inf, name, getattr(self, name), "give 0 or more"
             )
+        require(
+            self.warmup_epochs <= (0 if self.schedule == "one-cycle" else self.epochs),
+            "warmup-epochs",
+            self.warmup_epochs,
+            "one-cycle has its own warm-up, use another --schedule"
+            if self.schedule == "one-cycle"
+            else "give at most the epochs",
+        )
         for name in ("momentum", "label_smoothing", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give 0 <= value < 1")
         require(

@@ -48,7 +48,7 @@ class Meter:
         count = len(logits)
         correct = (logits.argmax(1) == labels).sum()
         self._sums += torch.stack(
-            (loss.double() * count, correct.double(), loss.new_tensor(count).double())
+            (loss.double() * count, correct.double(), self._sums.new_tensor(count))
         )
         bad = torch.where(loss.isfinite(), torch.inf, float(step))
         torch.minimum(self._first_bad, bad.double(), out=self._first_bad)

@@ -1,6 +1,7 @@
 """A training run from start or checkpoint to final weights: loop, signals, files, progress."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from cifar import checkpoint, run_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
 from cifar.distributed import barrier
-from cifar.errors import CheckpointError, CifarError, Stopped
+from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.progress import TrainingProgress
 from cifar.signals import StopSignals
@@ -26,8 +27,8 @@ def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: b
         TrainingError: training went wrong.
         Stopped: by a signal, after saving.
     """
-    with StopSignals() as signals:
-        trainer = Trainer(config, run, load_dataset(config.data))
+    trainer = Trainer(config, run, load_dataset(config.data))
+    with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
         session = Session(trainer, folder, signals)
         if resume:
             session.resume()
@@ -64,7 +65,6 @@ class Session:
             self._since = time.monotonic()
             if self._epoch_due:
                 self._end_epoch()
-                self._save()
             while trainer.step < trainer.total_steps:
                 trainer.train_step()
                 self._after_step()
@@ -106,6 +106,11 @@ class Session:
         self._seconds += time.monotonic() - self._since
         metrics = trainer.meter.train_metrics()
         result = self._evaluation = trainer.evaluate()
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"loss: not finite on the test images after step {trainer.step}: training stopped; "
+                "the last good checkpoint is kept; lower --lr or change --precision"
+            )
         line = {
             "epoch": -(-trainer.step // trainer.loader.steps_per_epoch),
             "step": trainer.step,
@@ -135,20 +140,26 @@ class Session:
         if self.folder:
             root = self.folder / "checkpoints"
             folder = checkpoint.checkpoint_folder(root, self.trainer.step)
-            try:
-                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
-            except OSError as error:
-                raise CifarError(f"checkpoint: {folder}: cannot be written: {error}") from None
-            checkpoint.prune(root, self.trainer.run.keep_checkpoints)
+            self._write(folder, tensors, counters)
+            checkpoint.prune(folder, self.trainer.run.keep_checkpoints)
         self._since = time.monotonic()
 
     def _write_final(self) -> None:
         if self.folder:
             tensors = {"model": self.trainer.eval_weights()}
-            checkpoint.write_checkpoint(
-                self.folder / "final", tensors, self.trainer.card(), {"step": self.trainer.step}
-            )
+            self._write(self.folder / "final", tensors, {"step": self.trainer.step})
         barrier()
+
+    def _write(
+        self, folder: Path, tensors: dict[str, checkpoint.Tensors], counters: dict[str, Any]
+    ) -> None:
+        try:
+            checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
+        except OSError as error:
+            raise CifarError(
+                f"checkpoint: {folder}: cannot be written: {error.strerror}; make room, then "
+                "continue with --resume"
+            ) from None
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that is whole; a damaged one is passed over.
@@ -164,7 +175,8 @@ class Session:
         self.trainer.load_state(tensors, counters)
         self._seconds, self._epoch_due = counters["epoch_seconds"], counters["epoch_due"]
         if self.folder:
-            run_folder.rewind_metrics(self.folder, self.trainer.step)
+            # An epoch that is due gets its line anew, also where the last attempt died after it.
+            run_folder.rewind_metrics(self.folder, self.trainer.step - self._epoch_due)
 
     def _newest_checkpoint(self, root: Path) -> tuple[Path, dict[str, bytes]]:
         found = checkpoint.list_checkpoints(root / "checkpoints")

@@ -1,6 +1,7 @@
 """A training run on disk: `config.json`, `metrics.jsonl`, `checkpoints/` and `final/`."""
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cifar.config import RunConfig, TrainConfig
-from cifar.errors import CheckpointError, CifarError, ConfigError, UserError
+from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
+from cifar.errors import CheckpointError, CifarError, ConfigError
 from cifar.serialize import STRICT, contents, from_json, to_json
 
 CONFIG = "config.json"
@@ -28,42 +29,64 @@ class StoredConfig:
 
 
 @contextlib.contextmanager
-def created(folder: Path) -> Iterator[Path]:
-    """The folder of a new run; it is removed again if bad input ends the run before it starts."""
-    create(folder)
+def created(config: TrainConfig, asked: str | None) -> Iterator[Path]:
+    """The folder of a new run, the one asked for or else runs/train/<model>-<data>-<UTC time>.
+
+    It is removed again if the run ends before it starts to train.
+
+    Raises:
+        ConfigError: the folder holds something already, or cannot be written.
+    """
+    if asked is not None:
+        folder = create(Path(asked))
+    else:
+        moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        folder = _first_free(f"{config.model.label}-{config.data.source}-{moment}")
     try:
         yield folder
-    except UserError:
-        if not any(folder.iterdir()):
+    finally:
+        claim = folder / CONFIG
+        if claim.exists() and claim.stat().st_size == 0:
+            claim.unlink()
             folder.rmdir()
-        raise
 
 
-def default_folder(config: TrainConfig) -> Path:
-    """runs/train/<model>-<data>-<UTC time>."""
-    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    return Path("runs", "train", f"{config.model.label}-{config.data.source}-{moment}")
+def _first_free(name: str) -> Path:
+    """Two runs may start in the same second."""
+    for number in itertools.count(1):
+        folder = Path("runs", "train", name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            with contextlib.suppress(FolderTakenError):
+                return create(folder)
+    raise AssertionError("unreachable")
+
+
+class FolderTakenError(ConfigError):
+    """The folder of a new run holds something already."""
 
 
 def create(folder: Path) -> Path:
-    """Make the folder of a new run.
+    """Make the folder of a new run and claim it with an empty `config.json`.
 
     Raises:
-        ConfigError: it holds something already, or cannot be written.
+        FolderTakenError: it holds something already.
+        ConfigError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(
-                f"output-dir: '{folder}': not empty; choose another, or continue it with --resume"
-            )
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        taken = any(folder.iterdir())
+        if not taken:
+            (folder / CONFIG).touch(exist_ok=False)
+    except FileExistsError:
+        taken = True
     except OSError as error:
         raise ConfigError(
             f"output-dir: '{folder}': cannot be written ({error.strerror}); choose another"
         ) from None
+    if taken:
+        raise FolderTakenError(
+            f"output-dir: '{folder}': no empty folder; choose another, or continue with --resume"
+        )
     return folder
 
 
@@ -83,15 +106,22 @@ def write_config(folder: Path, train: TrainConfig, run: RunConfig) -> None:
     replace_file(folder / CONFIG, to_json(StoredConfig(train=train, run=run), indent=2) + "\n")
 
 
-def check_same(stored: TrainConfig, asked: TrainConfig) -> None:
-    """Raise a ConfigError that names the first option that differs from the run's."""
-    before, now = _flat(contents(stored)), _flat(contents(asked))
+def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None:
+    """Raise a ConfigError that names the first option that a resumed run cannot change."""
+    before, now = _flat(contents(stored.train)), _flat(contents(train))
+    before["recipe"], now["recipe"] = stored.train.recipe.name, train.recipe.name
+    before["output-dir"], now["output-dir"] = stored.run.output_dir, run.output_dir
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ConfigError(
-                f"{name.split('.')[-1]}: {now.get(name, 'default')!r}: the run to resume has "
+                f"{_option(name)}: {now.get(name, 'default')!r}: the run to resume has "
                 f"{before.get(name, 'the default')!r}; leave it out, or start a new run"
             )
+
+
+def _option(field: str) -> str:
+    last = field.rpartition(".")[2]
+    return OPTION_NAMES.get(last, last.replace("_", "-"))
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,10 +135,14 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def append_metrics(folder: Path, line: dict[str, Any]) -> None:
     """Add one epoch's line."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / METRICS
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CifarError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

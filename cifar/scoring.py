@@ -21,7 +21,7 @@ def score(
 
     Raises:
         CheckpointError: no weights there, or damaged.
-        DataError: the data set's classes or image size are not the model's.
+        DataError: the data set's classes or channels are not the model's.
     """
     card, weights = load_weights(path)
     dataset = load_dataset(data or _trained_on(card))

@@ -2,10 +2,15 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+ECHO_SECONDS = 1.0
+"""A launcher passes on the Ctrl-C that the terminal has sent to all processes of the job already;
+within this time after the first signal another one is taken for that."""
 
 
 class StopSignals:
@@ -13,6 +18,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -29,6 +35,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > ECHO_SECONDS:
             os._exit(128 + number)
-        self.received = number

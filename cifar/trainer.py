@@ -313,7 +313,8 @@ class Trainer:
         load_into(self.module, tensors["model"], "model")
         self._load_optimizer_tensors(tensors["optimizer"])
         if self.average:
-            self.average.weights = {k: v.to(self.device) for k, v in tensors["ema"].items()}
+            for name, average in self.average.weights.items():
+                average.copy_(tensors["ema"][name])
             self.average.updates = counters["ema_updates"]
         if self.scaler is not None:
             self.scaler.load_state_dict(counters["scaler"])
@@ -330,9 +331,15 @@ class Trainer:
         }
 
     def _load_optimizer_tensors(self, tensors: Tensors) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             number, _, name = key.partition(".")
-            state.setdefault(int(number), {})[name] = value
+            like = parameters[int(number)]
+            # Fused optimisers pair numbers by their place in memory, so layouts must agree.
+            same = value.shape == like.shape
+            state.setdefault(int(number), {})[name] = (
+                torch.empty_like(like).copy_(value) if same else value
+            )
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})

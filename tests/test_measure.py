@@ -163,6 +163,7 @@ def test_bf16_is_observed_in_an_inner_convolution(npz: Path) -> None:
         ("channels_last", True),
         ("num_processes", 2),
         ("tf32", True),
+        ("compile", True),
         ("loss_scaling", True),
     ],
 )

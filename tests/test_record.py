@@ -329,7 +329,7 @@ def test_environment_keys_differ_in_the_part_that_differs(part, change):
 
 
 def test_environment_key_ignores_time_host_and_commit():
-    other = replace(ENVIRONMENT, started="later", hostname="b", git_sha="c", memory_bytes=1)
+    other = replace(ENVIRONMENT, started="later", host="b", git_sha="c", memory_bytes=1)
     assert other.key() == ENVIRONMENT.key()
 
 

@@ -120,7 +120,7 @@ ENVIRONMENT = Environment(
     code_digest="0",
     threads=2,
     started="",
-    hostname="here",
+    host="here",
 )
 
 
@@ -137,7 +137,7 @@ def finished(cell, protocol, seconds, **changes):
 
 
 def estimate(cell, protocol, *history):
-    return estimate_seconds(cell, protocol, history=history, hostname="here")
+    return estimate_seconds(cell, protocol, history=history, host="here")
 
 
 def test_estimate_grows_with_depth_budget_and_compilation():
@@ -162,7 +162,7 @@ def test_estimate_is_calibrated_by_other_records_of_this_machine():
     record = finished(other, Protocol(), twice)
     calibrated = estimate(cell, Protocol(), record)
     assert calibrated - START_SECONDS == pytest.approx(2 * (plain - START_SECONDS))
-    foreign = replace(record, environment=replace(ENVIRONMENT, hostname="elsewhere"))
+    foreign = replace(record, environment=replace(ENVIRONMENT, host="elsewhere"))
     failed = replace(record, status="failed", reason="crash")
     assert estimate(cell, Protocol(), foreign, failed) == plain
 

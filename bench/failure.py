@@ -1,0 +1,124 @@
+"""Why a worker died, read from its exit code and the end of its stderr."""
+
+import re
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+Failure = Literal["failed", "oom"]
+
+_OUT_OF_MEMORY = re.compile(
+    r"^(?:[\w.]*(?:OutOfMemoryError|MemoryError)\b|what\(\):\s+std::bad_alloc)"
+    r"|\b(?:CUDA|HIP|XPU)(?: error:)? out of memory|DefaultCPUAllocator: (?:can't|not enough)"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|Cannot allocate memory|oom-kill|Out of memory: Killed"
+)
+_LAUNCHER_ERRORS = ("ChildFailedError", "CalledProcessError", "SignalException")
+_RANK = re.compile(r"^\[rank(\d+)\]:\s?")
+_LOG_LINE = re.compile(r"^(?:\[rank\d+\]:)?[EWI]\d{4} \d\d:\d\d:\d\d")
+_ROOT_RANK = re.compile(r"Root Cause .*?rank\s*:\s*(\d+)", re.DOTALL)
+_SIGNAL = re.compile(r"exitcode\s*: -(\d+)|died with <Signals\.\w+: (\d+)>")
+_LONGEST_REASON = 300
+
+
+def classify(returncode: int, stderr: str, *, oom_kills: int = 0) -> tuple[Failure, str]:
+    """Status and one-line reason of a process that ended without a record.
+
+    `returncode` is negative for a signal. `oom_kills` is how many processes the kernel killed for
+    memory meanwhile: without it, and without a message, a SIGKILL is not called out of memory.
+    The launcher's own traceback only says that a child failed, so it is passed over.
+    """
+    errors = list(_tracebacks(stderr))
+    lines = [_RANK.sub("", line).rstrip() for line in _own_lines(stderr)]
+    own = [line for line in lines if line and not line.startswith((" ", "Traceback"))]
+    messages = [text for _, text in errors]
+    memory = [text for text in (*messages, *map(str.strip, lines)) if _OUT_OF_MEMORY.search(text)]
+    if memory:
+        return "oom", _short(memory[0])
+    number = _signal(returncode, stderr)
+    if number == signal.SIGKILL and oom_kills:
+        return "oom", "killed by the kernel: the machine or the container ran out of memory"
+    if errors:
+        reason = _root(errors, stderr)
+    elif number:
+        reason = ": ".join([_describe(number), *own[-1:]])
+    elif own:
+        reason = own[-1]
+    elif returncode == 0:
+        reason = "ended with exit code 0 but wrote no record"
+    else:
+        reason = f"exit code {returncode} without a message"
+    return "failed", _short(reason)
+
+
+def _tracebacks(stderr: str) -> Iterator[tuple[int | None, str]]:
+    """Rank (None: not said) and exception line of every traceback but the launcher's."""
+    for rank, lines in _by_rank(stderr).items():
+        for index, line in enumerate(lines):
+            if not line.startswith("Traceback (most recent call last)"):
+                continue
+            message = _exception_line(lines[index + 1 :])
+            if message and not _is_launchers(message):
+                yield rank, message
+
+
+def _by_rank(stderr: str) -> dict[int | None, list[str]]:
+    """Lines by the `[rankN]:` in front of them, since the ranks' tracebacks interleave."""
+    groups: dict[int | None, list[str]] = {}
+    for line in stderr.splitlines():
+        match = _RANK.match(line)
+        rank = int(match[1]) if match else None
+        groups.setdefault(rank, []).append(line[match.end() :] if match else line)
+    return groups
+
+
+def _is_launchers(message: str) -> bool:
+    return message.split(":", maxsplit=1)[0].endswith(_LAUNCHER_ERRORS)
+
+
+def _exception_line(lines: Iterable[str]) -> str:
+    """The first line after the frames; with the next one if it ends with a colon."""
+    texts = (line.rstrip() for line in lines)
+    for text in texts:
+        if text and not text.startswith(" "):
+            return text if not text.endswith(":") else f"{text} {next(texts, '')}".strip()
+    return ""
+
+
+def _root(errors: list[tuple[int | None, str]], stderr: str) -> str:
+    """The last exception of the rank that failed first, of any rank if that is not known."""
+    match = _ROOT_RANK.search(stderr)
+    first = [message for rank, message in errors if match and rank == int(match[1])]
+    return (first or [message for _, message in errors])[-1]
+
+
+def _own_lines(stderr: str) -> list[str]:
+    """The lines before the launcher's traceback, without its log."""
+    lines = stderr.splitlines()
+    for index, line in enumerate(lines):
+        if line.startswith("Traceback") and _is_launchers(_exception_line(lines[index + 1 :])):
+            lines = lines[:index]
+            break
+    return [line for line in lines if not _LOG_LINE.match(line)]
+
+
+def _signal(returncode: int, stderr: str) -> int:
+    """Number of the signal that ended the worker, 0 if none did."""
+    match = _SIGNAL.search(stderr)
+    if match:
+        return int(match[1] or match[2])
+    return -returncode if returncode < 0 else 0
+
+
+def _describe(number: int) -> str:
+    if number == signal.SIGKILL:
+        return "killed by signal 9 (out of memory?)"
+    try:
+        return f"killed by signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"killed by signal {number}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

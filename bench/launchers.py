@@ -1,0 +1,245 @@
+"""How a cell's processes are started, watched and ended. A new launcher is a yaml and a row."""
+
+import contextlib
+import importlib.resources
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from bench.failure import classify
+from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.record import Record, Status, parse_record, write_json_atomic
+from bench.spec import Cell
+from cifar.errors import ConfigError, UserError
+from cifar.process import worker_environment
+from cifar.serialize import to_json
+
+WORKER = "bench.worker"
+GRACE_SECONDS = 10.0
+"""Between asking processes to end and ending them."""
+_MARK = "BENCH_JOB"
+"""Environment variable that tells a job's processes, whatever group or session they moved to."""
+_STDERR_TAIL = 256 * 1024
+
+ArgvFor = Callable[[Cell, Path], list[str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launcher:
+    """A way to start processes: Accelerate configurations in the folder `launch`.
+
+    `single` is the one for a single process.
+    """
+
+    description: str
+    config: str
+    single: str
+
+
+LAUNCHERS: dict[str, Launcher] = {
+    "ddp": Launcher(
+        description="DistributedDataParallel, one process per device",
+        config="ddp.yaml",
+        single="single.yaml",
+    ),
+}
+
+
+def get_launcher(name: str) -> Launcher:
+    """The launcher of that name.
+
+    Raises:
+        ConfigError: no such launcher.
+    """
+    if name not in LAUNCHERS:
+        raise ConfigError(f"launcher: {name!r}: choose one of {', '.join(LAUNCHERS)}")
+    return LAUNCHERS[name]
+
+
+def argv_for(cell: Cell, folder: Path) -> list[str]:
+    """The command that measures a cell and leaves `folder`/record.json."""
+    launcher = get_launcher(cell.launcher)
+    config = launcher.single if cell.num_processes == 1 else launcher.config
+    yaml = importlib.resources.files("launch") / config
+    options = {
+        "--config_file": str(yaml),
+        "--num_processes": str(cell.num_processes),
+        "--num_machines": "1",
+        "--mixed_precision": "no",
+        "--dynamo_backend": "no",
+        "--main_process_port": "0",  # any free one, so that several jobs do not clash
+    }
+    words = [word for option in options.items() for word in option]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launch, *words, "-m", WORKER, str(folder)]
+
+
+def environment_for(cell: Cell, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment that a cell's processes run in."""
+    return worker_environment(cell.num_processes, base)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How a job's processes ended; `returncode` is negative for a signal."""
+
+    returncode: int
+    timed_out: bool = False
+    oom_kills: int = 0
+
+
+def launch(
+    job: Job, folder: Path, *, argv_for: ArgvFor = argv_for, grace: float = GRACE_SECONDS
+) -> Record:
+    """Measure a job in fresh processes; whatever becomes of them, the result is a record.
+
+    `folder` receives cell.json, record.json, stdout and stderr. When this returns or raises
+    (KeyboardInterrupt), none of the job's processes is left.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    _prepare(job, folder)
+    started, clock = datetime.now(UTC), time.monotonic()
+    ending = _run(job, folder, argv_for(job.task.cell, folder), grace)
+    record = _judge(job, folder, ending)
+    return replace(
+        record,
+        suite=job.suite,
+        run_id=job.run_id,
+        started=started.isoformat(timespec="seconds"),
+        duration_s=round(time.monotonic() - clock, 3),
+        returncode=ending.returncode,
+    )
+
+
+def _prepare(job: Job, folder: Path) -> None:
+    """Write cell.json; clear what an earlier attempt left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in [folder / RECORD_FILE, *folder.glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    write_json_atomic(folder / CELL_FILE, to_json(job, indent=2) + "\n")
+
+
+def _run(job: Job, folder: Path, argv: Sequence[str], grace: float) -> Ending:
+    """Start the command, wait until it ends or its time is up, and leave no process behind."""
+    mark = f"{os.getpid()}:{time.monotonic_ns()}:{folder}"
+    environment = environment_for(job.task.cell, os.environ) | {_MARK: mark}
+    kills, timed_out = _oom_kills(), False
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C reaches this program alone
+            )
+        process.wait(job.task.protocol.timeout)
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    finally:
+        _end(mark, grace)
+        returncode = process.poll() if process else None
+    return Ending(
+        returncode=-signal.SIGKILL if returncode is None else returncode,
+        timed_out=timed_out,
+        oom_kills=_oom_kills() - kills,
+    )
+
+
+def _end(mark: str, grace: float) -> None:
+    """Ask all of a job's processes to end, then make them."""
+    try:
+        if not _gone(mark, signal.SIGTERM, grace):
+            _gone(mark, signal.SIGKILL, grace)
+    except BaseException:  # a second Ctrl-C: no more grace
+        _gone(mark, signal.SIGKILL, grace)
+        raise
+
+
+def _gone(mark: str, number: signal.Signals, grace: float) -> bool:
+    """Signal a job's processes; whether all of them ended within `grace` seconds."""
+    deadline = time.monotonic() + grace
+    alive = _alive(mark)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+        alive = _alive(mark)
+    return not alive
+
+
+def _alive(mark: str) -> list[psutil.Process]:
+    """The processes of a job that have not ended.
+
+    Process groups do not tell: torchrun gives every worker a session of its own.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _oom_kills() -> int:
+    """Processes that this Linux kernel has killed for lack of memory since it started."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        return int(match[1]) if match else 0
+    return 0
+
+
+def _judge(job: Job, folder: Path, ending: Ending) -> Record:
+    """The worker's record if it wrote a good one, else a record of its failure."""
+    stopped = f"stopped after {job.task.protocol.timeout:g} s"
+    try:
+        record = parse_record((folder / RECORD_FILE).read_text("utf-8"), source=RECORD_FILE)
+    except FileNotFoundError:
+        if ending.timed_out:
+            return _failure(job, "timeout", stopped)
+        status, reason = classify(
+            ending.returncode, _tail(folder / "stderr"), oom_kills=ending.oom_kills
+        )
+        return _failure(job, status, reason)
+    except (UserError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return _failure(job, "failed", f"unreadable {RECORD_FILE}: {' '.join(str(error).split())}")
+    if record.key != job.task.key:
+        return _failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
+    if not ending.timed_out and ending.returncode == 0:
+        return record
+    end = stopped if ending.timed_out else f"exit code {ending.returncode}"
+    note = f"{end}, after the record was written"
+    return replace(record, reason=f"{record.reason}; {note}" if record.reason else note)
+
+
+def _failure(job: Job, status: Status, reason: str) -> Record:
+    return Record(
+        cell=job.task.cell,
+        protocol=job.task.protocol,
+        repeat=job.task.repeat,
+        status=status,
+        reason=reason,
+        started="",
+        duration_s=0.0,
+    )
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _STDERR_TAIL))
+        return file.read().decode(errors="replace")

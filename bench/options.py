@@ -1,0 +1,184 @@
+"""The options of `bench run`, and the suite that they ask for."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from bench.launchers import get_launcher
+from bench.spec import Plan, Protocol, Suite, Task, expand, grid
+from bench.suites import get_suite, override
+from cifar.config import DataConfig, parse_data, require
+from cifar.errors import ConfigError
+from cifar.recipes import get_recipe
+
+arg = tyro.conf.arg
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+
+def _split(words: list[str]) -> tuple[str, ...]:
+    return tuple(part.strip() for part in words[0].split(",") if part.strip())
+
+
+CommaList = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME[,NAME...]",
+        instance_from_str=_split,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(value)],
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """Options of `bench run`."""
+
+    suite: tyro.conf.Positional[Annotated[str | None, arg(metavar="SUITE")]] = None
+    """A named suite (see bench list); or else give --models."""
+    models: CommaList = ()
+    """Models to measure without a suite, e.g. resnet18,resnet18-w16."""
+    precisions: CommaList = ()
+    """Their precisions: fp32, tf32, bf16, fp16; fp32 when not given."""
+    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
+    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    recipe: Annotated[str | None, arg(metavar="NAME")] = None
+    """Recipe to train by."""
+    batch_size: Annotated[int | None, arg(aliases=("-b",), metavar="N")] = None
+    """Images per optimiser step, over all devices."""
+    channels_last: Flag = False
+    """Keep images and convolution weights in NHWC order."""
+    compile: Flag = False
+    """Run the model through torch.compile."""
+    seeds: Annotated[int | None, arg(metavar="N")] = None
+    """Measure every cell at this many seeds."""
+    launcher: Annotated[str | None, arg(metavar="NAME")] = None
+    """How processes are started: ddp."""
+    num_processes: Annotated[int | None, arg(metavar="N")] = None
+    """Processes per cell, one per device."""
+    train_samples: Annotated[int | None, arg(metavar="N")] = None
+    """Training budget of every cell in samples; 0: speed only."""
+    warmup_steps: Annotated[int | None, arg(metavar="N")] = None
+    """Optimiser steps before the clock starts."""
+    timed_steps: Annotated[int | None, arg(metavar="N")] = None
+    """Optimiser steps that are timed."""
+    repeats: Annotated[int | None, arg(metavar="N")] = None
+    """Fresh processes per cell."""
+    timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Seconds after which a cell is ended."""
+    dry_run: Flag = False
+    """Show the cells, their commands and the expected time; start nothing."""
+    resume: Annotated[str | None, arg(metavar="RUN")] = None
+    """Do what is missing in a run, given by its id or folder."""
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Where runs are kept."""
+
+
+CELL_OPTIONS = (
+    "data",
+    "recipe",
+    "batch_size",
+    "channels_last",
+    "compile",
+    "seeds",
+    "launcher",
+    "num_processes",
+    "train_samples",
+    "warmup_steps",
+    "timed_steps",
+    "repeats",
+    "timeout",
+)
+"""The options that change the cells and protocols of a suite."""
+
+SHAPES_TRAIN_IMAGES = 10_000
+"""Of the embedded data set, which nothing can be wrong with: it need not be drawn to check it."""
+
+
+def build_suite(options: RunOptions) -> Suite:
+    """The suite that the options ask for, every cell of it valid.
+
+    Raises:
+        ConfigError: neither suite nor models, both, or a name or value that cannot be meant.
+    """
+    changes = _given(options, CELL_OPTIONS)
+    if options.recipe is not None:
+        changes["recipe"] = get_recipe(options.recipe)
+    if options.data is not None:
+        changes["data"] = parse_data(options.data)
+    suite = override(_start(options), **changes)
+    for task in expand(suite):
+        get_launcher(task.cell.launcher)
+    return suite
+
+
+def _given(options: RunOptions, names: Iterable[str]) -> dict[str, Any]:
+    """The options among these that were given; a flag that was not is False."""
+    values = {name: getattr(options, name) for name in names}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and value is not False and value != ()
+    }
+
+
+def _start(options: RunOptions) -> Suite:
+    if options.suite is not None:
+        for name, value in _given(options, ("models", "precisions")).items():
+            given = ",".join(value)
+            raise ConfigError(f"{name}: {given!r}: a suite brings its own; leave out one of them")
+        return get_suite(options.suite)
+    if not options.models:
+        raise ConfigError("suite: none given: name one (see bench list) or give --models")
+    cells = grid(options.models, options.precisions or ("fp32",))
+    return Suite(
+        name="custom",
+        description="cells given on the command line",
+        plans=(Plan(protocol=Protocol(), cells=cells),),
+    )
+
+
+def check_resume(options: RunOptions) -> None:
+    """Refuse options that would change the run to resume.
+
+    Raises:
+        ConfigError: a suite or a cell option is given as well.
+    """
+    for name, value in _given(options, ("suite", "models", "precisions", *CELL_OPTIONS)).items():
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        raise ConfigError(
+            f"{name.replace('_', '-')}: {shown}: not with --resume, which does what the run was "
+            "started for; leave it out"
+        )
+
+
+def check_data(tasks: Iterable[Task]) -> None:
+    """Read every data set that the tasks name, as their workers will.
+
+    Raises:
+        DataError: one is missing, damaged or of the wrong form.
+        ConfigError: a batch is larger than its training split.
+    """
+    sizes: dict[DataConfig, int] = {}
+    for task in tasks:
+        data, batch = task.cell.train.data, task.cell.train.recipe.global_batch_size
+        if data not in sizes:
+            sizes[data] = _train_size(data)
+        require(batch <= sizes[data], "batch-size", batch, f"{data} has {sizes[data]} images")
+
+
+def _train_size(data: DataConfig) -> int:
+    if data.source == "shapes":
+        return SHAPES_TRAIN_IMAGES
+    from cifar.data.sources import load_dataset
+
+    return len(load_dataset(data).train)
+
+
+def runs_folder(options: RunOptions) -> Path:
+    """Where runs are kept, as an absolute path."""
+    return Path(options.runs_dir).expanduser().absolute()

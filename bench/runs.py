@@ -1,0 +1,267 @@
+"""Runs on disk: a folder each, which outlives any crash and can be taken up again.
+
+`runs/<id>/` holds run.json (what was planned), records.jsonl (a line per finished process) and
+`cells/<nn>-<slug>/` with what each process was told, wrote and printed.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar
+
+from bench.estimate import estimate_seconds
+from bench.job import Job
+from bench.launchers import launch
+from bench.present import present_environment
+from bench.progress import SuiteProgress
+from bench.record import Environment, Record, append_record, read_records, write_json_atomic
+from bench.spec import Suite, Task, expand
+from cifar.errors import UserError
+from cifar.serialize import STRICT, from_json, to_json
+
+RUN_FILE = "run.json"
+RECORDS_FILE = "records.jsonl"
+REMEMBERED_RUNS = 10
+"""Newest runs whose records serve to estimate durations."""
+
+Launch = Callable[[Job, Path], Record]
+Present = Callable[[int], Environment]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """The contents of run.json: what the run is to measure, and how it was asked for."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    suite: str
+    created: str
+    """UTC, ISO 8601."""
+    argv: tuple[str, ...]
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run's folder and its plan; the folder's name is the run's id."""
+
+    folder: Path
+    plan: RunPlan
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def records_file(self) -> Path:
+        """The file that every finished process adds a line to."""
+        return self.folder / RECORDS_FILE
+
+    def cell_folder(self, number: int) -> Path:
+        """Of task `number`, counted from 1."""
+        task = self.plan.tasks[number - 1]
+        return self.folder / "cells" / f"{number:02d}-{task.slug}"
+
+    def records(self) -> list[Record]:
+        """All records so far, oldest first; none if no process has finished."""
+        return read_records(self.records_file) if self.records_file.exists() else []
+
+
+def check_writable(runs_dir: Path) -> None:
+    """Make sure that runs can be written.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        probe = runs_dir / f".{secrets.token_hex(4)}.tmp"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _unwritable(runs_dir, error) from None
+
+
+def create(suite: Suite, runs_dir: Path, argv: Sequence[str] = ()) -> Run:
+    """Make a new run's folder; its id is UTC time, suite and a random part.
+
+    Raises:
+        UserError: the folder cannot be written, or the suite has no or bad cells.
+    """
+    now = datetime.now(UTC)
+    plan = RunPlan(
+        suite=suite.name,
+        created=now.isoformat(timespec="seconds"),
+        argv=tuple(argv),
+        tasks=expand(suite),
+    )
+    folder = runs_dir / f"{now:%Y%m%d-%H%M%S}-{suite.name}-{secrets.token_hex(2)}"
+    try:
+        folder.mkdir(parents=True)
+        write_json_atomic(folder / RUN_FILE, to_json(plan, indent=2) + "\n")
+    except OSError as error:
+        raise _unwritable(runs_dir, error) from None
+    return Run(folder=folder, plan=plan)
+
+
+def _unwritable(runs_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"runs-dir: {str(runs_dir)!r}: cannot be written ({error.strerror}); give another folder"
+    )
+
+
+def find(name: str, runs_dir: Path) -> Run:
+    """The run of that id or path.
+
+    Raises:
+        UserError: there is none, or its run.json cannot be read.
+    """
+    for folder in (runs_dir / name, Path(name)):
+        if (folder / RUN_FILE).is_file():
+            try:
+                text = (folder / RUN_FILE).read_bytes()
+            except OSError as error:
+                raise UserError(f"run: {folder / RUN_FILE}: {error.strerror}") from None
+            plan = from_json(RunPlan, text, source=str(folder / RUN_FILE))
+            return Run(folder=folder.absolute(), plan=plan)
+    raise UserError(f"run: {name!r}: no such run in {str(runs_dir)!r}; give its id or its folder")
+
+
+def run_names(runs_dir: Path) -> list[str]:
+    """The ids of all runs, oldest first."""
+    return sorted(path.parent.name for path in runs_dir.glob(f"*/{RUN_FILE}"))
+
+
+def newest(runs_dir: Path) -> Run:
+    """The run that was made last.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = run_names(runs_dir)
+    if not names:
+        raise UserError(f"run: no run in {str(runs_dir)!r}; start one with bench run")
+    return find(names[-1], runs_dir)
+
+
+def history(runs_dir: Path) -> list[Record]:
+    """The records of the newest runs; a run that cannot be read teaches nothing."""
+    records: list[Record] = []
+    for name in run_names(runs_dir)[-REMEMBERED_RUNS:]:
+        with contextlib.suppress(UserError, OSError):
+            records += find(name, runs_dir).records()
+    return records
+
+
+def latest(records: Iterable[Record]) -> dict[tuple[str, str, int], Record]:
+    """The last record of every key."""
+    return {record.key: record for record in records}
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """While entered, no other process may write this run.
+
+    Raises:
+        UserError: another process does, or the folder cannot be written.
+    """
+    try:
+        descriptor = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(run.folder, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run: {run.id!r}: is being run by another process; wait for it") from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def reusable(record: Record, environment: Environment) -> bool:
+    """Whether a record tells what measuring again, here and now, would."""
+    return (
+        record.status in ("ok", "unsupported")
+        and record.environment is not None
+        and record.environment.key() == environment.key()
+    )
+
+
+def execute(
+    run: Run,
+    *,
+    launch: Launch = launch,
+    present: Present = present_environment,
+    past: Sequence[Record] = (),
+) -> list[Record]:
+    """Measure what has no record that can be used again; one record per task, in their order.
+
+    Every record is on disk before the next process starts. `past` records serve to estimate
+    durations; `present` tells what a worker of so many processes runs on now, and is asked only
+    if there are records.
+
+    Raises:
+        UserError: another process runs this run, or its folder cannot be written.
+    """
+    with locked(run):
+        try:
+            return _Execution(run, launch, present, past).all()
+        except OSError as error:
+            raise _unwritable(run.folder, error) from None
+
+
+class _Execution:
+    """The loop over a run's tasks."""
+
+    def __init__(self, run: Run, launch: Launch, present: Present, past: Sequence[Record]) -> None:
+        self._run = run
+        self._launch = launch
+        self._kept = _kept(run, present)
+        self._known = [*past, *run.records()]
+
+    def all(self) -> list[Record]:
+        tasks = self._run.plan.tasks
+        with SuiteProgress(len(tasks), sys.stderr) as progress:
+            return [self._one(number, progress) for number in range(1, len(tasks) + 1)]
+
+    def _one(self, number: int, progress: SuiteProgress) -> Record:
+        task = self._run.plan.tasks[number - 1]
+        label = task.cell.label + (f" repeat {task.repeat}" if task.repeat else "")
+        progress.start(number, label, self._seconds_from(number))
+        if kept := self._kept.get(task.key):
+            progress.finish(kept, self._seconds_from(number + 1), reused=True)
+            return kept
+        job = Job(task=task, suite=self._run.plan.suite, run_id=self._run.id)
+        record = self._launch(job, self._run.cell_folder(number))
+        append_record(self._run.records_file, record)
+        self._known.append(record)
+        progress.finish(record, self._seconds_from(number + 1))
+        return record
+
+    def _seconds_from(self, number: int) -> float:
+        """Expected seconds for task `number` and those after it."""
+        return sum(
+            estimate_seconds(task.cell, task.protocol, history=self._known)
+            for task in self._run.plan.tasks[number - 1 :]
+            if task.key not in self._kept
+        )
+
+
+def _kept(run: Run, present: Present) -> dict[tuple[str, str, int], Record]:
+    """The records that can be used again."""
+    old = latest(run.records())
+    counts = {record.cell.num_processes for record in old.values() if record.environment}
+    environments = {count: present(count) for count in sorted(counts)}
+    return {
+        key: record
+        for key, record in old.items()
+        if record.environment and reusable(record, environments[record.cell.num_processes])
+    }

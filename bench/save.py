@@ -1,0 +1,62 @@
+"""A run's records to the results that are kept: `results/<hardware>/<suite>.{jsonl,md}`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench.record import Record, read_records, write_json_atomic
+from bench.rows import rows
+from bench.runs import Run, latest
+from bench.table import render_markdown
+from cifar.errors import UserError
+from cifar.serialize import to_json
+
+
+def save(run: Run, results_dir: Path) -> list[Path]:
+    """Add a run's records to the results and render their table; returns the files written.
+
+    Of every key the latest record is kept, and takes the place of a stored one of that key.
+
+    Raises:
+        UserError: the run has no record that says what it ran on, or a file cannot be read or
+            written.
+    """
+    written = []
+    for hardware, records in _by_hardware(run).items():
+        path = results_dir / hardware / f"{run.plan.suite}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stored = read_records(path) if path.exists() else []
+            merged = latest([*stored, *records]).values()
+            write_json_atomic(path, "".join(to_json(record) + "\n" for record in merged))
+            table = render_markdown(rows(merged)).rstrip()
+            write_json_atomic(path.with_suffix(".md"), f"# {run.plan.suite}\n\n{table}\n")
+        except OSError as error:
+            raise UserError(
+                f"results-dir: {str(results_dir)!r}: cannot be written ({error.strerror}); "
+                "give another folder"
+            ) from None
+        written += [path, path.with_suffix(".md")]
+    return written
+
+
+def _by_hardware(run: Run) -> dict[str, list[Record]]:
+    """The latest records; one that died before it said what it ran on goes with its run's."""
+    records = list(latest(run.records()).values())
+    known = [record.environment for record in records if record.environment]
+    if not known:
+        raise UserError(f"run: {run.id!r}: has no finished record to save; see bench table")
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        hardware = (record.environment or known[0]).hardware
+        groups.setdefault(hardware, []).append(record)
+    return groups
+
+
+def uncommitted(records: Iterable[Record]) -> str:
+    """A note if records cannot be traced to a commit, else an empty text."""
+    environments = [record.environment for record in records if record.environment]
+    if any(environment.git_sha is None for environment in environments):
+        return "note: these records name no git commit"
+    if any(environment.git_dirty for environment in environments):
+        return "note: these records were taken with uncommitted changes"
+    return ""

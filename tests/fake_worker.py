@@ -1,0 +1,97 @@
+"""Stands in for bench.worker: does what $FAKE says for its model, `MODEL=what,...` or `what`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.record import Environment, Measurement, Record, write_json_atomic
+from cifar.serialize import from_json, to_json
+
+
+def environment(**fields):
+    """A made-up environment; $FAKE_CODE is its code digest."""
+    known = {
+        "cpu_model": "Fake CPU",
+        "cpu_count": 2,
+        "memory_bytes": 2**30,
+        "os": "Linux",
+        "python": "3.12.0",
+        "torch": "2.11.0",
+        "accelerate": "1.15.0",
+        "numpy": "2.0.0",
+        "code_digest": os.environ.get("FAKE_CODE", "c0de"),
+        "git_reason": "not a checkout",
+        "threads": 1,
+        "started": "2026-01-01T00:00:00+00:00",
+    }
+    return Environment(**known | fields)
+
+
+def record_of(job, **fields):
+    """A finished record of a job."""
+    rate = Measurement(
+        name="train_throughput",
+        unit="samples/s",
+        better="higher",
+        labels={"samples_per_step": 128},
+        samples=((0.5, 0.5),),
+    )
+    known = {
+        "cell": job.task.cell,
+        "protocol": job.task.protocol,
+        "repeat": job.task.repeat,
+        "status": "ok",
+        "started": "2026-01-01T00:00:00+00:00",
+        "duration_s": 1.0,
+        "environment": environment(),
+        "measurements": (rate,),
+    }
+    return Record(**known | fields)
+
+
+def main():
+    folder = Path(sys.argv[1])
+    job = from_json(Job, (folder / CELL_FILE).read_text())
+    whats = dict(part.rpartition("=")[::2] for part in os.environ.get("FAKE", "ok").split(","))
+    what = whats.get(job.task.cell.train.model.label, whats.get("", "ok"))
+    good = to_json(record_of(job))
+    match what:
+        case "ok" | "ok-exit3" | "ok-hang":
+            write_json_atomic(folder / RECORD_FILE, good)
+        case "unsupported":
+            record = record_of(job, status="unsupported", reason="no such unit", measurements=())
+            write_json_atomic(folder / RECORD_FILE, to_json(record))
+        case "garbage":
+            (folder / RECORD_FILE).write_text('{"schema_version": 1, "cell"')
+        case "unknown-key":
+            (folder / RECORD_FILE).write_text(good.replace('"suite":', '"color": 1, "suite":', 1))
+        case "other-cell":
+            write_json_atomic(folder / RECORD_FILE, good.replace('"repeat": 0', '"repeat": 7'))
+        case "crash":
+            raise ValueError("the worker broke")
+        case "oom":
+            raise MemoryError("no room")
+        case "sigkill":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if what in ("hang", "ok-hang", "orphan"):
+        # Like torchrun's workers: in a session of its own and deaf to polite requests.
+        code = (
+            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+            "print('ready', flush=True); time.sleep(600)"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE
+        )
+        child.stdout.readline()
+        (folder / "child").write_text(str(child.pid))
+        time.sleep(0 if what == "orphan" else 600)
+        os._exit(0)
+    sys.exit({"ok-exit3": 3, "exit4": 4}.get(what, 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from training import make_trainer, tiny_recipe
+
+from cifar.accelerator import (
+    check_compiler,
+    check_launch,
+    check_processes,
+    check_supported,
+    resolve_precision,
+)
+from cifar.errors import ConfigError, UnsupportedError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "launched", "precision"),
+    [
+        (None, "no", "fp32"),
+        (None, "bf16", "bf16"),
+        (None, "fp16", "fp16"),
+        ("bf16", "no", "bf16"),
+        ("tf32", "no", "tf32"),
+        ("bf16", "bf16", "bf16"),
+    ],
+)
+def test_the_precision_is_the_programs_or_else_the_launchers(
+    asked: str | None, launched: str, precision: str
+) -> None:
+    assert resolve_precision(asked, launched) == precision
+
+
+@pytest.mark.parametrize(("asked", "launched"), [("fp32", "bf16"), ("bf16", "fp16")])
+def test_two_precisions_are_a_conflict(asked: str, launched: str) -> None:
+    with pytest.raises(ConfigError, match=f"precision: '{asked}'.*{launched}"):
+        resolve_precision(asked, launched)
+
+
+def test_fp8_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="mixed_precision: 'fp8'"):
+        resolve_precision(None, "fp8")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_a_cpu_refuses_what_it_would_compute_in_fp32(precision: str) -> None:
+    with pytest.raises(UnsupportedError, match=precision):
+        check_supported(precision, CPU)
+    with pytest.raises(UnsupportedError, match=precision):
+        make_trainer(precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cpu_supports_the_others(precision: str) -> None:
+    check_supported(precision, CPU)
+
+
+def test_the_launchers_precision_is_trained_in_and_noted() -> None:
+    with mock.patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16"):
+        trainer = make_trainer()
+    assert trainer.config.precision == "bf16"
+    assert trainer.accelerator.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", "--accumulation"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED"),
+    ],
+)
+def test_launcher_settings_that_would_change_the_training_are_refused(
+    name: str, value: str, named: str
+) -> None:
+    with mock.patch.dict(os.environ, {name: value}), pytest.raises(UnsupportedError, match=named):
+        make_trainer()
+
+
+def test_the_launchers_neutral_settings_pass() -> None:
+    check_launch(
+        {
+            "ACCELERATE_DYNAMO_BACKEND": "NO",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            "ACCELERATE_USE_FSDP": "false",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("running", "world_size", "expected"),
+    [(1, "1", None), (1, None, None), (1, "1", 1), (4, "4", None), (4, "4", 4)],
+)
+def test_as_many_processes_as_asked_pass(
+    running: int, world_size: str | None, expected: int | None
+) -> None:
+    with mock.patch.dict(os.environ, {} if world_size is None else {"WORLD_SIZE": world_size}):
+        check_processes(SimpleNamespace(num_processes=running), expected)
+
+
+@pytest.mark.parametrize(
+    ("running", "world_size", "expected"),
+    [(1, "1", 3), (1, None, 2), (1, "2", None), (1, "2", 2), (1, "2", 1), (2, "2", 1)],
+)
+def test_another_number_of_processes_is_refused(
+    running: int, world_size: str | None, expected: int | None
+) -> None:
+    environment = {} if world_size is None else {"WORLD_SIZE": world_size}
+    with (
+        mock.patch.dict(os.environ, environment),
+        pytest.raises(ConfigError, match=f"num-processes: .*{running} run together"),
+    ):
+        check_processes(SimpleNamespace(num_processes=running), expected)
+
+
+def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ, PATH=str(tmp_path)):
+        os.environ.pop("CXX", None)
+        with pytest.raises(UnsupportedError, match="compile: .*compiler"):
+            make_trainer(compile=True)
+
+
+def test_the_compiler_is_the_one_that_torch_will_call(tmp_path: Path) -> None:
+    """A clang++ that torch does not look for is as good as none."""
+    for name in ("elsewhere++", "clang++" if sys.platform != "darwin" else "g++"):
+        (tmp_path / name).touch(mode=0o755)
+    with mock.patch.dict(os.environ, PATH=str(tmp_path)):
+        os.environ.pop("CXX", None)
+        with pytest.raises(UnsupportedError):
+            check_compiler()
+        os.environ["CXX"] = "elsewhere++"
+        check_compiler()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tf32_is_off_unless_asked_for(precision: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    make_trainer(tiny_recipe(), precision=precision)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32

@@ -1,0 +1,316 @@
+"""The command line of bench: exit codes, one-line errors, dry runs, interruptions, no torch."""
+
+import csv
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_worker import record_of
+
+from bench import options, runs
+from bench.__main__ import main
+from bench.job import Job
+from bench.record import append_record, read_records
+from bench.spec import Plan, Protocol, Suite, grid
+from bench.suites import SUITES
+from cifar.data.shapes import load_shapes
+
+ROOT = Path(__file__).parents[1]
+FAKE = Path(__file__).with_name("fake_bench.py")
+CELLS = ["run", "--models", "resnet20,resnet18"]
+
+
+def environ(**variables):
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
+
+
+def bench(cwd, *words, fake="ok", **variables):
+    """Run bench with fake workers in a folder; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, str(FAKE), *words],
+        cwd=cwd,
+        env=environ(FAKE=fake, **variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def statuses(cwd):
+    return [record.status for record in runs.newest(cwd / "runs").records()]
+
+
+# --- Bad input: one line, exit code 2, nothing started ---
+
+BAD = {
+    "command: 'nope': choose one of list, run, table, save": ["nope"],
+    "Unrecognized options: --nope": ["run", "quick", "--nope"],
+    "suite: none given": ["run"],
+    "suite: 'nope': choose one of quick": ["run", "nope"],
+    "models: 'resnet20': a suite brings its own": ["run", "quick", "--models", "resnet20"],
+    "model: 'resnet19': choose one of": ["run", "--models", "resnet19"],
+    "precision: 'int3': choose one of": ["run", "--models", "resnet20", "--precisions", "int3"],
+    "recipe: 'nope': choose one of": ["run", "quick", "--recipe", "nope"],
+    "launcher: 'nope': choose one of ddp": ["run", "quick", "--launcher", "nope"],
+    "data: 'nope': write shapes": ["run", "quick", "--data", "nope"],
+    "data: missing: no cifar-10-batches-py": ["run", "quick", "--data", "cifar10:missing"],
+    "data: missing.npz": ["run", "quick", "--data", "npz:missing.npz"],
+    "data: missing": ["run", "quick", "--data", "folder:missing"],
+    "batch-size: 0: give 1 or more": ["run", "quick", "-b", "0"],
+    "batch-size: 20000: shapes has 10000 images": [*CELLS, "-b", "20000"],
+    "batch-size: 10: does not divide over 3 processes": [*CELLS, "-b", "10", "--num-processes=3"],
+    "num-processes: 0: give 1 or more": ["run", "quick", "--num-processes", "0"],
+    "seeds: 0: give 1 or more": ["run", "quick", "--seeds", "0"],
+    "repeats: 0: give 1 or more": ["run", "quick", "--repeats", "0"],
+    "timeout: 0.0: give a positive number": ["run", "quick", "--timeout", "0"],
+    "train-samples: 5: give 0 (speed only)": ["run", "quick", "--train-samples", "5"],
+    "--seeds": ["run", "quick", "--seeds", "two"],
+    "run: 'nope': no such run": ["run", "--resume", "nope"],
+    "seeds: 3: not with --resume": ["run", "--resume", "nope", "--seeds", "3"],
+    "suite: quick: not with --resume": ["run", "quick", "--resume", "nope"],
+    "runs-dir: ": ["run", "quick", "--runs-dir", "file/runs"],
+    "run: no run in 'runs'; start one": ["table"],
+    "records: none yet": ["table", "empty.jsonl"],
+    "records: missing.jsonl: No such file": ["table", "missing.jsonl"],
+    "column: 'nope': choose one of": ["table", "good.jsonl", "--sort", "nope"],
+    "filter: 'nope': write COLUMN=VALUE": ["table", "good.jsonl", "--filter", "nope"],
+    "bad.jsonl:1": ["table", "bad.jsonl"],
+    "newer.jsonl:1: schema_version: 99": ["table", "newer.jsonl"],
+    "--format": ["table", "good.jsonl", "--format", "yaml"],
+    "run: 'nope': no such run ": ["save", "nope"],
+    "RUN": ["save"],
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working folder with record files: a good one, one with an unknown key, a newer one."""
+    (cell,) = grid(["resnet20"], ["fp32"])
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=(cell,)),))
+    task = runs.create(suite, tmp_path / "other").plan.tasks[0]
+    append_record(tmp_path / "good.jsonl", record_of(Job(task=task)))
+    text = (tmp_path / "good.jsonl").read_text()
+    (tmp_path / "bad.jsonl").write_text(text.replace('"suite":', '"color": 1, "suite":', 1) + text)
+    newer = text.replace('"schema_version": 1', '"schema_version": 99')
+    (tmp_path / "newer.jsonl").write_text(newer)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("message", "words"), BAD.items())
+def test_bad_input_is_one_line_and_exit_code_2(files, capsys, message, words):
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("bench: ")
+    assert message in output.err
+    assert output.out == ""
+    assert not (files / "runs").exists() or not list((files / "runs").iterdir())
+
+
+def test_a_damaged_data_set_is_found_before_anything_starts(files, npz, capsys):
+    npz.write_bytes(npz.read_bytes()[:2000])
+    assert main([*CELLS, "--data", f"npz:{npz}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (files / "runs").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(files, npz, capsys):
+    assert main([*CELLS, "--data", f"npz:{npz}", "-b", "97"]) == 2
+    assert "batch-size: 97: npz:" in capsys.readouterr().err
+
+
+def test_the_embedded_data_set_has_as_many_images_as_is_said():
+    assert len(load_shapes(test=100).train) == options.SHAPES_TRAIN_IMAGES
+
+
+# --- Help, list, dry run ---
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "-h"] for name in ("list", "run", "table", "save"))]
+)
+def test_help_has_examples_or_options_and_exits_0(capsys, words):
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    assert code in (0, None)
+    assert output.err == ""
+    assert ("examples:" if words == ["--help"] else "usage: bench") in output.out
+
+
+def test_list_names_every_suite_with_cells_and_time(files, capsys):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SUITES)
+    assert all(re.search(r"; \d+ cells, about \d+ (s|min|h)", line) for line in lines)
+
+
+def test_a_dry_run_shows_commands_that_a_shell_can_read_and_starts_nothing(files, capsys):
+    words = [*CELLS, "--precisions", "fp32,bf16", "-b", "256", "--channels-last", "--compile"]
+    words += ["--seeds", "3", "--launcher", "ddp", "--num-processes", "2", "--timeout", "600"]
+    assert main([*words, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[1/12] resnet20 fp32 channels-last compile b256 x2  about ")
+    command = shlex.split(lines[1])
+    assert "OMP_WAIT_POLICY=PASSIVE" in command
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert command[-3:] == ["-m", "bench.worker", "FOLDER"]
+    assert lines[-1].startswith("12 cells, about ")
+    assert not (files / "runs").exists()
+
+
+def test_options_change_the_cells_of_a_suite(files, capsys):
+    assert main(["run", "quick", "-b", "64", "--train-samples", "0", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet20 fp32 b64" in out
+    assert "b128" not in out
+
+
+# --- Runs ---
+
+
+def test_a_run_prints_tables_time_and_folder(tmp_path):
+    done = bench(tmp_path, *CELLS, fake="ok")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"resnet18 .* 256", done.stdout)
+    assert re.search(r"2 cells in \d+ s; records and logs are in runs/\S+", done.stdout)
+    assert [line[:5] for line in done.stderr.splitlines()] == ["[1/2]", "[2/2]"]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in run.iterdir() if path.name[0] != ".") == [
+        "cells", "records.jsonl", "run.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fake", "code", "expected"),
+    [
+        ("resnet20=unsupported", 0, ["unsupported", "ok"]),
+        ("resnet20=crash", 1, ["failed", "ok"]),
+        ("resnet20=oom", 1, ["oom", "ok"]),
+        ("resnet20=hang", 1, ["timeout", "ok"]),
+    ],
+)
+def test_a_broken_cell_is_survived_and_told_by_the_exit_code(tmp_path, fake, code, expected):
+    done = bench(tmp_path, *CELLS, "--timeout", "6", fake=fake)
+    assert done.returncode == code, done.stderr
+    assert statuses(tmp_path) == expected
+    assert f"{expected[0]}:" in done.stdout, "the table shows the row with its status"
+    assert ("try them again: bench run --resume runs/" in done.stdout) == (code == 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_ends_its_cell_and_can_be_resumed(tmp_path, number, code):
+    process = subprocess.Popen(
+        [sys.executable, str(FAKE), *CELLS],
+        cwd=tmp_path,
+        env=environ(FAKE="resnet18=hang"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (children := list(tmp_path.glob("runs/*/cells/*/child"))):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = errors.splitlines()[-1]
+    assert "to go on: bench run --resume runs/" in last
+    pid = int(children[0].read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert statuses(tmp_path) == ["ok"]
+    command = shlex.split(last.partition("to go on: bench ")[2])
+    done = bench(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert "[1/2] resnet20 fp32 b128 ... kept ok" in done.stderr
+    assert statuses(tmp_path) == ["ok", "ok"]
+
+
+def test_resume_measures_anew_what_other_code_measured(tmp_path):
+    assert bench(tmp_path, *CELLS, FAKE_CODE="old").returncode == 0
+    name = runs.newest(tmp_path / "runs").id
+    assert bench(tmp_path, "run", "--resume", name, FAKE_CODE="new").returncode == 0
+    records = runs.newest(tmp_path / "runs").records()
+    assert [record.environment.code_digest for record in records] == ["old"] * 2 + ["new"] * 2
+
+
+# --- Tables and results ---
+
+
+def test_table_filters_sorts_and_formats(files, capsys):
+    main(["table", "good.jsonl", "--format", "csv", "--filter", "model=resnet20"])
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["model"], float(row["train_throughput"])) == ("resnet20", 256.0)
+    main(["table", "good.jsonl", "--format", "markdown", "--sort", "train"])
+    assert "### fp32" in capsys.readouterr().out
+
+
+def test_a_torn_last_line_is_a_notice_on_stderr(files, capsys):
+    with Path("good.jsonl").open("a") as file:
+        file.write('{"schema_version": 1, "ru')
+    assert main(["table", "good.jsonl", "--format", "csv"]) == 0
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert "note: good.jsonl:2: the last line is incomplete" in output.err
+    assert len(output.out.splitlines()) == 2
+
+
+def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):
+    assert bench(tmp_path, *CELLS).returncode == 0
+    assert "resnet18" in bench(tmp_path, "table").stdout
+    done = bench(tmp_path, "save", runs.newest(tmp_path / "runs").id)
+    assert done.returncode == 0
+    assert done.stdout.split() == ["results/fake-2c/custom.jsonl", "results/fake-2c/custom.md"]
+    assert done.stderr == "bench: note: these records name no git commit\n"
+    assert len(read_records(tmp_path / "results/fake-2c/custom.jsonl")) == 2
+    done = bench(tmp_path, "table", "results/fake-2c/custom.jsonl", "--format", "csv")
+    assert len(done.stdout.splitlines()) == 3
+
+
+NO_TORCH = """
+import sys
+from bench.__main__ import main
+try:
+    code = main(sys.argv[1:])
+finally:
+    heavy = {"torch", "accelerate", "torchvision", "deepspeed"} & set(sys.modules)
+    assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["table", "good.jsonl"],
+        ["table", "good.jsonl", "--format", "csv"],
+        ["list"],
+        ["run", "quick", "--dry-run"],
+        ["--help"],
+        ["run", "-h"],
+    ],
+)
+def test_no_torch_is_imported(files, words):
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *words],
+        cwd=files,
+        env=environ(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

@@ -1,0 +1,62 @@
+"""The Accelerate configurations in launch/: complete, documented, free of what a cell decides."""
+
+import importlib.resources
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.launchers import LAUNCHERS
+
+FOLDER = Path(__file__).parent.parent / "launch"
+CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
+DECIDED_BY_THE_CELL = {"mixed_precision", "downcast_bf16", "bf16", "fp16", "num_processes"}
+
+
+def keys(value: object) -> Iterator[str]:
+    """All keys of nested mappings."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from keys(inner)
+
+
+def read(name: str) -> dict[str, object]:
+    found = importlib.resources.files("launch") / name
+    fields = yaml.safe_load(found.read_text(encoding="utf-8"))
+    assert isinstance(fields, dict)
+    return fields
+
+
+def test_nested_keys_are_found():
+    assert list(keys({"a": {"fp16": {}}, "b": 1})) == ["a", "fp16", "b"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_leaves_precision_and_process_count_to_the_cell(name):
+    assert not DECIDED_BY_THE_CELL & set(keys(read(name)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_accepts_a_configuration(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(FOLDER / name))
+    assert config.distributed_type == read(name)["distributed_type"]
+
+
+def test_every_configuration_has_a_launcher_and_the_other_way_round():
+    named = {file for row in LAUNCHERS.values() for file in (row.config, row.single)}
+    assert named == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_one_process_alone_gets_no_data_parallel_wrapper(name):
+    assert read(LAUNCHERS[name].single)["distributed_type"] != "MULTI_GPU"
+
+
+def test_every_file_is_described():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    scripts = [path.name for path in FOLDER.glob("*.sbatch")]
+    assert not [name for name in (*CONFIGS, *scripts) if name not in text]

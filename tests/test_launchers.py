@@ -1,0 +1,411 @@
+"""Launching: commands and environments, what becomes of broken workers, and why they broke."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from bench import launchers
+from bench.failure import classify
+from bench.job import Job
+from bench.launchers import LAUNCHERS, argv_for, get_launcher, launch
+from bench.spec import Protocol, Task, grid
+from cifar import process
+from cifar.errors import ConfigError
+from cifar.serialize import from_json, to_json
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+
+
+def make_job(model="resnet20", timeout=60.0, num_processes=1, repeat=0):
+    (cell,) = grid([model], ["fp32"], num_processes=num_processes)
+    task = Task(cell=cell, protocol=Protocol(timeout=timeout), repeat=repeat)
+    return Job(task=task, suite="quick", run_id="run-1")
+
+
+def fake_argv(cell, folder):
+    return [sys.executable, str(FAKE), str(folder)]
+
+
+def launch_fake(monkeypatch, folder, what, **options):
+    monkeypatch.setenv("FAKE", what)
+    return launch(make_job(**options), folder, argv_for=fake_argv, grace=0.3)
+
+
+def gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# --- Commands, yamls, environments ---
+
+
+def test_the_command_is_accelerate_launch_of_the_worker():
+    (cell,) = grid(["resnet20"], ["fp32"], num_processes=2)
+    argv = argv_for(cell, Path("folder"))
+    assert argv[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert argv[-3:] == ["-m", "bench.worker", "folder"]
+    options = dict(zip(argv[3:-3:2], argv[4:-3:2], strict=True))
+    assert Path(options.pop("--config_file")).name == "ddp.yaml"
+    assert options == {
+        "--num_processes": "2",
+        "--num_machines": "1",
+        "--mixed_precision": "no",
+        "--dynamo_backend": "no",
+        "--main_process_port": "0",
+    }
+
+
+def test_one_process_is_started_without_process_group():
+    (cell,) = grid(["resnet20"], ["fp32"])
+    assert any(word.endswith("single.yaml") for word in argv_for(cell, Path("folder")))
+
+
+def test_every_yaml_leaves_processes_and_precision_to_the_command_line():
+    files = sorted(Path(launchers.__file__).parents[1].joinpath("launch").glob("*.yaml"))
+    assert {row.config for row in LAUNCHERS.values()} <= {path.name for path in files}
+    assert {row.single for row in LAUNCHERS.values()} <= {path.name for path in files}
+    for path in files:
+        keys = yaml.safe_load(path.read_text()).keys()
+        assert not keys & {"num_processes", "mixed_precision", "downcast_bf16", "gpu_ids"}, path
+
+
+def test_an_unknown_launcher_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"launcher: 'dpp': choose one of ddp"):
+        get_launcher("dpp")
+
+
+def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
+    monkeypatch.setattr(process, "available_cores", lambda: 8)
+    assert process.worker_environment(3, {})["OMP_NUM_THREADS"] == "2"
+    assert process.worker_environment(99, {})["OMP_NUM_THREADS"] == "1"
+    chosen = {"OMP_NUM_THREADS": "5", "MALLOC_TOP_PAD_": "1", "HOME": "/home/x"}
+    environment = process.worker_environment(3, chosen)
+    assert environment.items() >= chosen.items()
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    recorded = process.recorded_environment(environment)
+    assert recorded["OMP_NUM_THREADS"] == "5"
+    assert recorded.keys() >= process.MALLOC.keys()
+    assert "HOME" not in recorded
+
+
+RESTART = """
+import os, sys
+from cifar.process import MALLOC, ensure_environment
+print("start", os.getpid(), sys.argv[1:], flush=True)
+ensure_environment()
+print("settled", {name: os.environ.get(name) for name in MALLOC}, os.environ["OMP_NUM_THREADS"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the malloc settings are glibc's")
+def test_a_program_started_by_hand_restarts_itself_once(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text(RESTART)
+    bare = {k: v for k, v in os.environ.items() if k not in process.MALLOC}
+    bare |= {"PYTHONPATH": f"{tmp_path}:{FAKE.parents[1]}", "OMP_NUM_THREADS": "3"}
+    argv = [sys.executable, "-m", "program", "a b", "--c"]
+    done = subprocess.run(argv, env=bare, capture_output=True, text=True, check=True)
+    first, second, settled = done.stdout.splitlines()
+    assert first == second, "same process id and arguments before and after"
+    assert first.endswith("['a b', '--c']")
+    assert settled == f"settled {process.MALLOC} 3"
+    done = subprocess.run(
+        argv, env=bare | process.MALLOC, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("start") == 1
+
+
+# --- What becomes of workers ---
+
+
+def test_a_good_record_is_completed_by_the_launcher(tmp_path, monkeypatch):
+    record = launch_fake(monkeypatch, tmp_path, "ok", repeat=2)
+    assert (record.status, record.reason, record.returncode) == ("ok", "", 0)
+    assert (record.suite, record.run_id, record.repeat) == ("quick", "run-1", 2)
+    assert record.key == make_job(repeat=2).task.key
+    assert record.duration_s > 0
+    assert record.started != "2026-01-01T00:00:00+00:00"
+    assert record.value("train_throughput") == 256.0
+    assert {"cell.json", "record.json", "stdout", "stderr"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "reason"),
+    [
+        ("crash", "failed", "ValueError: the worker broke"),
+        ("oom", "oom", "MemoryError: no room"),
+        ("exit4", "failed", "exit code 4 without a message"),
+        ("nothing", "failed", "ended with exit code 0 but wrote no record"),
+        ("garbage", "failed", "unreadable record.json: "),
+        ("unknown-key", "failed", "unreadable record.json: record.json: color: "),
+        ("other-cell", "failed", "record.json is of another cell: resnet20 fp32 b128"),
+        ("unsupported", "unsupported", "no such unit"),
+        ("ok-exit3", "ok", "exit code 3, after the record was written"),
+    ],
+)
+def test_every_ending_is_a_record_with_a_reason(tmp_path, monkeypatch, what, status, reason):
+    record = launch_fake(monkeypatch, tmp_path, what)
+    assert record.status == status
+    assert record.reason.startswith(reason)
+    assert "\n" not in record.reason
+    assert record.key == make_job().task.key
+
+
+def test_a_hanging_worker_and_its_children_are_ended(tmp_path, monkeypatch):
+    record = launch_fake(monkeypatch, tmp_path, "hang", timeout=5.0)
+    assert (record.status, record.reason) == ("timeout", "stopped after 5 s")
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+def test_a_record_written_before_hanging_counts(tmp_path, monkeypatch):
+    record = launch_fake(monkeypatch, tmp_path, "ok-hang", timeout=5.0)
+    assert record.status == "ok"
+    assert record.reason == "stopped after 5 s, after the record was written"
+
+
+def test_a_child_that_outlives_its_worker_is_ended(tmp_path, monkeypatch):
+    record = launch_fake(monkeypatch, tmp_path, "orphan")
+    assert record.reason == "ended with exit code 0 but wrote no record"
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+def test_ctrl_c_ends_the_worker_and_goes_on_up(tmp_path, monkeypatch):
+    def interrupt():
+        while not (tmp_path / "child").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        launch_fake(monkeypatch, tmp_path, "hang")
+    thread.join()
+    assert gone(int((tmp_path / "child").read_text()))
+
+
+def test_leftovers_of_an_earlier_attempt_do_not_count(tmp_path, monkeypatch):
+    launch_fake(monkeypatch, tmp_path, "ok")
+    (tmp_path / ".record.json.1.tmp").write_text("{")
+    assert launch_fake(monkeypatch, tmp_path, "crash").status == "failed"
+    assert not (tmp_path / ".record.json.1.tmp").exists()
+
+
+def test_waiting_leaves_the_cores_to_the_worker(tmp_path, monkeypatch):
+    wall, cpu = time.monotonic(), time.process_time()
+    launch_fake(monkeypatch, tmp_path, "hang", timeout=4.0)
+    assert time.process_time() - cpu < 0.1 * (time.monotonic() - wall)
+
+
+def test_a_job_is_read_as_it_was_written():
+    job = make_job("resnet18-w16", num_processes=2, repeat=1)
+    assert from_json(Job, to_json(job)) == job
+
+
+# --- Under Accelerate ---
+
+TOY = """
+import os, sys
+from pathlib import Path
+rank = os.environ.get("RANK", "alone")
+settings = [os.environ.get(name, "") for name in ("WORLD_SIZE", "OMP_NUM_THREADS")]
+Path(sys.argv[1], rank).write_text(" ".join([*settings, os.environ["MALLOC_TOP_PAD_"]]))
+if rank == "1":
+    raise ValueError("rank 1 broke")
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_accelerate_starts_the_processes_that_were_asked_for(tmp_path, monkeypatch, num_processes):
+    (tmp_path / "toy_worker.py").write_text(TOY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launchers, "WORKER", "toy_worker")
+    monkeypatch.setattr(process, "available_cores", lambda: 6)
+    record = launch(make_job(num_processes=num_processes), tmp_path)
+    pad = process.MALLOC["MALLOC_TOP_PAD_"]
+    if num_processes == 1:
+        assert (tmp_path / "alone").read_text() == f" 6 {pad}"
+        assert record.reason == "ended with exit code 0 but wrote no record"
+    else:
+        assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == f"2 3 {pad}"
+        assert (record.status, record.reason) == ("failed", "ValueError: rank 1 broke")
+
+
+# --- Causes ---
+
+LAUNCHER_TAIL = """\
+E1121 07:58:12.263000 5545 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) local_rank: 1 (pid: 5550) of binary: python
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "accelerate/commands/launch.py", line 1029, in multi_gpu_launcher
+    distrib_run.run(args)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError: 
+============================================================
+bench.worker FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-21_07:58:12
+  host      : localhost
+  rank      : {rank} (local_rank: {rank})
+  exitcode  : {code} (pid: 5550) {signal}
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""  # noqa: E501, W291 - as torchrun prints it
+
+SIMPLE_TAIL = """\
+Traceback (most recent call last):
+  File "accelerate/commands/launch.py", line 999, in simple_launcher
+    raise subprocess.CalledProcessError(returncode=process.returncode, cmd=cmd)
+subprocess.CalledProcessError: Command '['python', '-m', 'bench.worker']' {how}.
+"""
+
+
+def torchrun(text="", code=1, rank=1, signal_name=""):
+    return text + LAUNCHER_TAIL.format(code=code, rank=rank, signal=signal_name)
+
+
+def simple(text="", how="returned non-zero exit status 1"):
+    return text + SIMPLE_TAIL.format(how=how)
+
+
+def traceback(message, rank=None):
+    lines = [
+        "Traceback (most recent call last):",
+        '  File "worker.py", line 7, in <module>',
+        "    raise MemoryError if full else error",
+        "          ^^^^^^^^^^^",
+        message,
+    ]
+    prefix = "" if rank is None else f"[rank{rank}]: "
+    return "".join(f"{prefix}{line}\n" for line in lines)
+
+
+CHAINED = (
+    traceback("KeyError: 'a'")
+    + "\nDuring handling of the above exception, another exception occurred:\n\n"
+    + traceback("RuntimeError: what the program said")
+)
+PEER = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+CUDA = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+    "capacity of 79.10 GiB of which 1.2 GiB is free."
+)
+COMPILER = (
+    "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised:\n"
+    "InvalidCxxCompiler: No working C++ compiler found"
+)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "status", "reason"),
+    [
+        (traceback("ValueError: bad"), "failed", "ValueError: bad"),
+        (CHAINED, "failed", "RuntimeError: what the program said"),
+        (simple(traceback("ValueError: bad")), "failed", "ValueError: bad"),
+        (torchrun(traceback("ValueError: bad", rank=1)), "failed", "ValueError: bad"),
+        (
+            torchrun(traceback("ValueError: bad", rank=1) + traceback(PEER, rank=0)),
+            "failed",
+            "ValueError: bad",
+        ),
+        (
+            torchrun(traceback(PEER, rank=0) + traceback("ValueError: bad", rank=1)),
+            "failed",
+            "ValueError: bad",
+        ),
+        (
+            simple(traceback(COMPILER)),
+            "failed",
+            "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised: "
+            "InvalidCxxCompiler: No working C++ compiler found",
+        ),
+        (
+            simple("warning: something\nbench.worker: data: no such folder\n"),
+            "failed",
+            "bench.worker: data: no such folder",
+        ),
+        (torchrun(traceback(CUDA, rank=1) + traceback(PEER, rank=0)), "oom", CUDA),
+        (torchrun(traceback(PEER, rank=0) + traceback(CUDA, rank=1), rank=0), "oom", CUDA),
+        (
+            simple(traceback("RuntimeError: CUDA error: out of memory")),
+            "oom",
+            "RuntimeError: CUDA error: out of memory",
+        ),
+        (
+            simple(
+                traceback(
+                    "RuntimeError: [enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: "
+                    "can't allocate memory: you tried to allocate 4000000000000 bytes."
+                )
+            ),
+            "oom",
+            "RuntimeError: [enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't "
+            "allocate memory: you tried to allocate 4000000000000 bytes.",
+        ),
+        (
+            simple(
+                traceback(
+                    "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 7 TiB for an "
+                    "array"
+                )
+            ),
+            "oom",
+            "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 7 TiB for an array",
+        ),
+        (traceback("MemoryError"), "oom", "MemoryError"),
+        (
+            simple(
+                "terminate called after throwing an instance of 'std::bad_alloc'\n"
+                "  what():  std::bad_alloc\n",
+                "died with <Signals.SIGABRT: 6>",
+            ),
+            "oom",
+            "terminate called after throwing an instance of 'std::bad_alloc'",
+        ),
+        (
+            torchrun(code=-9, signal_name=" (SIGKILL)"),
+            "failed",
+            "killed by signal 9 (out of memory?)",
+        ),
+        (
+            simple(how="died with <Signals.SIGKILL: 9>"),
+            "failed",
+            "killed by signal 9 (out of memory?)",
+        ),
+        (
+            simple("Fatal Python error: Segmentation fault\n", "died with <Signals.SIGSEGV: 11>"),
+            "failed",
+            "killed by signal 11 (SIGSEGV): Fatal Python error: Segmentation fault",
+        ),
+        (traceback("ValueError: " + "x" * 1000), "failed", "ValueError: " + "x" * 285 + "..."),
+    ],
+)
+def test_the_cause_is_found_in_stderr(stderr, status, reason):
+    assert classify(1, stderr) == (status, reason)
+
+
+def test_a_kill_is_out_of_memory_only_with_the_kernels_word_for_it():
+    assert classify(-9, "") == ("failed", "killed by signal 9 (out of memory?)")
+    status, reason = classify(-9, "", oom_kills=1)
+    assert status == "oom"
+    assert "killed by the kernel" in reason
+    assert classify(1, traceback("ValueError: bad"), oom_kills=1)[0] == "failed"
+    assert classify(-11, "", oom_kills=1) == ("failed", "killed by signal 11 (SIGSEGV)")
+
+
+def test_a_worker_that_kills_itself_is_reported_with_its_signal(tmp_path, monkeypatch):
+    record = launch_fake(monkeypatch, tmp_path, "sigkill")
+    assert record.returncode == -signal.SIGKILL
+    assert record.reason.startswith("killed by")

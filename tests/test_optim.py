@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cifar.config import Recipe
+from cifar.errors import ConfigError
+from cifar.optim import WeightAverage, build_optimizer, lr_at, parameter_groups
+
+
+def rates(total: int, steps_per_epoch: int, **fields: object) -> list[float]:
+    recipe = Recipe(**{"lr": 1.0, "epochs": 10, **fields})
+    return [lr_at(step, total, steps_per_epoch, recipe) for step in range(total)]
+
+
+def test_cosine_by_hand() -> None:
+    expected = [1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4]
+    assert rates(4, 2, schedule="cosine") == pytest.approx(expected)
+
+
+def test_cosine_with_a_warmup_of_half_an_epoch_by_hand() -> None:
+    expected = [0.5, 1.0, 1.0, 0.75, 0.25]
+    assert rates(5, 4, schedule="cosine", warmup_epochs=0.5) == pytest.approx(expected)
+
+
+def test_constant_with_warmup_by_hand() -> None:
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(6, 4, schedule="constant", warmup_epochs=1.0) == pytest.approx(expected)
+
+
+def test_one_cycle_rises_for_three_tenths_of_the_steps_then_falls_as_a_cosine() -> None:
+    found = rates(10, 5, schedule="one-cycle")
+    falling = [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
+    assert found == pytest.approx([1 / 3, 2 / 3, 1.0, *falling])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 3, 1000])
+def test_every_learning_rate_is_positive_and_at_most_the_highest(schedule: str, total: int) -> None:
+    found = rates(total, total, schedule=schedule)
+    assert all(0 < lr <= 1 for lr in found)
+    assert max(found) == 1.0 or total < 4
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "one-cycle"}, {"epochs": 1}])
+def test_a_warmup_that_would_be_ignored_or_never_end_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"warmup-epochs: 2\.0"):
+        Recipe(**{"schedule": "cosine", "warmup_epochs": 2.0, **fields})
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2))
+
+
+def test_norms_and_biases_decay_or_do_not_as_the_recipe_says() -> None:
+    module = net()
+    (everything,) = parameter_groups(module, Recipe(weight_decay=0.1))
+    assert len(everything["params"]) == 5 and everything["weight_decay"] == 0.1
+    decayed, bare = parameter_groups(module, Recipe(weight_decay=0.1, decay_norm_and_bias=False))
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3), (2, 4)]
+    assert [p.shape for p in bare["params"]] == [(4,), (4,), (2,)]
+    assert (decayed["weight_decay"], bare["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    module = net()
+    module[0].requires_grad_(False)
+    (group,) = parameter_groups(module, Recipe())
+    assert len(group["params"]) == 4
+
+
+def stepped(recipe: Recipe, gradients: list[float], start: float = 1.0) -> float:
+    module = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(start)
+    optimizer = build_optimizer(module, recipe)
+    for gradient in gradients:
+        module.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+    return float(module.weight.detach())
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_by_hand(nesterov: bool) -> None:
+    weight, velocity = 1.0, 0.0
+    for gradient in (0.5, -0.25, 1.0):
+        decayed = gradient + 0.01 * weight
+        velocity = 0.9 * velocity + decayed
+        weight -= 0.1 * (decayed + 0.9 * velocity if nesterov else velocity)
+    recipe = Recipe(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+    assert stepped(recipe, [0.5, -0.25, 1.0]) == pytest.approx(weight, rel=1e-6)
+
+
+def test_adamw_by_hand() -> None:
+    weight, first, second = 1.0, 0.0, 0.0
+    for step, gradient in enumerate((0.5, -0.25, 1.0), start=1):
+        weight *= 1 - 0.01 * 0.1
+        first, second = 0.8 * first + 0.2 * gradient, 0.999 * second + 0.001 * gradient**2
+        mean, root = first / (1 - 0.8**step), math.sqrt(second / (1 - 0.999**step))
+        weight -= 0.01 * mean / (root + 1e-8)
+    recipe = Recipe(optimizer="adamw", lr=0.01, momentum=0.8, weight_decay=0.1)
+    assert stepped(recipe, [0.5, -0.25, 1.0]) == pytest.approx(weight, rel=1e-6)
+
+
+def test_the_average_by_hand_with_its_warmup() -> None:
+    weights = {"weight": torch.tensor([1.0]), "steps": torch.tensor(0)}
+    average = WeightAverage(weights, decay=0.2)
+    expected = 1.0
+    for update, value in enumerate((3.0, -1.0, 5.0), start=1):
+        weights["weight"].fill_(value)
+        weights["steps"] += 10
+        average.update(weights)
+        decay = min(0.2, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+    assert (1 + 1) / (10 + 1) < 0.2 < (1 + 2) / (10 + 2), "both sides of the warm-up are covered"
+    assert float(average.weights["weight"]) == pytest.approx(expected)
+    assert int(average.weights["steps"]) == 30
+
+
+def test_the_average_is_a_copy() -> None:
+    weights = {"weight": torch.ones(2)}
+    average = WeightAverage(weights, decay=0.9)
+    weights["weight"].zero_()
+    assert torch.equal(average.weights["weight"], torch.ones(2))

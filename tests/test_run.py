@@ -1,0 +1,500 @@
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+from training import cifar, complaints, finish, metrics, resume, start, train
+
+from cifar import checkpoint, run_folder
+from cifar.checkpoint import list_checkpoints, load_weights, read_folder
+from cifar.config import TrainConfig
+from cifar.errors import ConfigError
+from cifar.progress import TrainingProgress
+from cifar.run import Session
+from cifar.signals import ECHO_SECONDS, StopSignals
+from cifar.trainer import Trainer
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "everything": ("--ema-decay", "0.9", "--dropout", "0.3", "--accumulation", "2",
+                   "--label-smoothing", "0.1", "--channels-last"),
+    "adamw": ("--optimizer", "adamw", "--lr", "0.001", "--schedule", "cosine"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Uninterrupted runs of the variants, each made once."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("straight")
+    dataset = make_dataset()
+    np.savez(
+        root / "toy.npz",
+        train_images=dataset.train.images,
+        train_labels=dataset.train.labels,
+        test_images=dataset.test.images,
+        test_labels=dataset.test.labels,
+    )
+
+    def run(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = root / variant
+            assert train(root / "toy.npz", made[variant], *VARIANTS[variant]) == 0
+        return made[variant]
+
+    return run
+
+
+@contextlib.contextmanager
+def after_step(step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Do something when `step` steps are done, before the trainer's loop looks at it."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        original(self)
+        if self.step == step:
+            action()
+
+    with mock.patch.object(Trainer, "train_step", train_step):
+        yield
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+class Crash(BaseException):
+    """Stands for a death without warning: no handler of the program catches it."""
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Weights, optimiser and metrics of two runs are equal, bit for bit."""
+    assert metrics(found) == metrics(expected)
+    ends = [list_checkpoints(run / "checkpoints")[-1] for run in (found, expected)]
+    assert ends[0].name == ends[1].name
+    for mine, theirs in (ends, [run / "final" for run in (found, expected)]):
+        files, other = read_folder(mine), read_folder(theirs)
+        assert files.keys() == other.keys()
+        changed = [name for name in files if files[name] != other[name]]
+        assert changed in ([], ["state.json"]), "only the seconds of the epoch may differ"
+
+
+def test_a_run_leaves_its_configuration_metrics_checkpoints_and_weights(
+    straight: Callable[[str], Path],
+) -> None:
+    folder = straight("plain")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "config.json", "final", "metrics.jsonl"]  # fmt: skip
+    stored = run_folder.read_config(folder)
+    assert stored.train.precision == "fp32" and stored.train.model.label == "resnet20-w4"
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
+        "step-000000003", "step-000000006"]  # fmt: skip
+    first, second = run_folder.read_metrics(folder)
+    assert (first["epoch"], first["step"], first["samples_seen"]) == (1, 3, 96)
+    assert (second["epoch"], second["step"], second["samples_seen"]) == (2, 6, 192)
+    assert first["test_samples"] == 50 and 0 < second["train_loss"] < 10
+    assert second["train_images_per_s"] == pytest.approx(96 / second["train_seconds"])
+    card, _ = load_weights(folder)
+    assert card.step == 6 and card.samples_seen == 192 and len(card.classes) == 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path], variant: str, step: int
+) -> None:
+    """Within the first epoch, at its very end, and within the second."""
+    folder = tmp_path / "run"
+    with after_step(step, kill(signal.SIGTERM)):
+        assert train(npz, folder, *VARIANTS[variant]) == 143
+    assert not (folder / "final").exists()
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")][-1:] == [
+        f"step-{step:09d}"]  # fmt: skip
+    assert resume(folder) == 0
+    assert_same(folder, straight(variant))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
+def test_each_stopping_signal_has_its_exit_code_and_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    before = signal.getsignal(number)
+    with after_step(1, kill(number)):
+        assert train(npz, tmp_path / "run") == code
+    assert signal.getsignal(number) is before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cifar: stopped by signal {number} after step 1; continue with: ")
+    assert f"--resume {tmp_path / 'run'}" in line
+
+
+def test_a_run_that_died_mid_epoch_continues_from_its_last_checkpoint(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    with after_step(5, crash), pytest.raises(Crash):
+        train(npz, tmp_path / "run", "--save-every", "2")
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000000004"
+    assert resume(tmp_path / "run") == 0
+    assert_same(tmp_path / "run", straight("plain"))
+
+
+@pytest.mark.parametrize("place", ["_save", "_end_epoch", "_write_final"])
+def test_a_run_that_died_anywhere_leaves_one_line_per_epoch(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path], place: str
+) -> None:
+    """Between the line of an epoch and its checkpoint, before both, and after the last one."""
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        assert train(npz, folder) == 143
+    with mock.patch.object(Session, place, crash), pytest.raises(Crash):
+        resume(folder)
+    assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+def test_a_run_stopped_at_the_end_of_an_epoch_may_die_again_after_that_epochs_line(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(3, kill(signal.SIGTERM)):
+        assert train(npz, folder) == 143
+    assert not (folder / "metrics.jsonl").exists(), "the evaluation is still to come"
+    with after_step(4, crash), pytest.raises(Crash):
+        resume(folder)
+    assert len(metrics(folder)) == 1
+    assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path], keep: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    with after_step(5, kill(signal.SIGTERM)):
+        train(npz, folder, "--save-every", "2", "--keep-checkpoints", "3")
+    damaged = list_checkpoints(folder / "checkpoints")[-1] / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert resume(folder, "--keep-checkpoints", keep) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"warning: .*step-000000005.*checksum", out) and "steps 4..6" in out
+    assert_same(folder, straight("plain"))
+
+
+def test_when_every_checkpoint_is_damaged_the_run_cannot_go_on(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        train(npz, folder)
+    for path in list_checkpoints(folder / "checkpoints"):
+        (path / "state.json").write_text("{}")
+    capsys.readouterr()
+    assert resume(folder) == 2
+    assert complaints(capsys.readouterr().err)[0].startswith("cifar: resume: ")
+
+
+def test_a_finished_run_is_not_trained_again(
+    tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight("plain"), folder)
+    with mock.patch.object(Trainer, "train_step", crash):
+        assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--lr", "0.2"), "lr: 0.2: the run to resume has 0.05"),
+        (("--model", "resnet32"), "name: 'resnet32'"),
+        (("--batch-size", "16"), "batch-size: 16: the run to resume has 32"),
+        (("--seed", "3"), "seed: 3: the run to resume has the default"),
+        (("--precision", "bf16"), "precision: 'bf16': the run to resume has 'fp32'"),
+        (("--data", "shapes"), "the run to resume has 'npz'"),
+        (("--recipe", "other"), "recipe: 'other'"),
+        (("--output-dir", "elsewhere"), "output-dir: 'elsewhere'"),
+    ],
+)
+def test_another_option_is_refused_when_resuming(
+    straight: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, str],
+    named: str,
+) -> None:
+    assert resume(straight("plain"), *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+def test_the_same_option_is_accepted_when_resuming(straight: Callable[[str], Path]) -> None:
+    assert resume(straight("plain"), "--lr", "0.05", "--save-every", "1") == 0
+
+
+def test_other_images_under_the_same_name_are_refused(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with after_step(2, kill(signal.SIGTERM)):
+        train(npz, tmp_path / "run")
+    arrays = dict(np.load(npz))
+    arrays["train_images"][0, 0, 0, 0] ^= 1
+    np.savez(npz, **arrays)
+    capsys.readouterr()
+    assert resume(tmp_path / "run") == 2
+    (line,) = complaints(capsys.readouterr().err)
+    assert "not the images this run was started with" in line
+
+
+def test_a_new_run_never_overwrites(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert train(npz, folder) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: output-dir: ") and "no empty folder" in line
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_bad_input_leaves_no_folder_behind(npz: Path, tmp_path: Path) -> None:
+    assert train(npz, tmp_path / "run", "-b", "97") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_of_the_same_second_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    config = TrainConfig()
+    with run_folder.created(config, None) as first, run_folder.created(config, None) as second:
+        assert first != second
+        assert {first.name, second.name} == {
+            "resnet18-shapes-20260101-000000", "resnet18-shapes-20260101-000000-2"}  # fmt: skip
+
+
+def test_a_folder_asked_for_by_two_runs_goes_to_the_first(tmp_path: Path) -> None:
+    asked = str(tmp_path / "run")
+    with (
+        run_folder.created(TrainConfig(), asked),
+        pytest.raises(ConfigError, match="no empty folder"),
+        run_folder.created(TrainConfig(), asked),
+    ):
+        pass
+    assert not (tmp_path / "run").exists(), "neither has started to train"
+
+
+def test_a_torn_last_line_of_the_metrics_is_dropped_on_resume(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(5, kill(signal.SIGTERM)):
+        train(npz, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "st')
+    assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+@pytest.mark.parametrize("failing", ["write_folder", "append"])
+def test_a_full_disk_costs_one_line_and_no_old_checkpoint(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path], failing: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        if (".writing-" if failing == "write_folder" else "metrics.jsonl") in target:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    folder = tmp_path / "run"
+
+    def fill_disk() -> None:
+        monkeypatch.setattr(os, "fsync", full)
+
+    with after_step(3, lambda: None), after_step(4, fill_disk):
+        assert train(npz, folder) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left" in line
+    monkeypatch.setattr(os, "fsync", real)
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000000003"]
+    assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def poison() -> None:
+        with torch.no_grad():
+            trainers[-1].module.fc.weight[0, 0] = torch.inf
+
+    trainers: list[Trainer] = []
+    real = Trainer.__init__
+
+    def init(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        trainers.append(self)
+
+    folder = tmp_path / "run"
+    with mock.patch.object(Trainer, "__init__", init), after_step(4, poison):
+        assert train(npz, folder) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: loss: not finite in step 5: ")
+    card, weights = load_weights(folder)
+    assert card.step == 3
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_weights_that_break_in_an_epochs_last_step_are_neither_reported_nor_saved(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No loss has seen them: the evaluation is the first to."""
+    assert train(npz, tmp_path / "run", "--lr", "1e38", "-b", "96", "--schedule", "constant") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not finite" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+SECOND_SIGNAL = """
+import os, signal, time
+from cifar.signals import ECHO_SECONDS, StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signals.received == signal.SIGINT
+    time.sleep(ECHO_SECONDS + 0.1)
+    print("alive", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still alive", flush=True)
+"""
+
+
+def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not() -> None:
+    code, out, err = finish(start("-c", SECOND_SIGNAL, module=False))
+    assert (code, out, err) == (143, "alive\n", "")
+
+
+def test_the_first_signal_is_noted_and_the_handlers_come_back() -> None:
+    assert ECHO_SECONDS > 0
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+KILLED = """
+import os, signal, sys
+from cifar.__main__ import main
+from cifar.trainer import Trainer
+original = Trainer.train_step
+def train_step(self):
+    original(self)
+    if self.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.train_step = train_step
+sys.exit(main())
+"""
+
+
+def test_after_kill_9_the_run_continues_bit_for_bit(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    options = ("train", "--cpu", "--model", "resnet20-w4", "-b", 32, "--epochs", 2, "--lr", 0.05)
+    process = start("-c", KILLED, *options, "--data", f"npz:{npz}", "--output-dir", folder,
+                    module=False, environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
+    assert finish(process)[0] == -9
+    assert len(metrics(folder)) == 1
+    assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_the_progress_is_live(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert train(npz, tmp_path / "run") == 0
+    shown = terminal.getvalue()
+    assert "\x1b[" in shown and "6/6" in shown and "images/s" in shown
+    assert "epoch 2/2  train loss" in shown
+
+
+def test_in_a_log_the_progress_is_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cifar.progress.PLAIN_INTERVAL", 0.0)
+    with TrainingProgress(10, 5, 32, enabled=True) as progress:
+        progress.start_at(4)
+        progress.update(6)
+    out = capsys.readouterr().out
+    assert out.startswith("step 6/10  ") and "\x1b" not in out and out.count("\n") == 1
+
+
+def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingProgress(10, 5, 32, enabled=False) as progress:
+        progress.update(6)
+        progress.say("hello")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_evaluating_a_run_reproduces_its_last_line(
+    npz: Path, straight: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variant in ("plain", "everything"):
+        folder = straight(variant)
+        capsys.readouterr()
+        assert cifar("evaluate", folder, "--cpu", "--data", f"npz:{npz}", "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        last = metrics(folder)[-1]
+        assert (found["top1"], found["top5"], found["loss"], found["samples"]) == (
+            last["test_top1"], last["test_top5"], last["test_loss"], 50)  # fmt: skip
+        assert sum(map(sum, found["confusion"])) == 50
+
+
+def test_final_weights_are_the_average_where_there_is_one(
+    straight: Callable[[str], Path],
+) -> None:
+    folder = straight("everything")
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    _, final = load_weights(folder / "final")
+    average = checkpoint.read_tensors(read_folder(newest), "ema", newest)
+    assert all(torch.equal(tensor, average[name]) for name, tensor in final.items())

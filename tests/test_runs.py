@@ -1,0 +1,323 @@
+"""Runs on disk: folders, locks, the loop over the tasks, resuming, and saving results."""
+
+import io
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_worker import environment, record_of
+
+from bench import present, runs
+from bench.job import Job
+from bench.progress import SuiteProgress, outcome
+from bench.record import Record, append_record, read_records
+from bench.runs import Run
+from bench.save import save, uncommitted
+from bench.spec import Plan, Protocol, Suite, grid
+from cifar.errors import CifarError, ConfigError, UserError
+from cifar.serialize import to_json
+
+
+def make_suite(models: tuple[str, ...] = ("resnet20", "resnet18"), repeats: int = 1) -> Suite:
+    plan = Plan(protocol=Protocol(repeats=repeats), cells=grid(models, ["fp32"]))
+    return Suite(name="quick", description="two", plans=(plan,))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return runs.create(make_suite(), tmp_path / "runs", ["quick"])
+
+
+class FakeLaunch:
+    """Gives records of the statuses in turn (an exception is raised), and keeps the jobs."""
+
+    def __init__(self, *statuses: str | BaseException) -> None:
+        self._statuses = list(statuses)
+        self.jobs: list[Job] = []
+        self.folders: list[Path] = []
+
+    def __call__(self, job: Job, folder: Path) -> Record:
+        self.jobs.append(job)
+        self.folders.append(folder)
+        status = self._statuses.pop(0) if self._statuses else "ok"
+        if isinstance(status, BaseException):
+            raise status
+        reason = "" if status == "ok" else f"why {status}"
+        return record_of(
+            job, status=status, reason=reason, run_id=job.run_id, suite=job.suite, duration_s=30.0
+        )
+
+    @property
+    def models(self) -> list[str]:
+        return [job.task.cell.train.model.label for job in self.jobs]
+
+
+def present_of(**fields):
+    return lambda num_processes: environment(**fields)
+
+
+# --- Folders ---
+
+
+def test_a_run_is_found_again_by_id_path_and_age(tmp_path: Path, run: Run) -> None:
+    root = tmp_path / "runs"
+    assert run.id.split("-")[2] == "quick"
+    assert runs.find(run.id, root) == run
+    assert runs.find(str(run.folder), tmp_path / "elsewhere") == run
+    assert runs.newest(root) == run
+    assert run.plan.argv == ("quick",)
+    assert [task.cell.train.model.label for task in run.plan.tasks] == ["resnet20", "resnet18"]
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    folders = {runs.create(make_suite(), tmp_path).folder for _ in range(5)}
+    assert len(folders) == 5
+
+
+def test_a_missing_run_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run: 'nope': no such run in '.*'; give its id"):
+        runs.find("nope", tmp_path)
+    with pytest.raises(UserError, match=r"run: no run in '.*'; start one with bench run"):
+        runs.newest(tmp_path)
+
+
+def test_a_damaged_plan_names_the_file(run: Run) -> None:
+    (run.folder / "run.json").write_text('{"suite": "quick", "color": 1}')
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        runs.find(run.id, run.folder.parent)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for make in (runs.check_writable, lambda folder: runs.create(make_suite(), folder)):
+        with pytest.raises(UserError, match=r"runs-dir: '.*file/runs': cannot be written"):
+            make(tmp_path / "file" / "runs")
+
+
+def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
+    runs.check_writable(tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# --- The loop ---
+
+
+def test_every_task_gives_a_record_on_disk_at_once(run: Run) -> None:
+    launch = FakeLaunch("failed", "ok")
+    seen = []
+
+    def spy(job: Job, folder: Path) -> Record:
+        seen.append(len(run.records()))
+        return launch(job, folder)
+
+    records = runs.execute(run, launch=spy, present=present_of())
+    assert seen == [0, 1]
+    assert [record.status for record in records] == ["failed", "ok"]
+    assert run.records() == records
+    assert [job.run_id for job in launch.jobs] == [run.id] * 2
+    names = [folder.name for folder in launch.folders]
+    assert [name[:11] for name in names] == ["01-resnet20", "02-resnet18"]
+    assert all(name.endswith("-r0") for name in names)
+
+
+def test_an_interrupted_run_keeps_its_records_and_goes_on(run: Run) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runs.execute(run, launch=FakeLaunch("ok", KeyboardInterrupt()), present=present_of())
+    assert [record.status for record in run.records()] == ["ok"]
+    launch = FakeLaunch()
+    records = runs.execute(run, launch=launch, present=present_of())
+    assert launch.models == ["resnet18"]
+    assert [record.cell.train.model.label for record in records] == ["resnet20", "resnet18"]
+
+
+@pytest.mark.parametrize(
+    ("status", "again"),
+    [("ok", 0), ("unsupported", 0), ("failed", 1), ("oom", 1), ("timeout", 1)],
+)
+def test_what_did_not_finish_is_tried_again(run: Run, status: str, again: int) -> None:
+    runs.execute(run, launch=FakeLaunch(status, "ok"), present=present_of())
+    launch = FakeLaunch()
+    records = runs.execute(run, launch=launch, present=present_of())
+    assert launch.models == ["resnet20"] * again
+    assert [record.status for record in records] == ["ok" if again else status, "ok"]
+    assert len(run.records()) == 2 + again
+    assert list(runs.latest(run.records()).values()) == records
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_digest": "other"},
+        {"torch": "2.99"},
+        {"cpu_model": "Other CPU"},
+        {"worker_env": {"OMP_NUM_THREADS": "9"}},
+        {"threads": 9},
+    ],
+)
+def test_a_record_from_other_circumstances_is_measured_anew(run: Run, change: dict) -> None:
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    launch = FakeLaunch()
+    runs.execute(run, launch=launch, present=present_of(**change))
+    assert launch.models == ["resnet20", "resnet18"]
+
+
+def test_time_memory_and_commit_do_not_matter(run: Run) -> None:
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    launch = FakeLaunch()
+    same = {"started": "2030-01-01T00:00:00+00:00", "memory_bytes": 5, "git_sha": "abc"}
+    runs.execute(run, launch=launch, present=present_of(**same))
+    assert launch.models == []
+
+
+def test_a_torn_last_line_is_measured_again(run: Run) -> None:
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    run.records_file.write_text(run.records_file.read_text()[:-40])
+    launch = FakeLaunch()
+    with pytest.warns(match="the last line is incomplete"):
+        runs.execute(run, launch=launch, present=present_of())
+    assert launch.models == ["resnet18"]
+    assert len(run.records()) == 2
+
+
+def test_repeats_come_after_each_other(tmp_path: Path) -> None:
+    run = runs.create(make_suite(repeats=2), tmp_path)
+    launch = FakeLaunch()
+    records = runs.execute(run, launch=launch, present=present_of())
+    assert launch.models == ["resnet20", "resnet18"] * 2
+    assert [record.repeat for record in records] == [0, 0, 1, 1]
+    assert len(set(launch.folders)) == 4
+
+
+def test_two_processes_cannot_do_the_same_run(run: Run) -> None:
+    with runs.locked(run), pytest.raises(UserError, match=rf"run: '{run.id}': is being run by"):
+        runs.execute(run, launch=FakeLaunch(), present=present_of())
+    assert len(runs.execute(run, launch=FakeLaunch(), present=present_of())) == 2
+
+
+def test_the_past_is_the_newest_readable_runs(tmp_path: Path) -> None:
+    good, bad = (runs.create(make_suite(), tmp_path) for _ in range(2))
+    records = runs.execute(good, launch=FakeLaunch(), present=present_of())
+    bad.records_file.write_text("{}\n{}\n")
+    assert runs.history(tmp_path) == records
+    assert runs.history(tmp_path / "none") == []
+
+
+# --- The present environment ---
+
+
+def test_the_present_environment_is_asked_of_a_process(tmp_path: Path, monkeypatch) -> None:
+    expected = environment(threads=3)
+    text = f"import os\nassert os.environ['OMP_NUM_THREADS']\nprint({to_json(expected)!r})\n"
+    (tmp_path / "here.py").write_text(text)
+    (tmp_path / "broken.py").write_text("raise ValueError('no idea')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(present, "MODULE", "here")
+    assert present.present_environment(1) == expected
+    monkeypatch.setattr(present, "MODULE", "broken")
+    with pytest.raises(CifarError, match=r"^environment: cannot be read: ValueError: no idea$"):
+        present.present_environment(1)
+
+
+# --- Progress ---
+
+
+def test_a_log_gets_one_line_per_cell(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.execute(run, launch=FakeLaunch("ok", "failed"), present=present_of())
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("[1/2] resnet20 fp32 b128 ... ok 256 images/s 30 s, about ")
+    assert first.endswith(" left")
+    assert second == "[2/2] resnet18 fp32 b128 ... failed 30 s: why failed"
+
+
+def test_kept_records_are_shown_as_such(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    capsys.readouterr()
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    lines = capsys.readouterr().err.splitlines()
+    assert [" ... kept ok 256 images/s" in line for line in lines] == [True, True]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_live_display_and_a_line_that_stays(run: Run) -> None:
+    stream = Terminal()
+    job = Job(task=run.plan.tasks[0])
+    with SuiteProgress(2, stream) as progress:
+        progress.start(1, "resnet20 [x]", 90.0)
+        progress.finish(record_of(job, status="failed", reason="a [bad] thing"), 60.0)
+    text = stream.getvalue()
+    assert "[1/2] resnet20 [x] ... failed 1 s: a [bad] thing, about 1 min 00 s left" in text
+    assert "about 1 min 30 s left" in text
+
+
+def test_an_outcome_without_a_rate_still_says_how_long(run: Run) -> None:
+    record = record_of(Job(task=run.plan.tasks[0]), measurements=(), reason="exit code 1")
+    assert outcome(record) == "ok 1 s (exit code 1)"
+
+
+# --- Results ---
+
+
+def test_saving_adds_and_replaces_by_key(tmp_path: Path, run: Run) -> None:
+    results = tmp_path / "results"
+    runs.execute(run, launch=FakeLaunch("failed", "ok"), present=present_of())
+    files = save(run, results)
+    assert files == [results / "fake-2c" / "quick.jsonl", results / "fake-2c" / "quick.md"]
+    assert [record.status for record in read_records(files[0])] == ["failed", "ok"]
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    other = runs.create(make_suite(("resnet34",)), tmp_path / "runs")
+    runs.execute(other, launch=FakeLaunch(), present=present_of())
+    for each in (run, other, other):
+        save(each, results)
+    stored = read_records(files[0])
+    assert [record.cell.train.model.label for record in stored] == [
+        "resnet20", "resnet18", "resnet34",
+    ]  # fmt: skip
+    assert {record.status for record in stored} == {"ok"}
+    text = files[1].read_text()
+    assert text.startswith("# quick\n\n## fake-2c\n")
+    assert all(f"| {model} |" in text for model in ("resnet20", "resnet18", "resnet34"))
+    assert sorted(path.name for path in files[0].parent.iterdir()) == ["quick.jsonl", "quick.md"]
+
+
+def test_a_record_that_died_early_goes_with_its_run(tmp_path: Path, run: Run) -> None:
+    good, early = (record_of(Job(task=task), run_id=run.id) for task in run.plan.tasks)
+    append_record(run.records_file, good)
+    append_record(run.records_file, replace(early, status="oom", reason="x", environment=None))
+    (jsonl, markdown) = save(run, tmp_path / "results")
+    assert [record.environment is None for record in read_records(jsonl)] == [False, True]
+    assert "oom: x" in markdown.read_text()
+
+
+def test_a_run_without_finished_records_is_not_saved(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(UserError, match=r"has no finished record to save"):
+        save(run, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_results_that_cannot_be_written_are_refused(tmp_path: Path, run: Run) -> None:
+    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"results-dir: '.*file': cannot be written"):
+        save(run, tmp_path / "file")
+
+
+def test_records_without_a_clean_commit_are_noted(run: Run) -> None:
+    job = Job(task=run.plan.tasks[0])
+    clean = environment(git_sha="abc", git_dirty=False, git_reason="")
+    assert uncommitted([record_of(job, environment=clean)]) == ""
+    dirty = record_of(job, environment=replace(clean, git_dirty=True))
+    assert "uncommitted changes" in uncommitted([dirty])
+    assert "no git commit" in uncommitted([dirty, record_of(job)])
+
+
+def test_the_plan_on_disk_is_plain_json(run: Run) -> None:
+    plan = json.loads((run.folder / "run.json").read_text())
+    assert plan["suite"] == "quick"
+    assert plan["tasks"][0]["cell"]["train"]["model"]["name"] == "resnet20"
+    assert os.access(run.folder, os.W_OK)

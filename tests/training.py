@@ -1,0 +1,102 @@
+"""What the tests of the trainer share: tiny trainers, and the program run in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState
+from conftest import make_dataset
+
+from cifar.__main__ import COMMANDS, SUMMARY
+from cifar.cli import run_program
+from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
+from cifar.data.dataset import Dataset
+from cifar.process import MALLOC
+from cifar.trainer import Trainer
+
+TINY = ModelConfig(name="resnet20", width=4)
+TINY_OPTIONS = ("--model", "resnet20-w4", "-b", "32", "--epochs", "2", "--lr", "0.05")
+"""Three steps an epoch on the toy data set of 96 images."""
+CLOCK = ("train_seconds", "train_images_per_s")
+"""The keys of a metrics line that hold wall time."""
+
+
+def reset_accelerate() -> None:
+    """Forget Accelerate's process-wide state, so that the next trainer may have another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+
+
+def tiny_recipe(**fields: Any) -> Recipe:
+    return Recipe(**{"epochs": 2, "global_batch_size": 32, "lr": 0.05, **fields})
+
+
+def make_trainer(
+    recipe: Recipe | None = None,
+    *,
+    data: Dataset | None = None,
+    run: RunConfig = RunConfig(cpu=True),
+    trainer: dict[str, Any] | None = None,
+    **config: Any,
+) -> Trainer:
+    reset_accelerate()
+    chosen = TrainConfig(**{"model": TINY, "recipe": recipe or tiny_recipe(), **config})
+    return Trainer(chosen, run, data or make_dataset(), **(trainer or {}))
+
+
+def cifar(*words: object) -> int:
+    """Run the program in this process; its exit code."""
+    reset_accelerate()
+    with mock.patch.dict(os.environ, MALLOC):
+        return run_program("cifar", SUMMARY, COMMANDS, [str(word) for word in words])
+
+
+def train(npz: Path, output: Path, *options: object) -> int:
+    """`cifar train` on the toy data set."""
+    return cifar("train", "--cpu", "--data", f"npz:{npz}", "--output-dir", output, *TINY_OPTIONS,
+                 *options)  # fmt: skip
+
+
+def resume(output: Path, *options: object) -> int:
+    return cifar("train", "--resume", output, *options)
+
+
+def start(*words: object, module: bool = True, **options: Any) -> subprocess.Popen[str]:
+    """Start `python -m WORDS` as a process of its own."""
+    argv = [sys.executable, *(["-m"] if module else []), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}
+    return subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str, str]:
+    """Wait for a process; its exit code, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return process.returncode, out, err
+
+
+def complaints(err: str) -> list[str]:
+    """The lines that the program itself wrote to stderr."""
+    return [line for line in err.splitlines() if line.startswith("cifar:")]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl but for their wall times."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
