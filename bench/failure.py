@@ -17,7 +17,8 @@ _LAUNCHER_ERRORS = ("ChildFailedError", "CalledProcessError", "SignalException")
 _RANK = re.compile(r"^\[rank(\d+)\]:\s?")
 _LOG_LINE = re.compile(r"^(?:\[rank\d+\]:)?[EWI]\d{4} \d\d:\d\d:\d\d")
 _ROOT_RANK = re.compile(r"Root Cause .*?rank\s*:\s*(\d+)", re.DOTALL)
-_SIGNAL = re.compile(r"exitcode\s*: -(\d+)|died with <Signals\.\w+: (\d+)>")
+_SIGNAL = re.compile(r"failed \(exitcode: -(\d+)\)|died with <Signals\.\w+: (\d+)>")
+_FRAME = (" ", "Traceback")
 _LONGEST_REASON = 300
 
 
@@ -29,16 +30,15 @@ def classify(returncode: int, stderr: str, *, oom_kills: int = 0) -> tuple[Failu
     The launcher's own traceback only says that a child failed, so it is passed over.
     """
     errors = list(_tracebacks(stderr))
-    lines = [_RANK.sub("", line).rstrip() for line in _own_lines(stderr)]
-    own = [line for line in lines if line and not line.startswith((" ", "Traceback"))]
+    own = _own_lines(stderr)
     messages = [text for _, text in errors]
-    memory = [text for text in (*messages, *map(str.strip, lines)) if _OUT_OF_MEMORY.search(text)]
+    memory = [text for text in (*messages, *own) if _OUT_OF_MEMORY.search(text)]
     if memory:
         return "oom", _short(memory[0])
     number = _signal(returncode, stderr)
     if number == signal.SIGKILL and oom_kills:
         return "oom", "killed by the kernel: the machine or the container ran out of memory"
-    if errors:
+    if errors and not (number and own and _only_peers(errors, stderr)):
         reason = _root(errors, stderr)
     elif number:
         reason = ": ".join([_describe(number), *own[-1:]])
@@ -87,19 +87,35 @@ def _exception_line(lines: Iterable[str]) -> str:
 
 def _root(errors: list[tuple[int | None, str]], stderr: str) -> str:
     """The last exception of the rank that failed first, of any rank if that is not known."""
-    match = _ROOT_RANK.search(stderr)
-    first = [message for rank, message in errors if match and rank == int(match[1])]
+    root = _root_rank(stderr)
+    first = [message for rank, message in errors if rank == root]
     return (first or [message for _, message in errors])[-1]
 
 
+def _only_peers(errors: list[tuple[int | None, str]], stderr: str) -> bool:
+    """Whether all exceptions are of ranks that only noticed that another one had ended."""
+    root = _root_rank(stderr)
+    return root is not None and all(rank not in (None, root) for rank, _ in errors)
+
+
+def _root_rank(stderr: str) -> int | None:
+    match = _ROOT_RANK.search(stderr)
+    return int(match[1]) if match else None
+
+
 def _own_lines(stderr: str) -> list[str]:
-    """The lines before the launcher's traceback, without its log."""
+    """What the worker said outside of tracebacks, before the launcher spoke."""
     lines = stderr.splitlines()
     for index, line in enumerate(lines):
         if line.startswith("Traceback") and _is_launchers(_exception_line(lines[index + 1 :])):
             lines = lines[:index]
             break
-    return [line for line in lines if not _LOG_LINE.match(line)]
+    said = [line for line in lines if not _LOG_LINE.match(line) and not _RANK.match(line)]
+    return [
+        line.strip()
+        for line in said
+        if line.strip() and (line.lstrip().startswith("what():") or not line.startswith(_FRAME))
+    ]
 
 
 def _signal(returncode: int, stderr: str) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.record import Label, Measurement
 from bench.spec import Protocol
-from cifar.distributed import barrier, gather
+from cifar.distributed import barrier, gather, least
 from cifar.trainer import Trainer
 
 Better = Literal["higher", "lower", "none"]
@@ -267,7 +267,7 @@ def _time_batches(
         seconds.append(end - start)
         if end - began > protocol.inference_seconds and len(seconds) >= 3:
             break
-    return seconds
+    return seconds[: least(len(seconds), device)]
 
 
 def compile_seconds(measurements: Sequence[Measurement]) -> Measurement:

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-import textwrap
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,10 +57,13 @@ def _top1(row: Row) -> str:
     return f"{100 * mean:.2f}{plus_minus} (n={row['top1_n']})"
 
 
-def _status(row: Row) -> str:
-    if row["status"] == "ok":
-        return "ok"
-    return textwrap.shorten(f"{row['status']}: {row['reason']}", 80, placeholder=" …")
+def _notes(table: Sequence[Row]) -> list[str]:
+    """Why rows are not ok, each reason once, with the models it befell."""
+    models: dict[str, list[str]] = {}
+    for row in table:
+        if row["status"] != "ok":
+            models.setdefault(f"{row['status']}: {row['reason']}", []).append(str(row["model"]))
+    return [f"{', '.join(dict.fromkeys(names))} {why}" for why, names in models.items()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +135,7 @@ def _columns(table: Sequence[Row]) -> list[Column]:
         for size in sizes
     ]
     broken = any(row["status"] != "ok" for row in table)
-    status = [Column(heading="Status", show=_status, numeric=False)] if broken else []
+    status = [Column(heading="Status", show=_text("status"), numeric=False)] if broken else []
     return [*identity, *SIZES, *inference, *SPEEDS, *status]
 
 
@@ -170,6 +173,8 @@ class Section:
     columns: list[Column]
     tables: dict[str, list[list[str]]]
     """By precision, the cells' texts in the order of `columns`."""
+    notes: dict[str, list[str]]
+    """By precision, why rows are not ok."""
 
 
 def sections(table: Sequence[Row]) -> list[Section]:
@@ -189,8 +194,18 @@ def sections(table: Sequence[Row]) -> list[Section]:
             for precision in PRECISIONS
         }
         tables = {precision: lines for precision, lines in cells.items() if lines}
+        notes = {
+            precision: _notes([row for row in group if row["precision"] == precision])
+            for precision in tables
+        }
         result.append(
-            Section(hardware=hardware, captions=_captions(group), columns=columns, tables=tables)
+            Section(
+                hardware=hardware,
+                captions=_captions(group),
+                columns=columns,
+                tables=tables,
+                notes=notes,
+            )
         )
     return result
 
@@ -207,6 +222,8 @@ def render_markdown(table: Sequence[Row]) -> str:
             lines += ["", f"### {precision}", ""]
             lines += [f"| {' | '.join(headings)} |", f"| {' | '.join(rule)} |"]
             lines += [f"| {' | '.join(map(_escape, texts))} |" for texts in cells]
+            notes = section.notes[precision]
+            lines += ["", *(f"- {_escape(note)}" for note in notes)] if notes else []
         lines.append("")
     return "\n".join(lines)
 
@@ -216,13 +233,17 @@ def _escape(text: str) -> str:
 
 
 def render_terminal(table: Sequence[Row], *, width: int | None = None, color: bool = False) -> str:
-    """Tables for a terminal of `width` characters (the actual one's by default)."""
+    """Tables for a terminal of `width` characters: the actual one's by default, or 100 if less.
+
+    A narrower terminal wraps whole lines, which reads better than broken words.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     output = io.StringIO()
+    width = width or max(100, shutil.get_terminal_size((120, 24)).columns)
     console = Console(
         file=output, width=width, force_terminal=color, highlight=False, markup=False, emoji=False
     )
@@ -239,12 +260,16 @@ def render_terminal(table: Sequence[Row], *, width: int | None = None, color: bo
                     Text(column.heading),
                     justify="right" if column.numeric else "left",
                     overflow="fold",
-                    no_wrap=not column.numeric and column.heading != "Status",
-                    min_width=max(len(word) for text in texts for word in text.split()),
+                    no_wrap=not column.numeric,
+                    min_width=max(
+                        len(word) for text in (column.heading, *texts) for word in text.split()
+                    ),
                 )
             for line in cells:
                 grid.add_row(*map(Text, line))
             console.print(grid, crop=False)
+            for note in section.notes[precision]:
+                console.print(Text(f" {note}"))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
 
 

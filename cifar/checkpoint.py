@@ -72,12 +72,20 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
                 os.fsync(file.fileno())
         sync_folder(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
+            remove_folder(folder)
         temporary.rename(folder)
         sync_folder(folder.parent)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder out of sight before its files go, so that it is never seen incomplete."""
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -151,8 +159,10 @@ def prune(newest: Path, keep: int) -> None:
     """
     root = newest.parent
     past = [folder for folder in list_checkpoints(root) if folder.name <= newest.name]
-    for old in [*past[:-keep], *root.glob(f"{_TEMPORARY}*")]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in past[:-keep]:
+        remove_folder(old)
+    for left_over in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def load_weights(path: Path) -> tuple[ModelCard, Tensors]:

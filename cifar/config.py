@@ -254,7 +254,12 @@ class Recipe:
         )
 
 
-OPTION_NAMES = {"global_batch_size": "batch-size"}
+OPTION_NAMES = {
+    "global_batch_size": "batch-size",
+    "accumulation_steps": "accumulation",
+    "model.name": "model",
+}
+"""Command-line names of fields where they differ."""
 AUGMENTATIONS = ("crop", "flip")
 """Names of the functions in `cifar.data.augment`."""
 

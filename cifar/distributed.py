@@ -47,3 +47,8 @@ def gather(values: Sequence[float], device: torch.device) -> tuple[tuple[float, 
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return tuple(tuple(each.tolist()) for each in everyone)
+
+
+def least(count: int, device: torch.device) -> int:
+    """The smallest of all processes' counts; a collective call."""
+    return -int(reduce_max(torch.tensor(-count, device=device)))

@@ -41,7 +41,6 @@ RECORDED_VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "NCCL_ALGO",
     "NCCL_PROTO",
     "NCCL_SOCKET_IFNAME",
@@ -50,8 +49,8 @@ RECORDED_VARIABLES = (
 )
 """Variables that change how fast or how a process computes; records hold those that are set.
 
-NCCL_P2P_DISABLE and NCCL_IB_DISABLE are left out: Accelerate sets them by the kind of GPU, which a
-record names already.
+What a launcher sets by itself is left out, as the launcher and the kind of GPU are recorded anyway:
+TORCH_NCCL_ASYNC_ERROR_HANDLING, NCCL_P2P_DISABLE, NCCL_IB_DISABLE.
 """
 
 _RESTARTED = "CIFAR_RESTARTED"

@@ -1,8 +1,10 @@
 """A training run from start or checkpoint to final weights: loop, signals, files, progress."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,17 @@ def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: b
         elif session.folder:
             run_folder.write_config(session.folder, trainer.config, run)
         return session.fit()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CifarError(
+            f"checkpoint: {folder}: cannot be written: {error.strerror}; make room, then continue "
+            "with --resume"
+        ) from None
 
 
 class Session:
@@ -115,7 +128,7 @@ class Session:
             "epoch": -(-trainer.step // trainer.loader.steps_per_epoch),
             "step": trainer.step,
             "samples_seen": trainer.samples_seen,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "lr": trainer.lr_of(trainer.step - 1),
             "train_loss": metrics.loss,
             "train_top1": metrics.top1,
             "train_seconds": self._seconds,
@@ -140,26 +153,18 @@ class Session:
         if self.folder:
             root = self.folder / "checkpoints"
             folder = checkpoint.checkpoint_folder(root, self.trainer.step)
-            self._write(folder, tensors, counters)
-            checkpoint.prune(folder, self.trainer.run.keep_checkpoints)
+            with _writing(folder):
+                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
+                checkpoint.prune(folder, self.trainer.run.keep_checkpoints)
         self._since = time.monotonic()
 
     def _write_final(self) -> None:
         if self.folder:
             tensors = {"model": self.trainer.eval_weights()}
-            self._write(self.folder / "final", tensors, {"step": self.trainer.step})
+            folder, counters = self.folder / "final", {"step": self.trainer.step}
+            with _writing(folder):
+                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
         barrier()
-
-    def _write(
-        self, folder: Path, tensors: dict[str, checkpoint.Tensors], counters: dict[str, Any]
-    ) -> None:
-        try:
-            checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
-        except OSError as error:
-            raise CifarError(
-                f"checkpoint: {folder}: cannot be written: {error.strerror}; make room, then "
-                "continue with --resume"
-            ) from None
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that is whole; a damaged one is passed over.

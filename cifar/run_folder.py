@@ -1,6 +1,7 @@
 """A training run on disk: `config.json`, `metrics.jsonl`, `checkpoints/` and `final/`."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -108,20 +109,24 @@ def write_config(folder: Path, train: TrainConfig, run: RunConfig) -> None:
 
 def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None:
     """Raise a ConfigError that names the first option that a resumed run cannot change."""
-    before, now = _flat(contents(stored.train)), _flat(contents(train))
-    before["recipe"], now["recipe"] = stored.train.recipe.name, train.recipe.name
-    before["output-dir"], now["output-dir"] = stored.run.output_dir, run.output_dir
+    before, now = _options(stored.train, stored.run), _options(train, run)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ConfigError(
-                f"{_option(name)}: {now.get(name, 'default')!r}: the run to resume has "
-                f"{before.get(name, 'the default')!r}; leave it out, or start a new run"
+                f"{name}: {now.get(name, 'default')!r}: the run to resume has "
+                f"{before.get(name, 'default')!r}; leave it out, or start a new run"
             )
 
 
-def _option(field: str) -> str:
-    last = field.rpartition(".")[2]
-    return OPTION_NAMES.get(last, last.replace("_", "-"))
+def _options(train: TrainConfig, run: RunConfig) -> dict[str, Any]:
+    """What must not change, by the options' names; CIFAR itself may have moved."""
+    flat = _flat({**contents(train), "data": str(dataclasses.replace(train.data, root=None))})
+    options = {
+        OPTION_NAMES.get(name, OPTION_NAMES.get(last := name.rpartition(".")[2], last)): value
+        for name, value in flat.items()
+    }
+    options |= {"recipe": train.recipe.name, "output-dir": run.output_dir}
+    return {name.replace("_", "-"): value for name, value in options.items()}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -162,15 +162,17 @@ class Trainer:
         """The weights to evaluate and publish: their average where there is one."""
         return self.average.weights if self.average else self.weights()
 
+    def lr_of(self, step: int) -> float:
+        """The learning rate of the 0-based optimiser step `step`."""
+        return lr_at(step, self.total_steps, self.loader.steps_per_epoch, self.config.recipe)
+
     def train_step(self) -> None:
         """Load the next global batch and take one optimiser step; reads nothing from the device."""
         epoch, position = divmod(self.step, self.loader.steps_per_epoch)
         if epoch != self.loader.epoch:
             self.loader.set_epoch(epoch)
-        recipe = self.config.recipe
-        lr = lr_at(self.step, self.total_steps, self.loader.steps_per_epoch, recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr_of(self.step)
         if self.model_config.dropout:
             # The generators' state then needs no saving, on any number of processes.
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)

@@ -123,7 +123,7 @@ def test_another_number_of_processes_is_refused(
 def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:
     with mock.patch.dict(os.environ, PATH=str(tmp_path)):
         os.environ.pop("CXX", None)
-        with pytest.raises(UnsupportedError, match="compile: .*compiler"):
+        with pytest.raises(UnsupportedError, match=r"compile: .*compiler"):
             make_trainer(compile=True)
 
 

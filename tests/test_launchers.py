@@ -213,6 +213,8 @@ TOY = """
 import os, sys
 from pathlib import Path
 rank = os.environ.get("RANK", "alone")
+from cifar.process import recorded_environment
+Path(sys.argv[1], "recorded").write_text(repr(recorded_environment(os.environ)))
 settings = [os.environ.get(name, "") for name in ("WORLD_SIZE", "OMP_NUM_THREADS")]
 Path(sys.argv[1], rank).write_text(" ".join([*settings, os.environ["MALLOC_TOP_PAD_"]]))
 if rank == "1":
@@ -224,11 +226,14 @@ if rank == "1":
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_accelerate_starts_the_processes_that_were_asked_for(tmp_path, monkeypatch, num_processes):
     (tmp_path / "toy_worker.py").write_text(TOY)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{FAKE.parents[1]}")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(launchers, "WORKER", "toy_worker")
     monkeypatch.setattr(process, "available_cores", lambda: 6)
     record = launch(make_job(num_processes=num_processes), tmp_path)
+    asked = process.worker_environment(num_processes, os.environ)
+    recorded = repr(process.recorded_environment(asked))
+    assert (tmp_path / "recorded").read_text() == recorded, "or no record would be used again"
     pad = process.MALLOC["MALLOC_TOP_PAD_"]
     if num_processes == 1:
         assert (tmp_path / "alone").read_text() == f" 6 {pad}"
@@ -388,6 +393,25 @@ COMPILER = (
             simple("Fatal Python error: Segmentation fault\n", "died with <Signals.SIGSEGV: 11>"),
             "failed",
             "killed by signal 11 (SIGSEGV): Fatal Python error: Segmentation fault",
+        ),
+        (
+            torchrun(
+                "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n"
+                "  what():  [enforce fail at pair.cc:464] op.preamble.length <= op.nbytes.\n"
+                + traceback(PEER, rank=0),
+                code=-6,
+                signal_name=" (SIGABRT)",
+            ),
+            "failed",
+            "killed by signal 6 (SIGABRT): what(): [enforce fail at pair.cc:464] "
+            "op.preamble.length <= op.nbytes.",
+        ),
+        (
+            torchrun("bench.worker: no folder\n").replace(
+                "<NO_OTHER_FAILURES>", "[1]:\n  rank : 0\n  exitcode  : -15 (pid: 7)  (SIGTERM)"
+            ),
+            "failed",
+            "bench.worker: no folder",
         ),
         (traceback("ValueError: " + "x" * 1000), "failed", "ValueError: " + "x" * 285 + "..."),
     ],

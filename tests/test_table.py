@@ -212,11 +212,10 @@ def test_what_did_not_finish_is_a_row_with_its_status(status):
     records = [make_record(), broken(make_cell(precision="bf16"), status, "why " * 40)]
     table = rows(records)
     assert [row["status"] for row in table] == ["ok", status]
-    line = next(
-        line for line in render_markdown(table).splitlines() if f"| {status}: why why" in line
-    )
-    assert "…" in line
-    assert len(line) < 200
+    markdown = render_markdown(table)
+    assert f"| {status} |" in markdown
+    assert markdown.count(f"{status}: why why") == 1
+    assert f"{status}: " + "why " * 39 + "why\n" in markdown
     assert f"{status}: why" in render_terminal(table, width=200)
     assert "why " * 39 in render_csv(table)
 

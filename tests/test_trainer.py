@@ -348,7 +348,7 @@ def test_a_state_of_other_data_or_another_length_is_refused() -> None:
     tensors, counters = trainer.state()
     with pytest.raises(CheckpointError, match="data: toy: not the images"):
         make_trainer(data=make_dataset(train=97)).load_state(tensors, counters)
-    with pytest.raises(CheckpointError, match="steps: 9: .* has 6"):
+    with pytest.raises(CheckpointError, match=r"steps: 9: .* has 6"):
         make_trainer(tiny_recipe(epochs=3)).load_state(tensors, counters)
 
 

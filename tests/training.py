@@ -19,6 +19,7 @@ from cifar.data.dataset import Dataset
 from cifar.process import MALLOC
 from cifar.trainer import Trainer
 
+ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(name="resnet20", width=4)
 TINY_OPTIONS = ("--model", "resnet20-w4", "-b", "32", "--epochs", "2", "--lr", "0.05")
 """Three steps an epoch on the toy data set of 96 images."""
@@ -69,7 +70,8 @@ def resume(output: Path, *options: object) -> int:
 def start(*words: object, module: bool = True, **options: Any) -> subprocess.Popen[str]:
     """Start `python -m WORDS` as a process of its own."""
     argv = [sys.executable, *(["-m"] if module else []), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("environment", {})}
+    here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **here, **options.pop("environment", {})}
     return subprocess.Popen(
         argv,
         stdout=subprocess.PIPE,

@@ -1,0 +1,215 @@
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import TINY_OPTIONS, cifar, finish, start, train
+
+from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("fly",), r"command: 'fly': choose one of train, evaluate, summary, download"),
+        (("train", "--speed", "9"), r"--speed"),
+        (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
+        (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
+        (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
+        (("train", "--data", "npz:absent.npz"), r"data: absent\.npz"),
+        (("train", "--data", "folder:absent"), r"data: absent"),
+        (("train", "--data", "cifar10:absent"), r"data: .*absent"),
+        (("train", "-b", "0"), r"batch-size: 0: give 1 or more"),
+        (("train", "-b", "many"), r"many"),
+        (("train", "--epochs", "0"), r"epochs: 0: give 1 or more"),
+        (("train", "--lr", "nan"), r"lr: nan: give a positive number"),
+        (("train", "--optimizer", "lion"), r"lion"),
+        (("train", "--compile-mode", "max-autotune"), r"compile-mode: .*--compile"),
+        (("train", "--augment", "cutmix"), r"augment: 'cutmix': choose from crop, flip"),
+        (("train", "--save-every", "0"), r"save-every: 0: give 1 or more"),
+        (("train", "--model"), r"--model"),
+        (("train", "--resume", "absent"), r"resume: 'absent': no run there"),
+        (("train", "--resume"), r"--resume"),
+        (("evaluate",), r"(?i)checkpoint"),
+        (("evaluate", "absent"), r"checkpoint: absent: no weights there"),
+        (("evaluate", "absent", "-b", "0"), r"batch-size: 0"),
+        (("summary", "vgg"), r"model: 'vgg': choose one of"),
+        (("summary", "resnet18", "--image-size", "0"), r"image-size: 0"),
+        (("download", "mnist"), r"mnist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: tuple[str, ...], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cifar(*words) == 2
+    assert re.search(named, only_line(capsys))
+    runs = tmp_path / "runs" / "train"
+    assert not runs.exists() or list(runs.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("-b", "97"), "batch-size: 97: larger than the 96"),
+        (("--accumulation", "3"), "nearest that does: 30 or 33"),
+        (("--precision", "fp16"), "precision: 'fp16'"),
+        (("--precision", "tf32"), "precision: 'tf32'"),
+        (("--num-processes", "3"), "num-processes: 3: 1 run together"),
+    ],
+)
+def test_what_the_data_or_the_machine_cannot_do_is_one_line(
+    npz: Path, tmp_path: Path, options: tuple[str, str], named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert train(npz, tmp_path / "run", *options) == 2
+    assert named in only_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return (print, ("the pickle ran code",))
+
+
+def cifar10(root: Path) -> Path:
+    """CIFAR-10's layout with one image a batch; the folder of the batches."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [f"class{i}".encode() for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=2))
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [0]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return folder
+
+
+def test_a_truncated_cifar_batch_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = cifar10(tmp_path) / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-100])
+    assert cifar("train", "--cpu", "--data", f"cifar10:{tmp_path}", "--output-dir", tmp_path / "run") == 2  # fmt: skip # noqa: E501
+    assert "data_batch_3" in only_line(capsys)
+
+
+def test_a_pickle_that_would_run_code_is_one_line_and_does_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cifar10(tmp_path) / "data_batch_1").write_bytes(pickle.dumps(Evil()))
+    assert cifar("train", "--cpu", "--data", f"cifar10:{tmp_path}", "--output-dir", tmp_path / "run") == 2  # fmt: skip # noqa: E501
+    found = capsys.readouterr()
+    assert "the pickle ran code" not in found.out
+    assert len(found.err.splitlines()) == 1 and "data_batch_1" in found.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"train_images": np.zeros((96, 16, 16), np.uint8)}, "train"),
+        ({"test_labels": np.zeros(49, np.int64)}, "test"),
+        ({"train_labels": np.zeros(96, np.float32)}, "labels"),
+        ({"train_images": np.zeros((96, 3, 16, 16), np.float32)}, "images"),
+        ({"train_labels": np.full(96, -1)}, "labels"),
+    ],
+)
+def test_an_npz_of_the_wrong_form_is_one_line(
+    npz: Path, tmp_path: Path, changed: dict[str, np.ndarray], named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    np.savez(npz, **{**np.load(npz), **changed})
+    assert train(npz, tmp_path / "run") == 2
+    assert named in only_line(capsys)
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert train(npz, tmp_path / "file" / "run") == 2
+    assert "output-dir: " in only_line(capsys)
+    assert train(npz, tmp_path / "file") == 2
+    assert "output-dir: " in only_line(capsys)
+
+
+def test_evaluating_checks_the_data_and_the_checkpoint(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(npz, tmp_path / "run", "--epochs", "1") == 0
+    capsys.readouterr()
+    arrays = dict(np.load(npz))
+    fewer = {name: array % 7 if "labels" in name else array for name, array in arrays.items()}
+    np.savez(tmp_path / "seven.npz", **fewer)
+    assert cifar("evaluate", tmp_path / "run", "--data", f"npz:{tmp_path / 'seven.npz'}") == 2
+    assert "7 classes are not the 10 of the checkpoint" in only_line(capsys)
+    assert cifar("evaluate", tmp_path / "run") == 2
+    assert "say where with --data" in only_line(capsys)
+
+    assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}") == 0
+    shown = capsys.readouterr().out
+    assert "resnet20-w4" in shown and "50 images" in shown and "10.00%" in shown and "│ 9     │" in shown
+    assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}", "--split",
+                 "train") == 0  # fmt: skip
+    assert "96 images" in capsys.readouterr().out
+
+    weights = tmp_path / "run" / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert cifar("evaluate", tmp_path / "run", "--data", f"npz:{npz}") == 2
+    assert "does not match its checksum" in only_line(capsys)
+
+
+def test_a_summary_tells_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar("summary", "resnet18") == 0
+    assert "11,173,962" in capsys.readouterr().out
+
+
+def test_another_process_waits_for_the_first_before_it_complains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends it meanwhile, unless the first process has nothing to complain of."""
+    waited: list[float] = []
+    monkeypatch.setattr("cifar.cli.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    complain_of_input("cifar", "data: gone")
+    assert waited == []
+    monkeypatch.setenv("RANK", "3")
+    complain_of_input("cifar", "data: gone")
+    assert waited == [FIRST_PROCESS_SECONDS]
+    assert capsys.readouterr().err == "cifar: data: gone\ncifar: process 3: data: gone\n"
+
+
+HELP = """
+import sys
+from cifar.__main__ import main
+sys.argv = ["cifar", *sys.argv[1:]]
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code or 0
+print("heavy:", sorted({"torch", "accelerate", "pandas"} & sys.modules.keys()))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "summary", "download"])
+def test_help_is_quick_for_it_imports_no_torch(command: str) -> None:
+    code, out, err = finish(start("-c", HELP, *command.split(), "--help", module=False))
+    assert (code, err) == (0, "")
+    assert out.endswith("heavy: []\n") and "cifar" in out
+    assert "--lr" in out or command != "train"
+
+
+def test_started_directly_bad_input_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    process = start("cifar", "train", *TINY_OPTIONS, "--data", "npz:absent.npz", cwd=tmp_path)  # fmt: skip
+    code, out, err = finish(process)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.startswith("cifar: data: absent.npz")

@@ -1,0 +1,183 @@
+"""Several processes on one machine, started as a user starts them: accelerate launch, torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training import ROOT, TINY_OPTIONS, cifar, complaints, finish, metrics, start
+
+from cifar.checkpoint import list_checkpoints, load_weights
+
+pytestmark = pytest.mark.multiprocess
+
+ACCELERATE = ("accelerate.commands.launch", "--config_file", ROOT / "launch" / "ddp.yaml",
+              "--main_process_port", 0, "--mixed_precision", "no", "-m", "cifar")  # fmt: skip
+OPTIONS = ("train", "--cpu", *TINY_OPTIONS)
+
+
+def launch(processes: int, *words: object) -> subprocess.Popen[str]:
+    first, *rest = ACCELERATE
+    return start(first, "--num_processes", processes, *rest, *words)
+
+
+def torchrun(processes: int, *words: object) -> subprocess.Popen[str]:
+    return start("torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m",
+                 "cifar", *words)  # fmt: skip
+
+
+def train(npz: Path, folder: Path, *options: object) -> tuple[object, ...]:
+    return (*OPTIONS, "--data", f"npz:{npz}", "--output-dir", folder, *options)
+
+
+@pytest.fixture
+def toy(npz: Path) -> Path:
+    """Three batches of 32 an epoch; 49 test images, which divide over neither 2 nor 3."""
+    arrays = dict(np.load(npz))
+    np.savez(npz, **{k: v[:49] if k.startswith("test") else v for k, v in arrays.items()})
+    return npz
+
+
+def assert_evaluates_alike(folder: Path, npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One process scores the final weights as the run's processes together have."""
+    capsys.readouterr()
+    assert cifar("evaluate", folder, "--cpu", "--data", f"npz:{npz}", "--json") == 0
+    alone, last = json.loads(capsys.readouterr().out), metrics(folder)[-1]
+    assert last["test_samples"] == alone["samples"] == 49
+    assert (last["test_top1"], last["test_top5"]) == (alone["top1"], alone["top5"])
+    assert last["test_loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_two_processes_stopped_and_resumed_train_like_two_that_were_not(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = finish(launch(2, *train(toy, tmp_path / "a", "--num-processes", 2)))
+    assert code == 0, err
+    assert out.count("epoch 1/2") == out.count("epoch 2/2") == out.count("weights in") == 1
+    assert "2 x cpu, global batch 32, steps 0..6" in out and complaints(err) == []
+    lines = metrics(tmp_path / "a")
+    assert [(line["step"], line["samples_seen"]) for line in lines] == [(3, 96), (6, 192)]
+    assert all(0 < line["train_loss"] < 10 for line in lines)
+    assert (lines[0]["train_top1"] * 96).is_integer()
+    assert_evaluates_alike(tmp_path / "a", toy, capsys)
+    card, weights = load_weights(tmp_path / "a")
+    assert card.step == 6 and not any(name.startswith("module.") for name in weights)
+
+    folder = tmp_path / "b"
+    process = launch(2, *train(toy, folder, "--epochs", "4000"))
+    wait_for_epoch(folder, process)
+    process.send_signal(signal.SIGTERM)  # the launcher passes it on
+    code, out, err = finish(process)
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith("cifar: stopped by signal 15 after step ")
+    step = int(line.split("after step ")[1].split(";")[0])
+    assert list_checkpoints(folder / "checkpoints")[-1].name == f"step-{step:09d}"
+
+
+def wait_for_epoch(folder: Path, process: subprocess.Popen[str]) -> None:
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+STOPPED = """
+import os, signal, sys
+from cifar.__main__ import main
+from cifar.trainer import Trainer
+original = Trainer.train_step
+def train_step(self):
+    original(self)
+    if self.step == 4 and self.place.index == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+Trainer.train_step = train_step
+sys.exit(main())
+"""
+
+
+def test_three_processes_stop_together_when_one_is_told_to_and_resume_bit_for_bit(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The global batch of 33 is shared by three; the signal reaches the second process alone."""
+    options = ("-b", 33, "--dropout", "0.2")
+    code, _, err = finish(torchrun(3, *train(toy, tmp_path / "a", *options)))
+    assert code == 0, err
+    assert_evaluates_alike(tmp_path / "a", toy, capsys)
+
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 3,
+                    tmp_path / "stopped.py", *train(toy, tmp_path / "b", *options),
+                    environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
+    code, _, err = finish(process)
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith("cifar: stopped by signal 10 after step 4;")
+    code, _, err = finish(torchrun(3, "train", "--resume", tmp_path / "b"))
+    assert code == 0, err
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
+    (_, straight), (_, resumed) = (load_weights(tmp_path / name) for name in "ab")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+def test_ctrl_c_reaches_every_process_twice_and_yet_the_run_is_saved(
+    toy: Path, tmp_path: Path
+) -> None:
+    """From the terminal, which signals the whole group, and again from the launcher."""
+    process = torchrun(2, *train(toy, tmp_path / "run", "--epochs", "4000"))
+    wait_for_epoch(tmp_path / "run", process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith("cifar: stopped by signal 2 after step ")
+
+
+@pytest.mark.parametrize("starter", [launch, torchrun])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(("--model", "resnet19"), "model: 'resnet19'"), (("-b", "31"), "batch-size: 31")],
+)
+def test_under_a_launcher_bad_input_is_one_line_in_total(
+    toy: Path, tmp_path: Path, starter, options: tuple[str, str], named: str
+) -> None:
+    code, _, err = finish(starter(2, *train(toy, tmp_path / "run", *options)))
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith(f"cifar: {named}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_only_the_first_process_finds_taken_ends_all(
+    toy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").touch()
+    process = torchrun(2, *train(toy, tmp_path))
+    code, _, err = finish(process, seconds=60)
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith("cifar: output-dir: ")
+
+
+def test_a_launcher_that_starts_one_process_instead_of_two_is_found_out(
+    toy: Path, tmp_path: Path
+) -> None:
+    process = start(
+        "accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "cifar",
+        *train(toy, tmp_path / "run", "--num-processes", 2),
+    )  # fmt: skip
+    code, _, err = finish(process)
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith("cifar: num-processes: 2: 1 run together")
+
+
+def test_more_processes_asked_for_than_started_is_refused(toy: Path, tmp_path: Path) -> None:
+    code, _, err = finish(torchrun(2, *train(toy, tmp_path / "run", "--num-processes", 3)))
+    assert code != 0
+    (line,) = complaints(err)
+    assert line.startswith("cifar: num-processes: 3: 2 run together")
