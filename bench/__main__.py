@@ -18,7 +18,8 @@ from bench import runs
 from bench.estimate import estimate_seconds, format_duration
 from bench.launchers import argv_for, environment_for
 from bench.options import RunOptions, build_suite, check_data, check_resume, runs_folder
-from bench.record import Record, TornLineWarning, read_records
+from bench.record import Record
+from bench.record_file import TornLineWarning, read_records
 from bench.spec import Task, expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program

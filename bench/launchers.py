@@ -18,9 +18,11 @@ import psutil
 
 from bench.failure import classify
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.record import Record, Status, parse_record, write_json_atomic
+from bench.record import Record, Status
+from bench.record_file import parse_record
 from bench.spec import Cell
 from cifar.errors import ConfigError, UserError
+from cifar.files import write_atomic
 from cifar.process import worker_environment
 from cifar.serialize import to_json
 
@@ -128,7 +130,7 @@ def _prepare(job: Job, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in [folder / RECORD_FILE, *folder.glob(".*.tmp")]:
         leftover.unlink(missing_ok=True)
-    write_json_atomic(folder / CELL_FILE, to_json(job, indent=2) + "\n")
+    write_atomic(folder / CELL_FILE, to_json(job, indent=2) + "\n")
 
 
 def _run(job: Job, folder: Path, argv: Sequence[str], grace: float) -> Ending:

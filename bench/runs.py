@@ -20,9 +20,11 @@ from bench.job import Job
 from bench.launchers import launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress
-from bench.record import Environment, Record, append_record, read_records, write_json_atomic
+from bench.record import Environment, Record
+from bench.record_file import append_record, read_records
 from bench.spec import Suite, Task, expand
 from cifar.errors import UserError
+from cifar.files import write_atomic
 from cifar.serialize import STRICT, from_json, to_json
 
 RUN_FILE = "run.json"
@@ -105,7 +107,7 @@ def create(suite: Suite, runs_dir: Path, argv: Sequence[str] = ()) -> Run:
     folder = runs_dir / f"{now:%Y%m%d-%H%M%S}-{suite.name}-{secrets.token_hex(2)}"
     try:
         folder.mkdir(parents=True)
-        write_json_atomic(folder / RUN_FILE, to_json(plan, indent=2) + "\n")
+        write_atomic(folder / RUN_FILE, to_json(plan, indent=2) + "\n")
     except OSError as error:
         raise _unwritable(runs_dir, error) from None
     return Run(folder=folder, plan=plan)

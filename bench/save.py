@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.record import Record, read_records, write_json_atomic
+from bench.record import Record
+from bench.record_file import read_records
 from bench.rows import rows
 from bench.runs import Run, latest
 from bench.table import render_markdown
 from cifar.errors import UserError
+from cifar.files import write_atomic
 from cifar.serialize import to_json
 
 
@@ -27,9 +29,9 @@ def save(run: Run, results_dir: Path) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = read_records(path) if path.exists() else []
             merged = latest([*stored, *records]).values()
-            write_json_atomic(path, "".join(to_json(record) + "\n" for record in merged))
+            write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
             table = render_markdown(rows(merged)).rstrip()
-            write_json_atomic(path.with_suffix(".md"), f"# {run.plan.suite}\n\n{table}\n")
+            write_atomic(path.with_suffix(".md"), f"# {run.plan.suite}\n\n{table}\n")
         except OSError as error:
             raise UserError(
                 f"results-dir: {str(results_dir)!r}: cannot be written ({error.strerror}); "

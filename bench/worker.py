@@ -16,13 +16,14 @@ from bench.environment import collect
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.measure import METRICS, Subject, compile_seconds, planned_steps
 from bench.observe import mismatches, observe
-from bench.record import DataFacts, Label, Measurement, Record, Status, write_json_atomic
+from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from cifar.accelerator import is_emulated
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
 from cifar.errors import CifarError, UnsupportedError
+from cifar.files import write_atomic
 from cifar.serialize import from_json, to_json
 from cifar.trainer import Trainer
 
@@ -119,7 +120,7 @@ def main(folder: Path) -> int:
     job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=str(folder / CELL_FILE))
     record = Worker(job).run()
     if int(os.environ.get("RANK", "0")) == 0:
-        write_json_atomic(folder / RECORD_FILE, to_json(record))
+        write_atomic(folder / RECORD_FILE, to_json(record))
     return 0 if record.status in ("ok", "unsupported") else 1
 
 

@@ -47,11 +47,12 @@ class Meter:
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         count = len(logits)
         correct = (logits.argmax(1) == labels).sum()
+        # new_full and masked_fill_ run on the device; a copied number would wait for it.
         self._sums += torch.stack(
-            (loss.double() * count, correct.double(), self._sums.new_tensor(count))
+            (loss.double() * count, correct.double(), self._sums.new_full((), count))
         )
-        bad = torch.where(loss.isfinite(), torch.inf, float(step))
-        torch.minimum(self._first_bad, bad.double(), out=self._first_bad)
+        bad = self._first_bad.new_full((), step).masked_fill_(loss.isfinite(), torch.inf)
+        torch.minimum(self._first_bad, bad, out=self._first_bad)
 
     def add_skip(self, skipped: Tensor) -> None:
         """Count one fp16 step, `skipped` a boolean on the device: total, in a row, longest row."""

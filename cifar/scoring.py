@@ -57,6 +57,10 @@ def score(
     return card, result
 
 
+MATRIX_CLASSES = 12
+"""Most classes whose confusion matrix fits the width of a terminal."""
+
+
 def _trained_on(card: ModelCard) -> DataConfig:
     if card.dataset not in ("shapes", "cifar10", "cifar100"):
         raise ConfigError(
@@ -66,7 +70,8 @@ def _trained_on(card: ModelCard) -> DataConfig:
 
 
 def render(card: ModelCard, result: Evaluation) -> None:
-    """Print the scores, the accuracy of each class and the confusion matrix."""
+    """Print the scores, the accuracy of each class and, if it fits, the confusion matrix."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -78,10 +83,16 @@ def render(card: ModelCard, result: Evaluation) -> None:
         f"loss {result.loss:.4f}  on {result.samples:,} images",
         highlight=False,
     )
-    table = Table(title="Accuracy of each class, and what was predicted for it (rows: true class)")
-    for heading in ("Class", "Top-1 (%)", *card.classes):
-        table.add_column(escape(heading), justify="left" if heading == "Class" else "right")
-    for name, accuracy, row in zip(card.classes, result.per_class, result.confusion, strict=True):
+    fits = len(card.classes) <= MATRIX_CLASSES
+    title = "Accuracy of each true class" + (" and how often each was predicted for it" * fits)
+    table = Table("", "Class", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    numbers = map(str, range(len(card.classes) if fits else 0))
+    for heading in ("Top-1 (%)", *numbers):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, (name, accuracy) in enumerate(zip(card.classes, result.per_class, strict=True)):
         shown = "-" if accuracy is None else f"{accuracy * 100:.1f}"
-        table.add_row(escape(name), shown, *map(str, row))
+        row = result.confusion[number] if fits else ()
+        table.add_row(str(number), escape(name), shown, *map(str, row))
     console.print(table)
+    if not fits:
+        console.print("the confusion matrix: --json")

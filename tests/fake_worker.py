@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.record import Environment, Measurement, Record, write_json_atomic
+from bench.record import Environment, Measurement, Record
+from cifar.files import write_atomic
 from cifar.serialize import from_json, to_json
 
 
@@ -61,16 +62,16 @@ def main():
     good = to_json(record_of(job))
     match what:
         case "ok" | "ok-exit3" | "ok-hang":
-            write_json_atomic(folder / RECORD_FILE, good)
+            write_atomic(folder / RECORD_FILE, good)
         case "unsupported":
             record = record_of(job, status="unsupported", reason="no such unit", measurements=())
-            write_json_atomic(folder / RECORD_FILE, to_json(record))
+            write_atomic(folder / RECORD_FILE, to_json(record))
         case "garbage":
             (folder / RECORD_FILE).write_text('{"schema_version": 1, "cell"')
         case "unknown-key":
             (folder / RECORD_FILE).write_text(good.replace('"suite":', '"color": 1, "suite":', 1))
         case "other-cell":
-            write_json_atomic(folder / RECORD_FILE, good.replace('"repeat": 0', '"repeat": 7'))
+            write_atomic(folder / RECORD_FILE, good.replace('"repeat": 0', '"repeat": 7'))
         case "crash":
             raise ValueError("the worker broke")
         case "oom":

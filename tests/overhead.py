@@ -73,9 +73,7 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def compare_steps(args: argparse.Namespace) -> dict[str, object]:
-    recipe = Recipe(
-        epochs=1000, global_batch_size=args.batch_size, lr=1e-4, schedule="constant"
-    )
+    recipe = Recipe(epochs=1000, global_batch_size=args.batch_size, lr=1e-4, schedule="constant")
     config = TrainConfig(
         model=ModelConfig(name=args.model),
         recipe=recipe,

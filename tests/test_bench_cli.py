@@ -18,7 +18,7 @@ from fake_worker import record_of
 from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
-from bench.record import append_record, read_records
+from bench.record_file import append_record, read_records
 from bench.spec import Plan, Protocol, Suite, grid
 from bench.suites import SUITES
 from cifar.data.shapes import load_shapes

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.record import read_records
+from bench.record_file import read_records
 from bench.save import save
 
 RESULTS = Path(__file__).parent.parent / "results"

@@ -20,9 +20,10 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 
 FREE_NAMES = """
     bench bench.__main__ bench.estimate bench.failure bench.job bench.launchers bench.options
-    bench.present bench.progress bench.record bench.rows bench.runs bench.save bench.spec
+    bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
+    bench.save bench.spec
     bench.stats bench.suites bench.table
-    cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.process
+    cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz
     cifar.data.shapes cifar.data.sources cifar.data.unpickle

@@ -13,7 +13,8 @@ from bench import measure, observe, worker
 from bench.environment import code_digest, collect
 from bench.job import Job
 from bench.measure import HostClock, Subject, compile_seconds, planned_steps
-from bench.record import Measurement, parse_record
+from bench.record import Measurement
+from bench.record_file import parse_record
 from bench.spec import Cell, Protocol, Task, grid
 from cifar.config import RunConfig, parse_data
 from cifar.data.dataset import Dataset

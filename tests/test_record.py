@@ -9,22 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from bench import record as record_module
-from bench.record import (
-    SCHEMA_VERSION,
-    DataFacts,
-    Environment,
-    Measurement,
-    Record,
-    TornLineWarning,
-    append_record,
-    migrate,
-    parse_record,
-    read_records,
-    write_json_atomic,
-)
+from bench import record_file as record_module
+from bench.record import SCHEMA_VERSION, DataFacts, Environment, Measurement, Record
+from bench.record_file import TornLineWarning, append_record, migrate, parse_record, read_records
 from bench.spec import Protocol, Task, grid
 from cifar.errors import ConfigError, UserError
+from cifar.files import write_atomic
 from cifar.serialize import to_dict, to_json
 
 ENVIRONMENT = Environment(
@@ -289,17 +279,17 @@ def test_several_writers_lose_nothing(tmp_path):
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / "record.json"
-    write_json_atomic(path, "1")
-    write_json_atomic(path, "2")
+    write_atomic(path, "1")
+    write_atomic(path, "2")
     assert path.read_text() == "2"
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_a_failed_atomic_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "record.json"
-    write_json_atomic(path, "old")
+    write_atomic(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_json_atomic(path, "new \udc80")
+        write_atomic(path, "new \udc80")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
