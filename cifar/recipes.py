@@ -12,7 +12,7 @@ def default() -> Recipe:
     Source: one-cycle schedule of Smith 2018 (https://arxiv.org/abs/1708.07120), crop and flip of
     He et al. 2015 (https://arxiv.org/abs/1512.03385). Cost: 500,000 images on CIFAR-10.
     """
-    return Recipe(name="default", lr=0.4, schedule="one-cycle", global_batch_size=128)
+    return Recipe(name="default", lr=0.1, schedule="one-cycle", global_batch_size=128)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {recipe.__name__: recipe for recipe in (default,)}

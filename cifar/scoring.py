@@ -85,7 +85,7 @@ def render(card: ModelCard, result: Evaluation) -> None:
     )
     fits = len(card.classes) <= MATRIX_CLASSES
     title = "Accuracy of each true class" + (" and how often each was predicted for it" * fits)
-    table = Table("", "Class", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("", "Class", title=title, box=SIMPLE_HEAD, padding=0)
     numbers = map(str, range(len(card.classes) if fits else 0))
     for heading in ("Top-1 (%)", *numbers):
         table.add_column(heading, justify="right", no_wrap=True)

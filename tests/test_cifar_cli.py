@@ -156,9 +156,8 @@ def test_evaluating_checks_the_data_and_the_checkpoint(
 
     assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}") == 0
     shown = capsys.readouterr().out
-    assert (
-        "resnet20-w4" in shown and "50 images" in shown and "10.00%" in shown and "class9" in shown
-    )
+    assert "resnet20-w4" in shown and "50 images" in shown
+    assert re.search(r"^ *9 +9 +\d+\.\d( +\d){10} *$", shown, re.MULTILINE)
     assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}", "--split",
                  "train") == 0  # fmt: skip
     assert "96 images" in capsys.readouterr().out

@@ -142,6 +142,6 @@ class TrainLoader:
 
 def eval_batches(images: DeviceImages, batch_size: int, place: Place) -> Iterator[Batch]:
     """This process's share of a split, every sample on exactly one process, none padded."""
-    mine = torch.arange(place.index, len(images), place.count, device=images.device)
+    mine = torch.arange(len(images), device=images.device)[place.index :: place.count]
     for start in range(0, len(mine), batch_size):
         yield images.batch(mine[start : start + batch_size])
