@@ -125,6 +125,8 @@ class EvaluateOptions:
     """Which of its splits."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 500
     """Images per forward pass."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """Number format; the one the weights were trained in when not given."""
     cpu: bool = False
     """Run on the CPU although there is a GPU."""
     json: bool = False
@@ -149,6 +151,7 @@ def run_evaluate(argv: list[str]) -> int:
         options.data,
         split=options.split,
         batch_size=options.batch_size,
+        precision=options.precision,
         cpu=options.cpu,
     )
     if options.json:

@@ -55,6 +55,32 @@ def lr_at(step: int, total_steps: int, steps_per_epoch: int, recipe: Recipe) -> 
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as `<parameter number>.<name>`, e.g. `0.momentum_buffer`."""
+    return {
+        f"{number}.{name}": value
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take up a state from `optimizer_tensors`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        like = parameters[int(number)]
+        # Fused optimisers pair numbers by their place in memory, so layouts must agree.
+        same = value.shape == like.shape
+        state.setdefault(int(number), {})[name] = (
+            torch.empty_like(like).copy_(value) if same else value
+        )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
 class WeightAverage:
     """Exponential moving average of all weights and BatchNorm statistics.
 

@@ -15,9 +15,17 @@ from cifar.models import build_model
 
 
 def score(
-    path: Path, data: DataConfig | None, *, split: str, batch_size: int, cpu: bool
+    path: Path,
+    data: DataConfig | None,
+    *,
+    split: str,
+    batch_size: int,
+    precision: str | None,
+    cpu: bool,
 ) -> tuple[ModelCard, Evaluation]:
-    """Evaluate a checkpoint in the precision and with the normalisation it was trained with.
+    """Evaluate a checkpoint with the normalisation it was trained with.
+
+    Data and precision are those it was trained with where None.
 
     Raises:
         CheckpointError: no weights there, or damaged.
@@ -37,17 +45,18 @@ def score(
             f"{card.model.in_channels}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    check_supported(card.precision, device)
-    precision = PRECISIONS[card.precision]
-    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
-    torch.backends.cudnn.allow_tf32 = precision.tf32
+    name = precision or card.precision
+    check_supported(name, device)
+    formats = PRECISIONS[name]
+    torch.backends.cuda.matmul.allow_tf32 = formats.tf32
+    torch.backends.cudnn.allow_tf32 = formats.tf32
     module = build_model(card.model).to(device).eval()
     load_into(module, weights, str(path))
     if card.channels_last:
         module = module.to(memory_format=torch.channels_last)
     on_device = DeviceImages(images, card.normalization, device, channels_last=card.channels_last)
-    autocast = getattr(torch, precision.autocast) if precision.autocast else torch.float32
-    with torch.autocast(device.type, autocast, enabled=precision.autocast is not None):
+    autocast = getattr(torch, formats.autocast) if formats.autocast else torch.float32
+    with torch.autocast(device.type, autocast, enabled=formats.autocast is not None):
         result = evaluate(
             module,
             eval_batches(on_device, batch_size, Place()),

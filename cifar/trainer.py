@@ -25,7 +25,13 @@ from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.meter import Meter
 from cifar.models import build_model
-from cifar.optim import WeightAverage, build_optimizer, lr_at
+from cifar.optim import (
+    WeightAverage,
+    build_optimizer,
+    load_optimizer_tensors,
+    lr_at,
+    optimizer_tensors,
+)
 
 EVAL_BATCH_SIZE = 500
 
@@ -275,7 +281,7 @@ class Trainer:
             TrainingError: a weight is not finite, so the state is not worth keeping.
         """
         self.synchronize_buffers()
-        tensors = {"model": self.weights(), "optimizer": self._optimizer_tensors()}
+        tensors = {"model": self.weights(), "optimizer": optimizer_tensors(self.optimizer)}
         if self.average:
             tensors["ema"] = self.average.weights
         for name, tensor in tensors["model"].items():
@@ -313,7 +319,7 @@ class Trainer:
                 "resume with the same epochs and batch size"
             )
         load_into(self.module, tensors["model"], "model")
-        self._load_optimizer_tensors(tensors["optimizer"])
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         if self.average:
             for name, average in self.average.weights.items():
                 average.copy_(tensors["ema"][name])
@@ -322,26 +328,3 @@ class Trainer:
             self.scaler.load_state_dict(counters["scaler"])
         self.meter.load(counters["meter"], first=self.is_main)
         self.step = counters["step"]
-
-    def _optimizer_tensors(self) -> Tensors:
-        """The optimiser's state as `<parameter number>.<name>`, e.g. `0.momentum_buffer`."""
-        return {
-            f"{number}.{name}": value
-            for number, values in self.optimizer.state_dict()["state"].items()
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-
-    def _load_optimizer_tensors(self, tensors: Tensors) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            number, _, name = key.partition(".")
-            like = parameters[int(number)]
-            # Fused optimisers pair numbers by their place in memory, so layouts must agree.
-            same = value.shape == like.shape
-            state.setdefault(int(number), {})[name] = (
-                torch.empty_like(like).copy_(value) if same else value
-            )
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
