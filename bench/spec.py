@@ -229,14 +229,16 @@ def grid(
     *,
     channels_last: Sequence[bool] = (False,),
     compile: Sequence[bool] = (False,),  # noqa: A002 - the option's name everywhere
-    batch_sizes: Sequence[int] = (128,),
+    batch_sizes: Sequence[int] = (),
     seeds: int = 1,
     recipe: Recipe | None = None,
     data: DataConfig | None = None,
     launcher: str = "ddp",
     num_processes: int = 1,
 ) -> tuple[Cell, ...]:
-    """The product of the options, the last one varying fastest; `recipe`: "default" if None.
+    """The product of the options, the last one varying fastest.
+
+    `recipe` is "default" if None, `batch_sizes` the recipe's own if empty.
 
     Raises:
         ConfigError: an unknown name, a value out of range, a batch that does not divide.
@@ -256,7 +258,7 @@ def grid(
             num_processes=num_processes,
         )
         for model, precision, nhwc, compiled, batch_size in itertools.product(
-            models, precisions, channels_last, compile, batch_sizes
+            models, precisions, channels_last, compile, batch_sizes or (recipe.global_batch_size,)
         )
     ]
     return seeded(cells, seeds)

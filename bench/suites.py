@@ -47,7 +47,12 @@ def depths() -> Suite:
     return Suite(
         name="depths",
         description="resnet18, 34, 50, 101 and 152 in fp32, speed only",
-        plans=(Plan(protocol=Protocol(inference_warmup=2), cells=grid(models, ["fp32"])),),
+        plans=(
+            Plan(
+                protocol=Protocol(inference_warmup=2),
+                cells=grid(models, ["fp32"], batch_sizes=(128,)),
+            ),
+        ),
     )
 
 
@@ -62,6 +67,7 @@ def precisions() -> Suite:
         ["fp32", "tf32", "bf16", "fp16"],
         channels_last=(False, True),
         compile=(False, True),
+        batch_sizes=(128,),
     )
     return Suite(
         name="precisions",

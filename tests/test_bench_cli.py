@@ -235,7 +235,7 @@ def test_an_interrupted_run_ends_its_cell_and_can_be_resumed(tmp_path, number, c
     command = shlex.split(last.partition("to go on: bench ")[2])
     done = bench(tmp_path, *command)
     assert done.returncode == 0, done.stderr
-    assert "[1/2] resnet20 fp32 b128 ... kept ok" in done.stderr
+    assert "[1/2] resnet20 fp32 b64 ... kept ok" in done.stderr
     assert statuses(tmp_path) == ["ok", "ok"]
 
 

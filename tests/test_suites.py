@@ -104,7 +104,7 @@ def test_cells_that_an_override_makes_equal_are_measured_once():
 
 
 def test_override_refuses_what_a_cell_refuses():
-    with pytest.raises(ConfigError, match="nearest that does: 126 or 129"):
+    with pytest.raises(ConfigError, match="nearest that does: 63 or 66"):
         override(quick(), num_processes=3)
 
 

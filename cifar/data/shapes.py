@@ -28,14 +28,14 @@ CHUNK = 100
 # How hard the set is. Lengths are in pixels, colours in grey levels of 0..255.
 RADIUS = (7.0, 11.0)
 """Least and greatest size: half the width of the cross, about that of the others."""
-CONTRAST = (100.0, 160.0)
+TURN = 0.27
+"""Tangent of half the greatest angle by which a shape is turned: 30 degrees either way."""
+CONTRAST = (80.0, 160.0)
 """Shape against ground in the channel where they differ most, before clipping to 0..255."""
-TEXTURE = 12.0
+TEXTURE = 18.0
 """Greatest amplitude of the stripes on ground and shape."""
-NOISE = 10.0
+NOISE = 24.0
 """Amplitude of the uniform noise on every pixel and channel."""
-BARS = 1
-"""Short bars of random colour lying between ground and shape."""
 
 
 def _both(a: Array, b: Array) -> Array:
@@ -70,7 +70,7 @@ def _crescent(u: Array, v: Array) -> Array:
 
 
 def _triangle(u: Array, v: Array) -> Array:
-    return _both(0.8660254 * np.abs(u) + 0.5 * v, -v) - 0.54
+    return _both(0.8660254 * np.abs(u) - 0.5 * v, v) - 0.54
 
 
 def _square(u: Array, v: Array) -> Array:
@@ -97,7 +97,7 @@ def _cross(u: Array, v: Array) -> Array:
 
 
 def _heart(u: Array, v: Array) -> Array:
-    u, v = np.abs(u), v + 0.1
+    u, v = np.abs(u), 0.1 - v
     w, x = u - 0.45, v - 0.45
     return _either(np.sqrt(w * w + x * x) - 0.6363961, (u + np.abs(v) - 0.9) * 0.7071068)
 
@@ -114,7 +114,7 @@ DISTANCES: dict[str, Distance] = {
     "cross": _cross,
     "heart": _heart,
 }
-"""Class name and signed distance, negative inside, at coordinates `(u, v)` in units of the size."""
+"""Class name and signed distance (negative inside) at `u` to the right and `v` down, in sizes."""
 
 _AXIS = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
 _X, _Y = _AXIS[None, :, None], _AXIS[:, None, None]
@@ -132,12 +132,11 @@ class _Pencil:
         draws = self.rng.random_sample((*shape, self.count))
         return (low + (high - low) * draws).astype(np.float32)
 
-    def frame(self, margin: float | Array) -> tuple[Array, Array]:
-        """Pixel coordinates about a random centre, `margin` from the edge, at a random angle."""
-        t, side = self.uniform(-1, 1), self.uniform(-1, 1)
-        # Half-angle formulas: exact arithmetic where sin and cos differ between libraries.
+    def frame(self, margin: Array) -> tuple[Array, Array]:
+        """Pixel coordinates about a random centre at least `margin` inside the edge, turned."""
+        t = self.uniform(-TURN, TURN)
+        # Half-angle formulas: exact where sin and cos differ between libraries.
         cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-        cos = np.where(side < 0, -cos, cos)
         reach = (SIZE - 1) / 2 - margin
         x, y = _X - reach * self.uniform(-1, 1), _Y - reach * self.uniform(-1, 1)
         return x * cos + y * sin, y * cos - x * sin
@@ -147,11 +146,6 @@ class _Pencil:
         size = self.uniform(*RADIUS)
         u, v = self.frame(size + 1)
         return _coverage(distance(u / size, v / size) * size)
-
-    def bar(self) -> Array:
-        """Coverage, 0..1, by a short bar."""
-        u, v = self.frame(2)
-        return _coverage(_both(np.abs(u) - self.uniform(2, 6), np.abs(v) - self.uniform(0.7, 2)))
 
     def stripes(self) -> Array:
         """Triangle waves in -1..1 of random direction, with periods of 2.8 pixels and more."""
@@ -173,19 +167,16 @@ def _coverage(distance: Array) -> Array:
 
 
 def _draw(pencil: _Pencil, distance: Distance) -> npt.NDArray[np.uint8]:
-    """Images `[3, 32, 32, N]` of one class: ground, bars, shape and noise, in this order."""
+    """Images `[3, 32, 32, N]` of one class: striped ground, striped shape, noise."""
     ground = pencil.uniform(50, 205, CHANNELS)
     step = pencil.uniform(-1, 1, CHANNELS)
     step = step / np.abs(step).max(axis=0) * pencil.uniform(*CONTRAST)
-    bars = [(pencil.bar(), pencil.uniform(0, 255, CHANNELS)) for _ in range(BARS)]
     shape = pencil.shape(distance)
     ground_stripes, ground_amplitude = pencil.stripes(), pencil.uniform(-TEXTURE, TEXTURE, CHANNELS)
     shape_stripes, shape_amplitude = pencil.stripes(), pencil.uniform(-TEXTURE, TEXTURE, CHANNELS)
     images = pencil.noise() * NOISE
     for c in range(CHANNELS):
         image = ground[c] + ground_stripes * ground_amplitude[c]
-        for bar, colour in bars:
-            image += bar * (colour[c] - image)
         image += shape * (ground[c] + step[c] + shape_stripes * shape_amplitude[c] - image)
         images[c] += image
     return np.clip(images, 0, 255, out=images).astype(np.uint8)
@@ -208,7 +199,7 @@ def load_shapes(seed: int = 0, *, train: int = 10_000, test: int = 2_000) -> Dat
     """Draw `train` and `test` images `[N, 3, 32, 32]`, as many of each class as possible.
 
     Colours, place, size and angle are random and independent of the class, so that neither colour
-    nor any single pixel tells the class.
+    nor any single pixel tells the class, and a flipped image belongs to the same class.
 
     Raises:
         DataError: a count below 1 or a seed outside 0..2**32-1.
