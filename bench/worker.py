@@ -97,8 +97,8 @@ def refuse_emulation(task: Task) -> None:
     if not task.protocol.allow_emulated and is_emulated(precision, device):
         raise UnsupportedError(
             f"precision: '{precision}': this {device.type.upper()} has no {precision} kernels and "
-            "emulates them many times slower than fp32, which this protocol leaves out; "
-            "measure it with `bench run --models ... --precisions ...`"
+            "would emulate them, many times slower; "
+            "to measure that, name the cell: bench run --models ... --precisions ..."
         )
 
 

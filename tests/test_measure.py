@@ -215,7 +215,7 @@ def test_worker_refuses_emulation_where_the_protocol_does(
     )
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "unsupported"
-    assert "emulates" in record.reason
+    assert "emulate" in record.reason
 
 
 def test_worker_fails_when_the_effective_configuration_differs(
