@@ -334,7 +334,7 @@ class RunConfig:
     """Checkpoints to keep, newest first."""
     check_every: int | None = None
     """Steps between readings of the device's counters (finite loss, skipped steps, signals);
-    1 on a CPU and 20 on a GPU when not given."""
+    20 on a GPU, 10 in one process on a CPU and 1 in several when not given."""
     max_skipped_steps: int = 20
     """fp16: stop after this many skipped steps in a row."""
 

@@ -103,8 +103,9 @@ class Session:
             or trainer.step == trainer.total_steps
         )
         saves = epoch_ends or (every is not None and trainer.step % every == 0)
+        alone = trainer.place.count == 1
         stop = 0
-        if saves or trainer.step % trainer.check_every == 0:
+        if saves or trainer.step % trainer.check_every == 0 or (alone and self._signals.received):
             stop = trainer.check(self._signals.received)
         if epoch_ends and not stop:
             self._end_epoch()

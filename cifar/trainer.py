@@ -93,7 +93,7 @@ class Trainer:
         self.total_steps = self._plan_steps(train_samples)
         self.step = 0
         self.meter = Meter(self.device)
-        self.check_every = run.check_every or (20 if self.device.type == "cuda" else 1)
+        self.check_every = run.check_every or self._default_interval()
 
     def _build_data(self) -> None:
         recipe, dataset = self.config.recipe, self.dataset
@@ -144,6 +144,12 @@ class Trainer:
         self.scaler = self.accelerator.scaler
         decay = config.recipe.ema_decay
         self.average = WeightAverage(self.weights(), decay) if decay else None
+
+    def _default_interval(self) -> int:
+        """Steps between checks: processes on CPUs agree at every one, for theirs are long."""
+        if self.device.type == "cuda":
+            return 20
+        return 10 if self.place.count == 1 else 1
 
     def _plan_steps(self, train_samples: int | None) -> int:
         if train_samples is None:

@@ -144,7 +144,7 @@ def test_a_good_record_is_completed_by_the_launcher(tmp_path, monkeypatch):
         ("nothing", "failed", "ended with exit code 0 but wrote no record"),
         ("garbage", "failed", "unreadable record.json: "),
         ("unknown-key", "failed", "unreadable record.json: record.json: color: "),
-        ("other-cell", "failed", "record.json is of another cell: resnet20 fp32 b128"),
+        ("other-cell", "failed", "record.json is of another cell: resnet20 fp32 b64"),
         ("unsupported", "unsupported", "no such unit"),
         ("ok-exit3", "ok", "exit code 3, after the record was written"),
     ],

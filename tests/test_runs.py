@@ -227,9 +227,9 @@ def test_the_present_environment_is_asked_of_a_process(tmp_path: Path, monkeypat
 def test_a_log_gets_one_line_per_cell(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     runs.execute(run, launch=FakeLaunch("ok", "failed"), present=present_of())
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("[1/2] resnet20 fp32 b128 ... ok 256 images/s 30 s, about ")
+    assert first.startswith("[1/2] resnet20 fp32 b64 ... ok 256 images/s 30 s, about ")
     assert first.endswith(" left")
-    assert second == "[2/2] resnet18 fp32 b128 ... failed 30 s: why failed"
+    assert second == "[2/2] resnet18 fp32 b64 ... failed 30 s: why failed"
 
 
 def test_kept_records_are_shown_as_such(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ def measurements(*, rate=200.0, top1=None):
 
 
 def make_cell(model="resnet20", precision="fp32", **options):
+    options = {"recipe": Recipe(name="default"), **options}
     return grid([model], [precision], **options)[0]
 
 

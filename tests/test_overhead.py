@@ -1,0 +1,30 @@
+"""What the trainer and its input pipeline add, measured; slow, and only meaningful when idle."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def overhead(*options: str) -> dict[str, object]:
+    script = Path(__file__).with_name("overhead.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_step_is_hardly_slower_than_a_bare_loop_s() -> None:
+    found = overhead("step", "--model", "resnet20", "--pairs", "100")
+    ratio, low, high = found["ratio"]
+    assert high - low < 0.06, "too noisy to tell: run it on an idle machine"
+    assert ratio >= 0.97
+
+
+def test_augmented_input_keeps_a_share_of_plain_input_s_rate() -> None:
+    found = overhead("pipeline", "--pairs", "300")
+    assert found["ratio"][0] >= 0.3
