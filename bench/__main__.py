@@ -134,16 +134,17 @@ def _measure(run: runs.Run, past: Sequence[Record]) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """While entered, SIGTERM raises Stopped, so that the cell's processes are ended as well."""
+    """While entered, SIGTERM and SIGHUP raise Stopped, so that the cell's processes end as well."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number, f"stopped by {signal.Signals(number).name}")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _shown(path: Path) -> str:

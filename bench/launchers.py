@@ -198,6 +198,15 @@ def _alive(mark: str) -> list[psutil.Process]:
     return found
 
 
+def end_leftovers(folder: Path, grace: float = GRACE_SECONDS) -> None:
+    """End the processes of jobs below `folder` that outlived the program which started them."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            mark = process.environ().get(_MARK, "")
+            if mark.partition(":")[2].partition(":")[2].startswith(f"{folder}{os.sep}"):
+                _end(mark, grace)
+
+
 def _oom_kills() -> int:
     """Processes that this Linux kernel has killed for lack of memory since it started."""
     with contextlib.suppress(OSError):

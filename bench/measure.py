@@ -4,11 +4,13 @@ A metric reads the subject, does its work and returns measurements that carry th
 direction, so nothing else has to know of a new one.
 """
 
+import contextlib
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Literal, cast
 from typing import Protocol as Shape
 
@@ -50,8 +52,12 @@ class Subject:
 
 
 def planned_steps(protocol: Protocol, batch_size: int) -> int:
-    """Optimiser steps a worker takes: the training budget, or just warm-up and timed ones."""
-    return protocol.train_samples // batch_size or protocol.warmup_steps + protocol.timed_steps
+    """Optimiser steps a worker takes: the training budget, or just warm-up and timed ones.
+
+    The first step is never timed.
+    """
+    timed = max(1, protocol.warmup_steps) + protocol.timed_steps
+    return protocol.train_samples // batch_size or timed
 
 
 class Clock(Shape):
@@ -116,8 +122,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     augmenting and normalising its batch.
     """
     trainer, protocol = subject.trainer, subject.protocol
-    if subject.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(subject.device)
+    _reset_peak_memory(subject.device)
     first_step = _first_step(subject)
     warmup = min(protocol.warmup_steps, trainer.total_steps - 1)
     while trainer.step < warmup:
@@ -168,11 +173,31 @@ def _peak_memory(subject: Subject) -> Iterable[Measurement]:
         )
         yield subject.measurement("peak_memory_reserved_bytes", "bytes", "lower", [reserved])
         return
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     yield subject.measurement(
-        "peak_memory_bytes", "bytes", "lower", [resident], kind="resident set of the process"
+        "peak_memory_bytes",
+        "bytes",
+        "lower",
+        [_peak_resident()],
+        kind="resident set while training",
     )
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Start the high-water mark anew, so that loading the data does not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not on this system, or forbidden: the mark then stands
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_resident() -> int:
+    """The high-water mark of this process's resident set in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure_accuracy(subject: Subject) -> Iterable[Measurement]:

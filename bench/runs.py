@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from bench.estimate import estimate_seconds
 from bench.job import Job
-from bench.launchers import launch
+from bench.launchers import end_leftovers, launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress
 from bench.record import Environment, Record
@@ -214,6 +214,7 @@ def execute(
         UserError: another process runs this run, or its folder cannot be written.
     """
     with locked(run):
+        end_leftovers(run.folder)
         try:
             return _Execution(run, launch, present, past).all()
         except OSError as error:

@@ -190,7 +190,7 @@ def expand(suite: Suite) -> tuple[Task, ...]:
     favour a cell.
 
     Raises:
-        ConfigError: no cell at all, or a training budget smaller than one batch.
+        ConfigError: no cell at all, or a training budget smaller than two batches.
     """
     tasks: dict[tuple[str, str, int], Task] = {}
     for plan in suite.plans:
@@ -206,10 +206,10 @@ def expand(suite: Suite) -> tuple[Task, ...]:
 def _check_budget(cell: Cell, protocol: Protocol) -> None:
     batch, budget = cell.train.recipe.global_batch_size, protocol.train_samples
     require(
-        budget == 0 or budget >= batch,
+        budget == 0 or budget >= 2 * batch,
         "train-samples",
         budget,
-        f"give 0 (speed only) or at least one batch of {batch}",
+        f"give 0 (speed only) or at least two batches of {batch}, the first is not timed",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.errors import ConfigError, UnsupportedError
@@ -27,7 +27,8 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     """
     check_launch(os.environ)
     name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    cpu = run.cpu or not torch.cuda.is_available()
+    launched_on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    cpu = run.cpu or launched_on_cpu or not torch.cuda.is_available()
     check_supported(name, torch.device("cpu") if cpu else torch.device("cuda"))
     if config.compile:
         check_compiler()

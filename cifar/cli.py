@@ -80,9 +80,11 @@ def run_program(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("-h", "--help"):
+        if not words:
+            raise ConfigError(f"command: none given; see {prog} --help")
+        if words[0] in ("-h", "--help"):
             print(_overview(prog, summary, commands))
-            return 0 if words else 2
+            return 0
         if words[0] not in commands:
             raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
         return commands[words[0]].run(words[1:])

@@ -112,6 +112,7 @@ class Session:
         if saves or stop:
             self._save(epoch_due=epoch_ends and bool(stop))
         if stop:
+            barrier()  # a launcher ends the others as soon as one is gone, also while it writes
             where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
             raise Stopped(stop, f"stopped by signal {stop} after step {trainer.step}{where}")
 

@@ -86,7 +86,8 @@ def create(folder: Path) -> Path:
         ) from None
     if taken:
         raise FolderTakenError(
-            f"output-dir: '{folder}': no empty folder; choose another, or continue with --resume"
+            f"output-dir: '{folder}': no empty folder; choose another, continue with --resume, or "
+            "delete it if its run never started (an empty config.json)"
         )
     return folder
 
@@ -99,6 +100,10 @@ def read_config(folder: Path) -> StoredConfig:
         raise CheckpointError(
             f"resume: '{folder}': no run there (it has no {CONFIG}); give the folder of a run"
         ) from None
+    if not text:
+        raise CheckpointError(
+            f"resume: '{folder}': its run was ended before it started; delete it and start anew"
+        )
     return from_json(StoredConfig, text, source=str(folder / CONFIG))
 
 

@@ -123,3 +123,15 @@ def test_the_average_is_a_copy() -> None:
     average = WeightAverage(weights, decay=0.9)
     weights["weight"].zero_()
     assert torch.equal(average.weights["weight"], torch.ones(2))
+
+
+def test_an_overflow_in_the_first_fp16_step_leaves_the_momentum_clean() -> None:
+    weight = torch.nn.Parameter(torch.ones(5))
+    module = torch.nn.Module()
+    module.weight = weight
+    optimizer = build_optimizer(module, Recipe(lr=0.1, weight_decay=0.0))
+    weight.grad = torch.full((5,), torch.inf)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(5))
+    assert torch.equal(weight, torch.ones(5))

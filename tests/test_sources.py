@@ -565,7 +565,7 @@ IMAGES = arrays()["train_images"]
         ({"train_labels": np.zeros(6, bool)}, "train_labels: bool [6]"),
         ({"test_labels": np.array([0, 1, -1, 2])}, "test_labels: -1..2"),
         ({"test_labels": np.array([0, 1, 2, 2**63], np.uint64)}, f"test_labels: 0..{2**63}"),
-        ({"test_labels": np.array([0, 1, 2, 10**9])}, "labels: 1000000000: more classes"),
+        ({"test_labels": np.array([0, 1, 2, 10**9])}, "test labels: 1000000000: the largest"),
         ({"class_names": np.array(["a", "b"])}, "class_names: <U1 [2]: must be at least 3"),
         ({"class_names": np.array([b"a", b"b", b"c"])}, "class_names: |S1 [3]"),
         ({"class_names": np.array(["a", None, "c"])}, "class_names: an array of objects"),

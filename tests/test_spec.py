@@ -84,7 +84,7 @@ def test_digest_is_that_of_old_records():
         (lambda: Protocol(inference_batch_sizes=(8, 8)), "inference-batch-sizes: (8, 8): give"),
         (
             lambda: expand(make_suite(Protocol(train_samples=127), make_cell())),
-            "train-samples: 127: give 0 (speed only) or at least one batch of 128",
+            "train-samples: 127: give 0 (speed only) or at least two batches of 128",
         ),
         (lambda: expand(make_suite(Protocol())), "suite: 'test': has no cells"),
     ],
@@ -114,11 +114,11 @@ def test_expand_removes_duplicates_but_not_other_protocols():
         plans=(
             Plan(protocol=Protocol(), cells=(make_cell(), make_cell())),
             Plan(protocol=Protocol(timeout=5.0), cells=(make_cell(),)),
-            Plan(protocol=Protocol(train_samples=128), cells=(make_cell(),)),
+            Plan(protocol=Protocol(train_samples=256), cells=(make_cell(),)),
         ),
     )
     tasks = expand(suite)
-    assert [task.protocol.train_samples for task in tasks] == [0, 128]
+    assert [task.protocol.train_samples for task in tasks] == [0, 256]
     assert len({task.slug for task in tasks}) == 2
 
 

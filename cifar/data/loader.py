@@ -15,6 +15,9 @@ from cifar.data.augment import Augmentation
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 
+_CHUNK = 1000
+"""Images counted at once for the statistics."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -37,7 +40,10 @@ class Normalization:
         pixels = split.images.shape[0] * split.images.shape[2] * split.images.shape[3]
         mean, std = [], []
         for channel in range(split.images.shape[1]):
-            counts = np.bincount(split.images[:, channel].reshape(-1), minlength=256)
+            counts = np.zeros(256, dtype=np.int64)
+            for start in range(0, len(split), _CHUNK):  # bincount needs 8 bytes for every pixel
+                pixels_here = split.images[start : start + _CHUNK, channel].reshape(-1)
+                counts += np.bincount(pixels_here, minlength=256)
             values = np.arange(256, dtype=np.int64)
             total, squares = int(counts @ values), int(counts @ values**2)
             mean.append(total / pixels / 255)

@@ -188,7 +188,13 @@ def load_npz(config: DataConfig) -> Dataset:
     path = _path(config)
     arrays = read_npz(path, MAX_DATASET_BYTES)
     splits = {split: _npz_split(path, arrays, split) for split in ("train", "test")}
-    highest = max(int(split.labels.max(initial=0)) for split in splits.values())
+    trained, tested = (int(splits[name].labels.max(initial=0)) for name in ("train", "test"))
+    if "class_names" not in arrays and tested > trained:
+        raise DataError(
+            f"data: {path}: test labels: {tested}: the largest training label is {trained}; "
+            "correct it, or name all classes in class_names"
+        )
+    highest = max(trained, tested)
     return Dataset(
         name=f"npz:{path.stem}",
         classes=_npz_classes(path, arrays.get("class_names"), highest, len(splits["train"])),
