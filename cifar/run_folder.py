@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
 from cifar.errors import CheckpointError, CifarError, ConfigError
+from cifar.files import write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_json
 
 CONFIG = "config.json"
@@ -170,14 +171,12 @@ def rewind_metrics(folder: Path, step: int) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Put a new file in the place of an old one, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Put a new file in the place of an old one, whole or not at all.
+
+    Raises:
+        CifarError: it cannot be written.
+    """
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomic(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CifarError(f"{path}: cannot be written: {error.strerror}") from None
