@@ -15,17 +15,17 @@ MALLOC = {
 }
 """Makes glibc keep freed memory, in bytes.
 
-Otherwise every step returns its activations to the kernel and faults them in again, which costs up
-to a third of a step on a CPU and most of the difference between equal processes.
+Otherwise every step returns its activations to the kernel and faults them in again. How much that
+costs differs between machines: from nothing that could be told to a third of a training step.
 """
 
 SPIN = {"GOMP_SPINCOUNT": "100000"}
 """How often idle threads of GNU OpenMP, which torch ships, look for work before they sleep.
 
-Of the settings tried on two cores this was best in all cases, in milliseconds per ResNet-20
-training step of 64 images alone / beside one / beside two busy processes (and per image at batch 1,
-alone): library default 181 / 659 / 752 (4.8), OMP_WAIT_POLICY=PASSIVE 240 / 358 / 582 (11.8), this
-169 / 509 / 410 (3.0). A user's own OMP_WAIT_POLICY stands.
+Milliseconds per ResNet-20 training step of 64 images on two cores, alone (mean of two processes) /
+beside one / beside two busy processes (one process each), and per image at batch 1, alone: library
+default 181 / 659 / 752, 4.8; OMP_WAIT_POLICY=PASSIVE 240 / 358 / 582, 11.8; this 169 / 509 / 410,
+3.0. So PASSIVE was better beside one busy process alone. A user's own OMP_WAIT_POLICY stands.
 """
 
 RECORDED_VARIABLES = (
