@@ -17,7 +17,14 @@ import tyro
 from bench import runs
 from bench.estimate import estimate_seconds, format_duration
 from bench.launchers import argv_for, environment_for
-from bench.options import RunOptions, build_suite, check_data, check_resume, runs_folder
+from bench.options import (
+    RunOptions,
+    build_suite,
+    check_data,
+    check_devices,
+    check_resume,
+    runs_folder,
+)
 from bench.record import Record
 from bench.record_file import TornLineWarning, read_records
 from bench.spec import Task, expand
@@ -84,23 +91,28 @@ def run_run(argv: list[str]) -> int:
     if options.resume is not None:
         check_resume(options)
         run = runs.find(options.resume, folder)
-        tasks = run.plan.tasks
-        check_data(tasks)
+        _check(run.plan.tasks)
+        if options.dry_run:
+            return _show_plan(runs.missing(run), past)
     else:
         suite = build_suite(options)
         tasks = expand(suite)
-        check_data(tasks)
-        if not options.dry_run:
-            runs.check_writable(folder)
-            run = runs.create(suite, folder, argv)
-    if options.dry_run:
-        _show_plan(tasks, past)
-        return 0
+        _check(tasks)
+        if options.dry_run:
+            return _show_plan(tasks, past)
+        runs.check_writable(folder)
+        run = runs.create(suite, folder, argv)
     return _measure(run, past)
 
 
-def _show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> None:
-    """What would be started, and the time it would take."""
+def _check(tasks: Sequence[Task]) -> None:
+    """Refuse what no process needs to be started for."""
+    check_data(tasks)
+    check_devices(tasks)
+
+
+def _show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
+    """Print what would be started, and the time it would take; returns the exit code."""
     for number, task in enumerate(tasks, 1):
         seconds = estimate_seconds(task.cell, task.protocol, history=past)
         print(f"[{number}/{len(tasks)}] {task.cell.label}  about {format_duration(seconds)}")
@@ -108,6 +120,7 @@ def _show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> None:
         settings = " ".join(f"{name}={value}" for name, value in added.items())
         print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
     print(f"{len(tasks)} cells, about {format_duration(_expected(tasks, past))}")
+    return 0
 
 
 def _measure(run: runs.Run, past: Sequence[Record]) -> int:

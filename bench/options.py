@@ -1,6 +1,6 @@
 """The options of `bench run`, and the suite that they ask for."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from bench.launchers import get_launcher
+from bench.present import present_environment
+from bench.record import Environment
 from bench.spec import Plan, Protocol, Suite, Task, expand, grid
 from bench.suites import get_suite, override
 from cifar.config import DataConfig, parse_data, require
@@ -169,6 +171,25 @@ def check_data(tasks: Iterable[Task]) -> None:
         if data not in sizes:
             sizes[data] = _train_size(data)
         require(batch <= sizes[data], "batch-size", batch, f"{data} has {sizes[data]} images")
+
+
+def check_devices(
+    tasks: Iterable[Task], present: Callable[[int], Environment] = present_environment
+) -> None:
+    """Refuse more processes than this machine has GPUs; on CPUs any number may share the cores.
+
+    Raises:
+        ConfigError: a cell asks for more.
+    """
+    most = max((task.cell.num_processes for task in tasks), default=1)
+    if most > 1:
+        count = present(most).gpu_count
+        require(
+            count == 0 or most <= count,
+            "num-processes",
+            most,
+            f"this machine has {count} GPU{'s' * (count > 1)}; give at most that many",
+        )
 
 
 def _train_size(data: DataConfig) -> int:

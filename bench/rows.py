@@ -287,9 +287,15 @@ def filter_rows(table: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> li
     """The rows whose columns have the wanted values (see `parse_filter`).
 
     Raises:
-        UserError: no such column; names those that exist.
+        UserError: no such column, or no such row; names those that exist.
     """
-    keys = {_column(table, name): values for name, values in wanted.items()}
-    return [
-        row for row in table if all(str(row.get(key)) in values for key, values in keys.items())
-    ]
+    kept = list(table)
+    for name, values in wanted.items():
+        key = _column(table, name)
+        there = sorted({str(row.get(key)) for row in kept})
+        kept = [row for row in kept if str(row.get(key)) in values]
+        if not kept:
+            raise UserError(
+                f"filter: '{name}={'|'.join(values)}': no row is left; there are {', '.join(there)}"
+            )
+    return kept

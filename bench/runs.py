@@ -5,8 +5,6 @@
 """
 
 import contextlib
-import fcntl
-import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +21,7 @@ from bench.progress import SuiteProgress
 from bench.record import Environment, Record
 from bench.record_file import append_record, read_records
 from bench.spec import Suite, Task, expand
+from cifar import files
 from cifar.errors import UserError
 from cifar.files import write_atomic
 from cifar.serialize import STRICT, from_json, to_json
@@ -174,18 +173,16 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         UserError: another process does, or the folder cannot be written.
     """
-    try:
-        descriptor = os.open(run.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _unwritable(run.folder, error) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"run: {run.id!r}: is being run by another process; wait for it") from None
-    else:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(run.folder))
+        except BlockingIOError:
+            raise UserError(
+                f"run: {run.id!r}: is being run by another process; wait for it"
+            ) from None
+        except OSError as error:
+            raise _unwritable(run.folder, error) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def reusable(record: Record, environment: Environment) -> bool:
@@ -219,6 +216,12 @@ def execute(
             return _Execution(run, launch, present, past).all()
         except OSError as error:
             raise _unwritable(run.folder, error) from None
+
+
+def missing(run: Run, *, present: Present = present_environment) -> list[Task]:
+    """The tasks that `execute` would measure."""
+    kept = _kept(run, present)
+    return [task for task in run.plan.tasks if task.key not in kept]
 
 
 class _Execution:

@@ -121,15 +121,10 @@ class Protocol:
             ("inference_iterations", 1),
         ):
             value = getattr(self, name)
-            require(value >= least, name.replace("_", "-"), value, f"give {least} or more")
+            require(value >= least, name, value, f"give {least} or more")
         for name in ("inference_seconds", "timeout"):
             value = getattr(self, name)
-            require(
-                0 < value < math.inf,
-                name.replace("_", "-"),
-                value,
-                "give a positive number of seconds",
-            )
+            require(0 < value < math.inf, name, value, "give a positive number of seconds")
         sizes = self.inference_batch_sizes
         require(
             all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),

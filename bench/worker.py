@@ -22,6 +22,7 @@ from cifar.accelerator import is_emulated
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
+from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
 from cifar.serialize import from_json, to_json
@@ -121,6 +122,9 @@ def main(folder: Path) -> int:
     record = Worker(job).run()
     if int(os.environ.get("RANK", "0")) == 0:
         write_atomic(folder / RECORD_FILE, to_json(record))
+    elif record.reason:  # the first process may not have met it, and then leaves no record
+        print(record.reason, file=sys.stderr, flush=True)
+    leave()
     return 0 if record.status in ("ok", "unsupported") else 1
 
 

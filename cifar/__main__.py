@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,14 +82,11 @@ def run_train(argv: list[str]) -> int:
     """`cifar train`."""
     options = read_train_options(argv)
     if options.resume is not None:
-        folder = Path(options.resume)
-        run_folder.check_same(run_folder.read_config(folder), options.train, options.run)
-        ensure_environment()
+        stored = run_folder.read_config(Path(options.resume))
+        run_folder.check_same(stored, options.train, options.run)
+    ensure_environment()
+    with _owned_folder(options) as folder:
         _train(options, folder)
-    else:
-        ensure_environment()
-        with _new_folder(options) as new:
-            _train(options, new)
     return 0
 
 
@@ -106,11 +104,21 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _new_folder(options: TrainOptions) -> contextlib.AbstractContextManager[Path | None]:
-    """The folder of a new run, made by the first process; the others write nothing."""
-    if not _is_first():
-        return contextlib.nullcontext()
-    return run_folder.created(options.train, options.run.output_dir)
+@contextlib.contextmanager
+def _owned_folder(options: TrainOptions) -> Iterator[Path | None]:
+    """The folder of the run, which the first process alone makes, locks and writes.
+
+    The others read a run to resume; of a new one they know no folder.
+    """
+    if options.resume is not None:
+        folder = Path(options.resume)
+        with run_folder.resumed(folder) if _is_first() else contextlib.nullcontext():
+            yield folder
+    elif _is_first():
+        with run_folder.created(options.train, options.run.output_dir) as new:
+            yield new
+    else:
+        yield None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Starting Accelerate, and refusing what it would quietly turn into something else."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -29,9 +30,10 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     launched_on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     cpu = run.cpu or launched_on_cpu or not torch.cuda.is_available()
-    check_supported(name, torch.device("cpu") if cpu else torch.device("cuda"))
+    device = torch.device("cpu" if cpu else "cuda")
+    check_supported(name, device)
     if config.compile:
-        check_compiler()
+        check_compiler(device)
     precision = PRECISIONS[name]
     # The legacy switches: Inductor in torch 2.11-2.15 still reads them and they set the new ones.
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32
@@ -116,13 +118,23 @@ def is_emulated(name: str, device: torch.device) -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def check_compiler() -> None:
-    """Raise an UnsupportedError if torch.compile would find no C++ compiler."""
-    default = "clang++" if sys.platform == "darwin" else "g++"  # as torch._inductor.config has it
-    compiler = os.environ.get("CXX", default)
-    if not shutil.which(compiler):
+def check_compiler(device: torch.device) -> None:
+    """Raise an UnsupportedError if torch.compile would find no compiler for what it generates.
+
+    That is C++ for a CPU (torch._inductor.config.cpp.cxx), and for a GPU C, with which Triton
+    builds its launcher (triton.runtime.build).
+    """
+    if device.type == "cuda":
+        variable, language, defaults = "CC", "C", ["gcc", "clang"]
+    else:
+        default = "clang++" if sys.platform == "darwin" else "g++"
+        variable, language, defaults = "CXX", "C++", [default]
+    command = os.environ.get(variable)
+    compilers = shlex.split(command)[:1] if command else defaults
+    if not any(map(shutil.which, compilers)):
         raise UnsupportedError(
-            f"compile: True: no C++ compiler, {compiler!r} was not found; install it or set CXX"
+            f"compile: True: no {language} compiler, {' or '.join(map(repr, compilers))} was not "
+            f"found; install it or set {variable}"
         )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from torch import Tensor
 from cifar.config import ModelConfig
 from cifar.data.loader import Normalization
 from cifar.errors import CheckpointError
+from cifar.files import sync_folder
 from cifar.serialize import STRICT, from_json, to_json
 
 Tensors = dict[str, Tensor]
@@ -88,15 +90,6 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_folder(folder: Path) -> dict[str, bytes]:
     """The files of a folder written by `write_folder`, their checksums verified.
 
@@ -150,6 +143,26 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of a checkpoint's folder gives."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def newest_whole(
+    folders: Sequence[Path], warn: Callable[[str], None]
+) -> tuple[Path, dict[str, bytes]] | None:
+    """The last of these checkpoints that is whole, and its files; None if none is.
+
+    What is wrong with those after it is told to `warn`.
+    """
+    for folder in reversed(folders):
+        try:
+            return folder, read_folder(folder)
+        except CheckpointError as error:
+            warn(f"warning: {error}")
+    return None
 
 
 def prune(newest: Path, keep: int) -> None:

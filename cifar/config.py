@@ -17,9 +17,9 @@ arg = tyro.conf.arg
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raise a ConfigError that names the field, the value and the remedy."""
+    """Raise a ConfigError that names the field as its option, the value and the remedy."""
     if not condition:
-        raise ConfigError(f"{name}: {value!r}: {remedy}")
+        raise ConfigError(f"{name.replace('_', '-')}: {value!r}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -347,4 +347,4 @@ class RunConfig:
             "max_skipped_steps",
         ):
             value = getattr(self, name)
-            require(value is None or value >= 1, name.replace("_", "-"), value, "give 1 or more")
+            require(value is None or value >= 1, name, value, "give 1 or more")

@@ -1,7 +1,12 @@
-"""Files and folders that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent whatever happens, and folders that one process writes."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+LOCK = ".lock"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -20,6 +25,22 @@ def write_atomic(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While entered, no other process can enter it for this folder; a killed one's lock is gone.
+
+    Raises:
+        BlockingIOError: another process is in there.
+        OSError: the folder cannot be written.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -89,11 +89,13 @@ def ensure_environment() -> None:
     """Start this program anew with `worker_environment`, unless it runs with the malloc settings.
 
     The new program takes this one's place (exec), so its process id, pipes and a launcher's rank
-    variables stay. Call it first thing in a program, before torch is imported. Does nothing on a
-    system other than Linux, where the C library has no such settings.
+    variables stay. Call it first thing in a program, before torch is imported. On a system other
+    than Linux, whose C library has no such settings, it says that they do not apply.
     """
-    complete = MALLOC.keys() <= os.environ.keys()
-    if complete or _RESTARTED in os.environ or sys.platform != "linux":
+    if MALLOC.keys() <= os.environ.keys() or _RESTARTED in os.environ:
+        return
+    if sys.platform != "linux":
+        print("note: malloc and OpenMP settings are for Linux; left as they are", file=sys.stderr)
         return
     assert "torch" not in sys.modules, "OpenMP has read its settings already"
     sys.stdout.flush()

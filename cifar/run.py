@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cifar import checkpoint, run_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
-from cifar.distributed import barrier
+from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.progress import TrainingProgress
@@ -36,7 +38,9 @@ def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: b
             session.resume()
         elif session.folder:
             run_folder.write_config(session.folder, trainer.config, run)
-        return session.fit()
+        result = session.fit()
+    leave()
+    return result
 
 
 @contextlib.contextmanager
@@ -175,7 +179,7 @@ class Session:
             CheckpointError: there is no whole checkpoint, or it does not fit this run.
         """
         assert self.root is not None
-        where, files = self._newest_checkpoint(self.root)
+        where, files = self._newest_checkpoint(self.root / "checkpoints")
         groups = [name.removesuffix(".safetensors") for name in files if name.endswith("tensors")]
         tensors = {group: checkpoint.read_tensors(files, group, where) for group in groups}
         counters: dict[str, Any] = json.loads(files["state.json"])
@@ -186,12 +190,18 @@ class Session:
             run_folder.rewind_metrics(self.folder, self.trainer.step - self._epoch_due)
 
     def _newest_checkpoint(self, root: Path) -> tuple[Path, dict[str, bytes]]:
-        found = checkpoint.list_checkpoints(root / "checkpoints")
-        for folder in reversed(found):
-            try:
-                return folder, checkpoint.read_folder(folder)
-            except CheckpointError as error:
-                self._progress.say(f"warning: {error}")
-        raise CheckpointError(
-            f"resume: '{root}': no whole checkpoint among {len(found)}; start a new run"
+        """Chosen by the first process, for the others may see the folder differently."""
+        chosen: tuple[Path, dict[str, bytes]] | None = None
+        if self.trainer.is_main:
+            found = checkpoint.list_checkpoints(root)
+            chosen = checkpoint.newest_whole(found, warn=self._progress.say)
+        step = torch.tensor(
+            -1 if chosen is None else checkpoint.step_of(chosen[0]), device=self.trainer.device
         )
+        broadcast_from_first([step])
+        if int(step) < 0:
+            raise CheckpointError(f"resume: '{root}': no whole checkpoint there; start a new run")
+        if chosen is None:
+            folder = checkpoint.checkpoint_folder(root, int(step))
+            chosen = folder, checkpoint.read_folder(folder)
+        return chosen

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
 from cifar.errors import CheckpointError, CifarError, ConfigError
-from cifar.files import write_atomic
+from cifar.files import LOCK, locked, write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_json
 
 CONFIG = "config.json"
@@ -34,63 +34,75 @@ class StoredConfig:
 def created(config: TrainConfig, asked: str | None) -> Iterator[Path]:
     """The folder of a new run, the one asked for or else runs/train/<model>-<data>-<UTC time>.
 
-    It is removed again if the run ends before it starts to train.
+    While entered no other process can train there. The folder is removed again if the run ends
+    before it starts to train.
 
     Raises:
         ConfigError: the folder holds something already, or cannot be written.
     """
     if asked is not None:
-        folder = create(Path(asked))
+        choices = iter([Path(asked)])
     else:
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        folder = _first_free(f"{config.model.label}-{config.data.source}-{moment}")
-    try:
-        yield folder
-    finally:
-        claim = folder / CONFIG
-        if claim.exists() and claim.stat().st_size == 0:
-            claim.unlink()
-            folder.rmdir()
+        choices = _names(f"{config.model.label}-{config.data.source}-{moment}")
+    with contextlib.ExitStack() as stack:
+        folder = _first_free(choices, stack)
+        try:
+            yield folder
+        finally:
+            if not (folder / CONFIG).exists():
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
-def _first_free(name: str) -> Path:
-    """Two runs may start in the same second."""
-    for number in itertools.count(1):
-        folder = Path("runs", "train", name if number == 1 else f"{name}-{number}")
-        if not folder.exists():
-            with contextlib.suppress(FolderTakenError):
-                return create(folder)
-    raise AssertionError("unreachable")
+def _names(name: str) -> Iterator[Path]:
+    """Several, because two runs may start in the same second."""
+    yield Path("runs", "train", name)
+    for number in itertools.count(2):
+        yield Path("runs", "train", f"{name}-{number}")
 
 
-class FolderTakenError(ConfigError):
-    """The folder of a new run holds something already."""
+def _first_free(choices: Iterator[Path], stack: contextlib.ExitStack) -> Path:
+    """Make and lock the first folder that holds nothing, until `stack` is closed."""
+    folder = Path()
+    for folder in choices:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if all(path.name == LOCK for path in folder.iterdir()):
+                stack.enter_context(locked(folder))
+                return folder
+        except (FileExistsError, BlockingIOError):
+            continue  # a file of that name, or another run that has just started there
+        except OSError as error:
+            raise ConfigError(
+                f"output-dir: '{folder}': cannot be written ({error.strerror}); choose another"
+            ) from None
+    raise ConfigError(
+        f"output-dir: '{folder}': no empty folder; choose another, or continue with --resume"
+    )
 
 
-def create(folder: Path) -> Path:
-    """Make the folder of a new run and claim it with an empty `config.json`.
+@contextlib.contextmanager
+def resumed(folder: Path) -> Iterator[None]:
+    """While entered no other process can train in the folder of a run.
 
     Raises:
-        FolderTakenError: it holds something already.
-        ConfigError: it cannot be written.
+        CheckpointError: one does.
+        ConfigError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = any(folder.iterdir())
-        if not taken:
-            (folder / CONFIG).touch(exist_ok=False)
-    except FileExistsError:
-        taken = True
-    except OSError as error:
-        raise ConfigError(
-            f"output-dir: '{folder}': cannot be written ({error.strerror}); choose another"
-        ) from None
-    if taken:
-        raise FolderTakenError(
-            f"output-dir: '{folder}': no empty folder; choose another, continue with --resume, or "
-            "delete it if its run never started (an empty config.json)"
-        )
-    return folder
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError:
+            raise CheckpointError(
+                f"resume: '{folder}': another process is training there; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"resume: '{folder}': cannot be written ({error.strerror}); copy the run to a "
+                "folder that can"
+            ) from None
+        yield
 
 
 def read_config(folder: Path) -> StoredConfig:
@@ -101,10 +113,6 @@ def read_config(folder: Path) -> StoredConfig:
         raise CheckpointError(
             f"resume: '{folder}': no run there (it has no {CONFIG}); give the folder of a run"
         ) from None
-    if not text:
-        raise CheckpointError(
-            f"resume: '{folder}': its run was ended before it started; delete it and start anew"
-        )
     return from_json(StoredConfig, text, source=str(folder / CONFIG))
 
 

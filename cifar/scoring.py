@@ -35,8 +35,8 @@ def score(
     dataset = load_dataset(data or _trained_on(card))
     if dataset.classes != card.classes:
         raise DataError(
-            f"data: {dataset.name}: its {len(dataset.classes)} classes are not the "
-            f"{len(card.classes)} of the checkpoint ({card.dataset}); choose its data with --data"
+            f"data: {dataset.name}: its classes ({_few(dataset.classes)}) are not those of the "
+            f"checkpoint, {card.dataset} ({_few(card.classes)}); choose other images with --data"
         )
     images = dataset.test if split == "test" else dataset.train
     if images.images.shape[1] != card.model.in_channels:
@@ -64,6 +64,10 @@ def score(
             device=device,
         )
     return card, result
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
 
 
 MATRIX_CLASSES = 12

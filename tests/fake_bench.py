@@ -15,12 +15,17 @@ def fake_argv(cell, folder):
     return [sys.executable, str(worker), str(folder)]
 
 
+def present(num_processes):
+    return fake_worker.environment()
+
+
 def install():
     runs.execute = functools.partial(
         runs.execute,
         launch=functools.partial(launchers.launch, argv_for=fake_argv, grace=0.5),
-        present=lambda num_processes: fake_worker.environment(),
+        present=present,
     )
+    runs.missing = functools.partial(runs.missing, present=present)
 
 
 if __name__ == "__main__":

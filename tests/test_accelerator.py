@@ -134,9 +134,22 @@ def test_the_compiler_is_the_one_that_torch_will_call(tmp_path: Path) -> None:
     with mock.patch.dict(os.environ, PATH=str(tmp_path)):
         os.environ.pop("CXX", None)
         with pytest.raises(UnsupportedError):
-            check_compiler()
-        os.environ["CXX"] = "elsewhere++"
-        check_compiler()
+            check_compiler(torch.device("cpu"))
+        os.environ["CXX"] = "elsewhere++ -std=c++20"
+        check_compiler(torch.device("cpu"))
+
+
+def test_a_gpu_needs_the_c_compiler_that_triton_will_call(tmp_path: Path) -> None:
+    (tmp_path / "g++").touch(mode=0o755)
+    with mock.patch.dict(os.environ, PATH=str(tmp_path)):
+        os.environ.pop("CC", None)
+        with pytest.raises(UnsupportedError, match=r"no C compiler, 'gcc' or 'clang' .* set CC"):
+            check_compiler(torch.device("cuda"))
+        (tmp_path / "clang").touch(mode=0o755)
+        check_compiler(torch.device("cuda"))
+        os.environ["CC"] = "absent"
+        with pytest.raises(UnsupportedError, match="'absent' was not found"):
+            check_compiler(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

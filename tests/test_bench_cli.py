@@ -13,15 +13,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_worker import record_of
+from fake_worker import environment, record_of
 
 from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
 from bench.record_file import append_record, read_records
-from bench.spec import Plan, Protocol, Suite, grid
+from bench.spec import Plan, Protocol, Suite, Task, grid
 from bench.suites import SUITES
 from cifar.data.shapes import load_shapes
+from cifar.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).with_name("fake_bench.py")
@@ -212,7 +213,9 @@ def test_a_broken_cell_is_survived_and_told_by_the_exit_code(tmp_path, fake, cod
     assert ("try them again: bench run --resume runs/" in done.stdout) == (code == 1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_an_interrupted_run_ends_its_cell_and_can_be_resumed(tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, str(FAKE), *CELLS],
@@ -237,6 +240,42 @@ def test_an_interrupted_run_ends_its_cell_and_can_be_resumed(tmp_path, number, c
     assert done.returncode == 0, done.stderr
     assert "[1/2] resnet20 fp32 b64 ... kept ok" in done.stderr
     assert statuses(tmp_path) == ["ok", "ok"]
+
+
+def test_a_cell_that_outlives_a_killed_run_is_ended_by_the_next_one(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(FAKE), *CELLS], cwd=tmp_path, env=environ(FAKE="hang")
+    )
+    while not (children := list(tmp_path.glob("runs/*/cells/*/child"))):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    child = psutil.Process(int(children[0].read_text()))
+    assert child.is_running()
+    name = runs.newest(tmp_path / "runs").id
+    assert bench(tmp_path, "run", "--resume", name).returncode == 0
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert statuses(tmp_path) == ["ok", "ok"]
+
+
+def test_a_dry_run_of_a_resumed_run_shows_what_is_missing(tmp_path):
+    assert bench(tmp_path, *CELLS, fake="resnet20=crash").returncode == 1
+    name = runs.newest(tmp_path / "runs").id
+    done = bench(tmp_path, "run", "--resume", name, "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[1/1] resnet20 fp32" in done.stdout and "resnet18" not in done.stdout
+    assert statuses(tmp_path) == ["failed", "ok"]
+
+
+def test_more_processes_than_gpus_are_refused():
+    cells = grid(["resnet20"], ["fp32"], num_processes=4)
+    tasks = [Task(cell=cell, protocol=Protocol()) for cell in cells]
+    for gpus in (("H200",), ("H200", "H200")):
+        with pytest.raises(ConfigError, match=f"num-processes: 4: this machine has {len(gpus)} "):
+            options.check_devices(tasks, lambda _, gpus=gpus: environment(gpu_names=gpus))
+    options.check_devices(tasks, lambda count: environment())
+    options.check_devices(tasks, lambda count: environment(gpu_names=("H200",) * 4))
 
 
 def test_resume_measures_anew_what_other_code_measured(tmp_path):

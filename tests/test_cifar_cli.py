@@ -150,7 +150,7 @@ def test_evaluating_checks_the_data_and_the_checkpoint(
     fewer = {name: array % 7 if "labels" in name else array for name, array in arrays.items()}
     np.savez(tmp_path / "seven.npz", **fewer)
     assert cifar("evaluate", tmp_path / "run", "--data", f"npz:{tmp_path / 'seven.npz'}") == 2
-    assert "7 classes are not the 10 of the checkpoint" in only_line(capsys)
+    assert "(0, 1, 2, ... 7 in all) are not those of the checkpoint, npz:toy" in only_line(capsys)
     assert cifar("evaluate", tmp_path / "run") == 2
     assert "say where with --data" in only_line(capsys)
 

@@ -54,9 +54,15 @@ def assert_evaluates_alike(folder: Path, npz: Path, capsys: pytest.CaptureFixtur
 
 
 STOPPED = """
-import os, signal, sys
+import os, signal, sys, time
+from cifar import checkpoint
 from cifar.__main__ import main
 from cifar.trainer import Trainer
+write = checkpoint.write_checkpoint
+def write_checkpoint(*words):
+    time.sleep(3)  # long enough for the launcher to end this process, were the other one gone
+    write(*words)
+checkpoint.write_checkpoint = write_checkpoint
 original = Trainer.train_step
 def train_step(self):
     original(self)
@@ -65,6 +71,20 @@ def train_step(self):
 Trainer.train_step = train_step
 sys.exit(main())
 """
+
+
+RESUMED = """
+import os, sys
+from cifar import checkpoint
+from cifar.__main__ import main
+list_checkpoints = checkpoint.list_checkpoints
+def stale(root):
+    found = list_checkpoints(root)
+    return found if os.environ["RANK"] == "0" else found[:-1]
+checkpoint.list_checkpoints = stale
+sys.exit(main())
+"""
+"""The second process's view of the folder lags behind, as on a network file system."""
 
 
 def test_two_processes_stopped_and_resumed_train_like_two_that_were_not(
@@ -92,7 +112,12 @@ def test_two_processes_stopped_and_resumed_train_like_two_that_were_not(
     assert code != 0
     (line,) = complaints(err)
     assert line.startswith("cifar: stopped by signal 10 after step 4;")
-    code, _, err = finish(launch(2, "train", "--resume", tmp_path / "b"))
+    assert list_checkpoints(tmp_path / "b" / "checkpoints")[-1].name == "step-000000004"
+    (tmp_path / "resumed.py").write_text(RESUMED)
+    process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                    tmp_path / "resumed.py", "train", "--resume", tmp_path / "b",
+                    environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
+    code, _, err = finish(process)
     assert code == 0, err
     assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
     _, resumed = load_weights(tmp_path / "b")

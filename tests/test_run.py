@@ -102,7 +102,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_and_weights(
 ) -> None:
     folder = straight("plain")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "config.json", "final", "metrics.jsonl"]  # fmt: skip
+        ".lock", "checkpoints", "config.json", "final", "metrics.jsonl"]  # fmt: skip
     stored = run_folder.read_config(folder)
     assert stored.train.precision == "fp32" and stored.train.model.label == "resnet20-w4"
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
@@ -297,6 +297,29 @@ def test_two_runs_of_the_same_second_get_folders_of_their_own(
         assert first != second
         assert {first.name, second.name} == {
             "resnet18-shapes-20260101-000000", "resnet18-shapes-20260101-000000-2"}  # fmt: skip
+
+
+def test_a_folder_whose_run_never_started_is_taken_over(npz: Path, tmp_path: Path) -> None:
+    """A killed start leaves its lock file, and nobody holds it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert train(npz, tmp_path / "run", "--epochs", "1") == 0
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        train(npz, folder)
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    with run_folder.resumed(folder):
+        assert resume(folder) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cifar: resume: '{folder}': another process is training there")
+    assert sorted(folder.rglob("*")) == before
+    assert resume(folder) == 0
 
 
 def test_a_folder_asked_for_by_two_runs_goes_to_the_first(tmp_path: Path) -> None:

@@ -308,7 +308,8 @@ def test_filter_wants_all_columns_and_any_of_their_values():
         ("resnet20", "tf32"),
     ]
     assert filter_rows(table, parse_filter("batch=128")) == table
-    assert filter_rows(table, parse_filter("batch=64")) == []
+    with pytest.raises(UserError, match=r"filter: 'batch=64\|32': no row is left; there are 128"):
+        filter_rows(table, parse_filter("batch=64,batch=32"))
 
 
 def test_unknown_columns_are_named_with_those_that_exist():

@@ -17,6 +17,8 @@ from cifar.data.draws import EpochDraws
 
 _CHUNK = 1000
 """Images counted at once for the statistics."""
+_LEAST_STD = 1 / 255
+"""A channel that hardly varies is not blown up beyond its steps of one pixel value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Normalization:
             total, squares = int(counts @ values), int(counts @ values**2)
             mean.append(total / pixels / 255)
             variance = (squares * pixels - total * total) / pixels**2 / 255**2
-            std.append(max(variance, 1e-12) ** 0.5)
+            std.append(max(variance**0.5, _LEAST_STD))
         return cls(mean=tuple(mean), std=tuple(std))
 
 
