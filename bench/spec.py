@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
 
-from cifar.config import PRECISIONS, DataConfig, ModelConfig, Recipe, TrainConfig, require
+from cifar.config import (
+    PRECISIONS,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    option_name,
+    require,
+)
 from cifar.recipes import get_recipe
 from cifar.serialize import NOT_IN_DIGEST, STRICT, digest
 
@@ -121,10 +129,12 @@ class Protocol:
             ("inference_iterations", 1),
         ):
             value = getattr(self, name)
-            require(value >= least, name, value, f"give {least} or more")
+            require(value >= least, option_name(name), value, f"give {least} or more")
         for name in ("inference_seconds", "timeout"):
             value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "give a positive number of seconds")
+            require(
+                0 < value < math.inf, option_name(name), value, "give a positive number of seconds"
+            )
         sizes = self.inference_batch_sizes
         require(
             all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),

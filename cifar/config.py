@@ -17,9 +17,14 @@ arg = tyro.conf.arg
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raise a ConfigError that names the field as its option, the value and the remedy."""
+    """Raise a ConfigError that names the field, the value and the remedy."""
     if not condition:
-        raise ConfigError(f"{name.replace('_', '-')}: {value!r}: {remedy}")
+        raise ConfigError(f"{name}: {value!r}: {remedy}")
+
+
+def option_name(field_name: str) -> str:
+    """How a field is called on the command line."""
+    return OPTION_NAMES.get(field_name, field_name).replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,8 +91,8 @@ class ModelConfig:
             object.__setattr__(self, "width", None)
         require(self.width is None or self.width > 0, "width", self.width, "give 1 or more")
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "give 0 <= p < 1")
-        require(self.num_classes > 1, "num_classes", self.num_classes, "give 2 or more")
-        require(self.in_channels > 0, "in_channels", self.in_channels, "give 1 or more")
+        require(self.num_classes > 1, "num-classes", self.num_classes, "give 2 or more")
+        require(self.in_channels > 0, "in-channels", self.in_channels, "give 1 or more")
 
     @property
     def architecture(self) -> Architecture:
@@ -218,17 +223,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch_size"):
-            require(
-                getattr(self, name) >= 1,
-                OPTION_NAMES.get(name, name),
-                getattr(self, name),
-                "give 1 or more",
-            )
+            value = getattr(self, name)
+            require(value >= 1, option_name(name), value, "give 1 or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "give a positive number")
         for name in ("weight_decay", "warmup_epochs"):
-            require(
-                0 <= getattr(self, name) < math.inf, name, getattr(self, name), "give 0 or more"
-            )
+            value = getattr(self, name)
+            require(0 <= value < math.inf, option_name(name), value, "give 0 or more")
         require(
             self.warmup_epochs <= (0 if self.schedule == "one-cycle" else self.epochs),
             "warmup-epochs",
@@ -238,7 +238,8 @@ class Recipe:
             else "give at most the epochs",
         )
         for name in ("momentum", "label_smoothing", "ema_decay"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give 0 <= value < 1")
+            value = getattr(self, name)
+            require(0 <= value < 1, option_name(name), value, "give 0 <= value < 1")
         require(
             not self.nesterov or self.momentum > 0 or self.optimizer != "sgd",
             "momentum",
@@ -347,4 +348,4 @@ class RunConfig:
             "max_skipped_steps",
         ):
             value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "give 1 or more")
+            require(value is None or value >= 1, option_name(name), value, "give 1 or more")
