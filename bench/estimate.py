@@ -56,7 +56,7 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
-    steps = protocol.warmup_steps + protocol.timed_steps
+    steps = 1 + 2 * protocol.warmup_steps + protocol.timed_steps
     trained = steps * train.recipe.global_batch_size + protocol.train_samples
     seconds = TRAINING_COST * forward * trained
     if protocol.train_samples:

@@ -36,6 +36,18 @@ CommaList = Annotated[
 ]
 
 
+CommaIntegers = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N[,N...]",
+        instance_from_str=lambda words: tuple(map(int, _split(words))),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
     """Options of `bench run`."""
@@ -65,11 +77,21 @@ class RunOptions:
     train_samples: Annotated[int | None, arg(metavar="N")] = None
     """Training budget of every cell in samples; 0: speed only."""
     warmup_steps: Annotated[int | None, arg(metavar="N")] = None
-    """Optimiser steps before the clock starts."""
+    """Steps in each of the two spans whose times must agree to end the warm-up."""
     timed_steps: Annotated[int | None, arg(metavar="N")] = None
     """Optimiser steps that are timed."""
+    timed_seconds: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Time as many steps as fit into so many seconds instead."""
     repeats: Annotated[int | None, arg(metavar="N")] = None
     """Fresh processes per cell."""
+    target_interval: Annotated[float | None, arg(metavar="FRACTION")] = None
+    """Stop repeating a cell once its throughput is known to within this, e.g. 0.01."""
+    inference_batch_sizes: CommaIntegers = ()
+    """Batch sizes of the inference latency, e.g. 1,2,4,8."""
+    inference_backends: CommaList = ()
+    """Further ways to run inference: compiled, exported, onnxruntime."""
+    metrics: CommaList = ()
+    """Further metrics: anatomy, pipeline, utilization."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
     """Seconds after which a cell is ended."""
     dry_run: Flag = False
@@ -92,7 +114,12 @@ CELL_OPTIONS = (
     "train_samples",
     "warmup_steps",
     "timed_steps",
+    "timed_seconds",
     "repeats",
+    "target_interval",
+    "inference_batch_sizes",
+    "inference_backends",
+    "metrics",
     "timeout",
 )
 """The options that change the cells and protocols of a suite."""
@@ -151,7 +178,7 @@ def check_resume(options: RunOptions) -> None:
         ConfigError: a suite or a cell option is given as well.
     """
     for name, value in _given(options, ("suite", "models", "precisions", *CELL_OPTIONS)).items():
-        shown = ",".join(value) if isinstance(value, tuple) else value
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError(
             f"{name.replace('_', '-')}: {shown}: not with --resume, which does what the run was "
             "started for; leave it out"

@@ -12,7 +12,7 @@ from bench.stats import headline, throughput
 from cifar.config import require
 from cifar.serialize import STRICT
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Label = str | int | float | bool
 Status = Literal["ok", "failed", "unsupported", "oom", "timeout"]
@@ -211,6 +211,8 @@ class Record:
     data: DataFacts | None = None
     effective: dict[str, Label] = field(default_factory=dict)
     """What was observed: precision, layout, device, process count, wrapper."""
+    invalid: tuple[str, ...] = ()
+    """Why the numbers are not to be trusted: what disturbed the timed window."""
     measurements: tuple[Measurement, ...] = ()
 
     def __post_init__(self) -> None:
@@ -220,6 +222,11 @@ class Record:
             self.reason,
             f"say why the record is {self.status}",
         )
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing disturbed the measurement."""
+        return not self.invalid
 
     @property
     def key(self) -> tuple[str, str, int]:

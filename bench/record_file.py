@@ -16,7 +16,9 @@ from cifar.errors import UserError
 from cifar.files import sync_folder
 from cifar.serialize import from_json, to_json
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: dict,  # version 2 adds `invalid` and fields of the protocol, which have defaults
+}
 """From a schema version to the function that turns its records into the next version's."""
 
 

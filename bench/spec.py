@@ -93,6 +93,12 @@ class Cell:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.label)
 
 
+METRICS = ("anatomy", "pipeline", "utilization")
+"""What a protocol may ask for besides the basic metrics: the keys of `bench.measure.FURTHER`."""
+BACKENDS = ("compiled", "exported", "onnxruntime")
+"""Ways to run a model for inference, see `bench.measure.backends`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
     """How a cell is measured: steps, iterations, training budget and limits."""
@@ -100,11 +106,18 @@ class Protocol:
     __pydantic_config__: ClassVar = STRICT
 
     warmup_steps: int = 5
-    """Optimiser steps before the clock starts, at the timed shapes."""
+    """Steps in each of two neighbouring spans whose median times must agree to end the warm-up."""
+    max_warmup_steps: int = 30
+    """Steps after which the clock starts anyway."""
     timed_steps: int = 20
     """Optimiser steps that are timed."""
+    timed_seconds: float | None = None
+    """Time as many steps as fit into so many seconds instead."""
     repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
-    """Fresh processes per cell."""
+    """Fresh processes per cell; at most so many with `target_interval`."""
+    target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)
+    """Start no more processes of a cell once the 95 % interval of its training throughput reaches
+    no further from the median than this fraction of it."""
     train_samples: int = 0
     """Training budget in samples; 0: speed only."""
     inference_batch_sizes: tuple[int, ...] = (1, 256)
@@ -114,6 +127,10 @@ class Protocol:
     """Batches timed at each batch size."""
     inference_seconds: float = 10.0
     """At each batch size, stop after this many seconds, but not before the third batch."""
+    inference_backends: tuple[str, ...] = ()
+    """Ways to run the same weights besides the cell's own: compiled, exported, onnxruntime."""
+    metrics: tuple[str, ...] = ()
+    """Further metrics than the basic ones: see METRICS."""
     allow_emulated: bool = True
     """False: a precision the device only emulates (bf16 without kernels) is `unsupported`."""
     timeout: float = field(default=1800.0, metadata=NOT_IN_DIGEST)
@@ -122,6 +139,7 @@ class Protocol:
     def __post_init__(self) -> None:
         for name, least in (
             ("warmup_steps", 0),
+            ("max_warmup_steps", 0),
             ("timed_steps", 1),
             ("repeats", 1),
             ("train_samples", 0),
@@ -130,10 +148,24 @@ class Protocol:
         ):
             value = getattr(self, name)
             require(value >= least, option_name(name), value, f"give {least} or more")
-        for name in ("inference_seconds", "timeout"):
+        for name in ("inference_seconds", "timeout", "timed_seconds", "target_interval"):
             value = getattr(self, name)
             require(
-                0 < value < math.inf, option_name(name), value, "give a positive number of seconds"
+                value is None or 0 < value < math.inf,
+                option_name(name),
+                value,
+                "give a positive number",
+            )
+        require(
+            self.timed_seconds is None or self.warmup_steps > 0,
+            "timed-seconds",
+            self.timed_seconds,
+            "needs warm-up steps, whose pace tells how many fit",
+        )
+        for name, known in (("metrics", METRICS), ("inference_backends", BACKENDS)):
+            unknown = [each for each in getattr(self, name) if each not in known]
+            require(
+                not unknown, option_name(name), ",".join(unknown), f"choose from {', '.join(known)}"
             )
         sizes = self.inference_batch_sizes
         require(

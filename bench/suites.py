@@ -125,7 +125,12 @@ def override(
     train_samples: int | None = None,
     warmup_steps: int | None = None,
     timed_steps: int | None = None,
+    timed_seconds: float | None = None,
     repeats: int | None = None,
+    target_interval: float | None = None,
+    inference_batch_sizes: tuple[int, ...] | None = None,
+    inference_backends: tuple[str, ...] | None = None,
+    metrics: tuple[str, ...] | None = None,
     timeout: float | None = None,
 ) -> Suite:
     """The suite with what is given (not None) changed in all of its cells and protocols.
@@ -148,7 +153,12 @@ def override(
         train_samples=train_samples,
         warmup_steps=warmup_steps,
         timed_steps=timed_steps,
+        timed_seconds=timed_seconds,
         repeats=repeats,
+        target_interval=target_interval,
+        inference_batch_sizes=inference_batch_sizes,
+        inference_backends=inference_backends,
+        metrics=metrics,
         timeout=timeout,
     )
 

@@ -14,7 +14,10 @@ import torch
 
 from bench.environment import collect
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.measure import METRICS, Subject, compile_seconds, planned_steps
+from bench.measure import FURTHER, METRICS
+from bench.measure.compilation import compile_seconds
+from bench.measure.subject import Subject
+from bench.measure.training import planned_steps
 from bench.observe import mismatches, observe
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
@@ -63,7 +66,7 @@ class Worker:
             train_samples=planned_steps(protocol, batch_size) * batch_size,
         )
         subject = Subject(trainer, protocol)
-        for metric in METRICS:
+        for metric in (*METRICS, *(FURTHER[name] for name in protocol.metrics)):
             for measurement in metric(subject):
                 self._measurements.append(measurement)
         if train.compile:

@@ -18,6 +18,7 @@ from fake_worker import environment, record_of
 from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
+from bench.record import SCHEMA_VERSION
 from bench.record_file import append_record, read_records
 from bench.spec import Plan, Protocol, Suite, Task, grid
 from bench.suites import SUITES
@@ -101,7 +102,7 @@ def files(tmp_path, monkeypatch):
     append_record(tmp_path / "good.jsonl", record_of(Job(task=task)))
     text = (tmp_path / "good.jsonl").read_text()
     (tmp_path / "bad.jsonl").write_text(text.replace('"suite":', '"color": 1, "suite":', 1) + text)
-    newer = text.replace('"schema_version": 1', '"schema_version": 99')
+    newer = text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99')
     (tmp_path / "newer.jsonl").write_text(newer)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty.jsonl").write_text("")

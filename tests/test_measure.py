@@ -12,7 +12,11 @@ from accelerate.state import AcceleratorState
 from bench import measure, observe, worker
 from bench.environment import code_digest, collect
 from bench.job import Job
-from bench.measure import HostClock, Subject, compile_seconds, planned_steps
+from bench.measure import clock, inference, outcome, training
+from bench.measure.clock import HostClock
+from bench.measure.compilation import compile_seconds
+from bench.measure.subject import Subject
+from bench.measure.training import UNBOUNDED_STEPS, has_settled, planned_steps
 from bench.record import Measurement
 from bench.record_file import parse_record
 from bench.spec import Cell, Protocol, Task, grid
@@ -56,7 +60,7 @@ def collect_all(subject: Subject) -> dict[str, list[Measurement]]:
 
 
 def test_budget_in_steps() -> None:
-    assert planned_steps(Protocol(warmup_steps=5, timed_steps=20), 128) == 25
+    assert planned_steps(Protocol(), 128) == UNBOUNDED_STEPS
     assert planned_steps(Protocol(train_samples=12_800), 128) == 100
     assert planned_steps(Protocol(train_samples=12_850), 128) == 100
 
@@ -95,7 +99,7 @@ def test_a_budget_shorter_than_the_window_times_what_there_is(npz: Path) -> None
 
 def test_sizes_are_those_of_the_model(npz: Path) -> None:
     subject = make_subject(make_cell(npz))
-    found = {each.name: each.value for each in measure.measure_size(subject)}
+    found = {each.name: each.value for each in outcome.measure_size(subject)}
     module = subject.trainer.module
     assert found["param_count"] == sum(p.numel() for p in module.parameters())
     payload = sum(t.numel() * t.element_size() for t in module.state_dict().values())
@@ -106,8 +110,8 @@ def test_latency_is_seconds_of_a_batch_divided_by_its_size(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = make_subject(make_cell(npz))
-    monkeypatch.setattr(measure, "_time_batches", lambda *_: [0.4, 0.8])
-    found = {each.labels["batch_size"]: each for each in measure.measure_inference(subject)}
+    monkeypatch.setattr(inference, "_time_batches", lambda *_: [0.4, 0.8])
+    found = {each.labels["batch_size"]: each for each in inference.measure_inference(subject)}
     assert found[8].samples == ((0.05, 0.1),)
     assert found[1].samples == ((0.4, 0.8),)
 
@@ -115,17 +119,42 @@ def test_latency_is_seconds_of_a_batch_divided_by_its_size(
 def test_inference_stops_after_its_seconds_but_not_before_three_batches(npz: Path) -> None:
     protocol = replace(PROTOCOL, inference_seconds=1e-9, inference_iterations=50)
     subject = make_subject(make_cell(npz), protocol)
-    for each in measure.measure_inference(subject):
+    for each in inference.measure_inference(subject):
         assert len(each.samples[0]) == 3
 
 
 def test_host_clock_gives_the_time_between_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([1.0, 1.5, 3.5])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(moments))
-    clock = HostClock()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(moments))
+    host = HostClock()
     for _ in range(3):
-        clock.mark()
-    assert clock.seconds() == [0.5, 2.0]
+        host.mark()
+    assert host.seconds() == [0.5, 2.0]
+
+
+def test_a_warm_up_has_settled_when_two_spans_agree() -> None:
+    assert has_settled([], 0)
+    assert not has_settled([1.0, 1.0, 1.0], 2)
+    assert has_settled([9.0, 1.0, 1.0, 1.04, 1.04], 2)
+    assert not has_settled([1.0, 1.0, 1.06, 1.06], 2)
+    assert not has_settled([1.06, 1.06, 1.0, 1.0], 2), "still getting faster"
+
+
+def test_the_warm_up_ends_at_its_cap_and_says_so(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "has_settled", lambda *_: False)
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, max_warmup_steps=4))
+    (warm,) = collect_all(subject)["warmup_step"]
+    assert (len(warm.samples[0]), warm.labels["settled"]) == (4, False)
+
+
+def test_a_window_of_seconds_holds_as_many_steps_as_the_warm_up_s_pace_allows(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_seconds_of_a_step", lambda _: 0.5)
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, timed_seconds=3.0))
+    assert len(collect_all(subject)["train_throughput"][0].samples[0]) == 6
 
 
 def test_compile_seconds_by_hand() -> None:
@@ -192,7 +221,7 @@ def test_worker_writes_one_good_record(npz: Path, tmp_path: Path, dataset: Datas
     assert record.data.fingerprint == load_dataset(cell.train.data).fingerprint()
     assert record.environment is not None
     assert record.environment.code_digest == code_digest()
-    assert record.effective["samples_seen"] == 64
+    assert record.effective["samples_seen"] > 64
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])

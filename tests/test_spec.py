@@ -77,7 +77,7 @@ def test_digest_is_that_of_old_records():
         (lambda: Protocol(warmup_steps=-1), "warmup-steps: -1: give 0 or more"),
         (lambda: Protocol(train_samples=-1), "train-samples: -1: give 0 or more"),
         (lambda: Protocol(repeats=0), "repeats: 0: give 1 or more"),
-        (lambda: Protocol(timeout=0), "timeout: 0: give a positive number of seconds"),
+        (lambda: Protocol(timeout=0), "timeout: 0: give a positive number"),
         (lambda: Protocol(timeout=float("inf")), "timeout: inf: give a positive"),
         (lambda: Protocol(inference_seconds=float("nan")), "inference-seconds: nan: give a"),
         (lambda: Protocol(inference_batch_sizes=(0,)), "inference-batch-sizes: (0,): give"),

@@ -1,0 +1,49 @@
+"""Peak memory of training: of the device, or this process's resident set on a CPU."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from bench.measure.subject import Subject
+from bench.record import Measurement
+
+
+def peak_memory(subject: Subject) -> Iterable[Measurement]:
+    """The high-water mark since `reset_peak_memory`."""
+    if subject.device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(subject.device)
+        reserved = torch.cuda.max_memory_reserved(subject.device)
+        yield subject.measurement(
+            "peak_memory_bytes", "bytes", "lower", [allocated], kind="allocated on the device"
+        )
+        yield subject.measurement("peak_memory_reserved_bytes", "bytes", "lower", [reserved])
+        return
+    yield subject.measurement(
+        "peak_memory_bytes",
+        "bytes",
+        "lower",
+        [_peak_resident()],
+        kind="resident set while training",
+    )
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start the high-water mark anew, so that loading the data does not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not on this system, or forbidden: the mark then stands
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_resident() -> int:
+    """The high-water mark of this process's resident set in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,113 @@
+"""Training throughput: a stable warm-up, then a window of steps in which nothing is read."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+
+from bench.measure.clock import make_clock, synchronize
+from bench.measure.memory import peak_memory, reset_peak_memory
+from bench.measure.subject import Subject
+from bench.record import Measurement
+from bench.spec import Protocol
+from cifar.distributed import barrier, least
+
+UNBOUNDED_STEPS = 1_000_000
+"""Planned for speed alone, which ends with the timed window; the learning rate stays near 0."""
+WARM_TOLERANCE = 0.05
+"""How far the medians of two neighbouring spans of the warm-up may differ, as a fraction."""
+
+
+def planned_steps(protocol: Protocol, batch_size: int) -> int:
+    """Optimiser steps that a worker's trainer is made for."""
+    return protocol.train_samples // batch_size or UNBOUNDED_STEPS
+
+
+def measure_training(subject: Subject) -> Iterable[Measurement]:
+    """Warm up, time a window of steps, then train what is left of the budget.
+
+    Nothing is read from the device inside the window. A step's seconds include loading,
+    augmenting and normalising its batch.
+    """
+    trainer = subject.trainer
+    reset_peak_memory(subject.device)
+    first_step = _seconds_of_a_step(subject)
+    warm, settled = _warm_up(subject)
+    yield subject.measurement(
+        "train_throughput",
+        "samples/s",
+        "higher",
+        _timed_steps(subject, _window_steps(subject, warm)),
+        samples_per_step=trainer.loader.global_batch_size,
+    )
+    trainer.check()
+    if subject.protocol.train_samples:
+        _train_the_rest(subject)
+    yield subject.measurement("first_step", "s", "lower", [first_step])
+    if warm:
+        yield subject.measurement("warmup_step", "s", "none", warm, settled=settled)
+    yield from peak_memory(subject)
+
+
+def _seconds_of_a_step(subject: Subject) -> float:
+    """Seconds of one step, waited for; the first has allocation, autotuning, compilation in it."""
+    synchronize(subject.device)
+    start = time.perf_counter()
+    subject.trainer.train_step()
+    synchronize(subject.device)
+    return time.perf_counter() - start
+
+
+def _warm_up(subject: Subject) -> tuple[list[float], bool]:
+    """Step until the time of a step has settled on every rank, or the cap; seconds, and which."""
+    trainer, protocol = subject.trainer, subject.protocol
+    left = trainer.total_steps - trainer.step - protocol.timed_steps
+    cap = max(0, min(protocol.max_warmup_steps, left))
+    seconds: list[float] = []
+    while not (settled := settled_everywhere(subject, seconds)) and len(seconds) < cap:
+        seconds.append(_seconds_of_a_step(subject))
+    return seconds, settled
+
+
+def settled_everywhere(subject: Subject, seconds: Sequence[float]) -> bool:
+    """Whether the warm-up may end; a collective call."""
+    return bool(least(has_settled(seconds, subject.protocol.warmup_steps), subject.device))
+
+
+def has_settled(seconds: Sequence[float], span: int) -> bool:
+    """Whether the medians of the last `span` step times and of those before agree."""
+    if span == 0:
+        return True
+    if len(seconds) < 2 * span:
+        return False
+    before = statistics.median(seconds[-2 * span : -span])
+    return abs(statistics.median(seconds[-span:]) / before - 1) <= WARM_TOLERANCE
+
+
+def _window_steps(subject: Subject, warm: Sequence[float]) -> int:
+    """Steps to time: the protocol's number, or as many as its seconds will hold; one at least."""
+    trainer, protocol = subject.trainer, subject.protocol
+    steps = protocol.timed_steps
+    if protocol.timed_seconds is not None and warm:
+        typical = statistics.median(warm[-protocol.warmup_steps :])
+        steps = least(math.ceil(protocol.timed_seconds / typical), subject.device)
+    return max(1, min(steps, trainer.total_steps - trainer.step))
+
+
+def _timed_steps(subject: Subject, count: int) -> list[float]:
+    clock = make_clock(subject.device)
+    synchronize(subject.device)
+    barrier()
+    clock.mark()
+    for _ in range(count):
+        subject.trainer.train_step()
+        clock.mark()
+    return clock.seconds()
+
+
+def _train_the_rest(subject: Subject) -> None:
+    trainer = subject.trainer
+    while trainer.step < trainer.total_steps:
+        trainer.train_step()
+        if trainer.step % trainer.check_every == 0 or trainer.step == trainer.total_steps:
+            trainer.check()
