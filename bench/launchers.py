@@ -5,11 +5,12 @@ import importlib.resources
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,6 +92,17 @@ def environment_for(cell: Cell, base: Mapping[str, str]) -> dict[str, str]:
     return worker_environment(cell.num_processes, base)
 
 
+@contextlib.contextmanager
+def _empty_compile_cache(folder: Path) -> Iterator[dict[str, str]]:
+    """Variables that give a job a cache of its own, so that it compiles everything anew."""
+    cache = folder / "compile-cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    try:
+        yield {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
     """How a job's processes ended; `returncode` is negative for a signal."""
@@ -113,7 +125,9 @@ def launch(
     """
     _prepare(job, folder)
     started, clock = datetime.now(UTC), time.monotonic()
-    ending = _run(job, folder, argv_for(job.task.cell, folder), grace)
+    with _empty_compile_cache(folder) as variables:
+        environment = environment_for(job.task.cell, os.environ) | variables
+        ending = _run(job, folder, argv_for(job.task.cell, folder), environment, grace)
     record = _judge(job, folder, ending)
     return replace(
         record,
@@ -133,10 +147,11 @@ def _prepare(job: Job, folder: Path) -> None:
     write_atomic(folder / CELL_FILE, to_json(job, indent=2) + "\n")
 
 
-def _run(job: Job, folder: Path, argv: Sequence[str], grace: float) -> Ending:
+def _run(
+    job: Job, folder: Path, argv: Sequence[str], environment: Mapping[str, str], grace: float
+) -> Ending:
     """Start the command, wait until it ends or its time is up, and leave no process behind."""
     mark = f"{os.getpid()}:{time.monotonic_ns()}:{folder}"
-    environment = environment_for(job.task.cell, os.environ) | {_MARK: mark}
     kills, timed_out = _oom_kills(), False
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -146,7 +161,7 @@ def _run(job: Job, folder: Path, argv: Sequence[str], grace: float) -> Ending:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env=environment,
+                env={**environment, _MARK: mark},
                 start_new_session=True,  # a terminal's Ctrl-C reaches this program alone
             )
         process.wait(job.task.protocol.timeout)

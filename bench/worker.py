@@ -15,7 +15,6 @@ import torch
 from bench.environment import collect
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.measure import FURTHER, METRICS
-from bench.measure.compilation import compile_seconds
 from bench.measure.subject import Subject
 from bench.measure.training import planned_steps
 from bench.observe import mismatches, observe
@@ -66,11 +65,10 @@ class Worker:
             train_samples=planned_steps(protocol, batch_size) * batch_size,
         )
         subject = Subject(trainer, protocol)
+        self._measurements = subject.taken
         for metric in (*METRICS, *(FURTHER[name] for name in protocol.metrics)):
             for measurement in metric(subject):
-                self._measurements.append(measurement)
-        if train.compile:
-            self._measurements.append(compile_seconds(self._measurements))
+                subject.taken.append(measurement)
         self._effective = observe(trainer)
         wrong = mismatches(task.cell, self._effective)
         return ("failed", "; ".join(wrong)) if wrong else ("ok", "")

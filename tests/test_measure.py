@@ -14,7 +14,7 @@ from bench.environment import code_digest, collect
 from bench.job import Job
 from bench.measure import clock, inference, outcome, training
 from bench.measure.clock import HostClock
-from bench.measure.compilation import compile_seconds
+from bench.measure.compilation import break_even, cold_seconds
 from bench.measure.subject import Subject
 from bench.measure.training import UNBOUNDED_STEPS, has_settled, planned_steps
 from bench.record import Measurement
@@ -55,6 +55,7 @@ def collect_all(subject: Subject) -> dict[str, list[Measurement]]:
     found: dict[str, list[Measurement]] = {}
     for metric in measure.METRICS:
         for measurement in metric(subject):
+            subject.taken.append(measurement)
             found.setdefault(measurement.name, []).append(measurement)
     return found
 
@@ -166,7 +167,11 @@ def test_compile_seconds_by_hand() -> None:
         samples=((1.0, 2.0, 3.0), (4.0, 4.0, 9.0)),
     )
     first = Measurement(name="first_step", unit="s", better="lower", samples=((30.0,), (3.0,)))
-    assert compile_seconds([steps, first]).samples == ((28.0,), (0.0,))
+    cold = cold_seconds([steps, first])
+    assert cold.samples == ((28.0,), (0.0,))
+    assert break_even(cold, [[1.0, 1.0], [2.0, 2.0]], [[2.5], [9.0]]).value == 4, "28 / (9 - 2)"
+    slower = break_even(cold, [[2.0]], [[1.5]])
+    assert slower.status == "absent" and "0.5 s longer" in slower.reason
 
 
 def test_observed_configuration_agrees_with_the_cell(npz: Path) -> None:

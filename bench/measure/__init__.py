@@ -4,6 +4,7 @@ A metric reads the subject, does its work and returns measurements that carry th
 direction, so nothing else has to know of a new one.
 """
 
+from bench.measure.compilation import measure_compilation
 from bench.measure.inference import measure_inference
 from bench.measure.outcome import measure_accuracy, measure_size
 from bench.measure.subject import Metric
@@ -14,6 +15,7 @@ METRICS: tuple[Metric, ...] = (
     measure_accuracy,
     measure_size,
     measure_inference,
+    measure_compilation,
 )
 FURTHER: dict[str, Metric] = {}
 """Those that cost time of their own and are taken only if the protocol names them."""

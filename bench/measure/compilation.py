@@ -1,17 +1,83 @@
-"""What torch.compile costs before it pays."""
+"""What torch.compile costs before it pays: cold and warm seconds, and the steps to break even."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
+import torch
+from torch import nn
+
+from bench.measure.subject import Subject
+from bench.measure.training import seconds_of_a_step
 from bench.record import Measurement
 
+PAIRS = 5
+"""Eager and compiled steps that take turns."""
 
-def compile_seconds(measurements: Sequence[Measurement]) -> Measurement:
-    """What compiling cost: the first step's seconds less those of a step in the timed window."""
-    found = {each.name: each for each in measurements}
+
+def measure_compilation(subject: Subject) -> Iterable[Measurement]:
+    """Of a compiled cell: seconds of compiling cold and warm, and when it has paid.
+
+    Cold is with an empty cache on disk, which the launcher sees to; warm compiles the same again in
+    this process from that cache. Takes steps beyond the training budget, so it comes last.
+    """
+    trainer = subject.trainer
+    if not trainer.config.compile:
+        return
+    cold = cold_seconds(subject.taken)
+    yield cold
+    compiled, eager = _take_turns(subject)
+    yield subject.measurement("compiled_step", "s", "lower", compiled)
+    yield subject.measurement("eager_step", "s", "lower", eager)
+    yield break_even(cold, subject.everywhere(compiled), subject.everywhere(eager))
+    torch._dynamo.reset()
+    mode = trainer.config.compile_mode
+    trainer.model = cast(nn.Module, torch.compile(trainer.wrapped, mode=mode))
+    warm = max(0.0, seconds_of_a_step(subject) - statistics.median(compiled))
+    yield subject.measurement("warm_compile_seconds", "s", "lower", [warm])
+
+
+def _take_turns(subject: Subject) -> tuple[list[float], list[float]]:
+    """Seconds of compiled and of eager steps, which alternate; the first pair does not count."""
+    trainer = subject.trainer
+    compiled, eager = trainer.model, trainer.wrapped
+    seconds: list[tuple[float, float]] = []
+    for _ in range(PAIRS + 1):
+        trainer.model = eager
+        of_eager = seconds_of_a_step(subject)
+        trainer.model = compiled
+        seconds.append((seconds_of_a_step(subject), of_eager))
+    return [pair[0] for pair in seconds[1:]], [pair[1] for pair in seconds[1:]]
+
+
+def cold_seconds(taken: Sequence[Measurement]) -> Measurement:
+    """The first step's seconds less those of a step in the timed window, by rank."""
+    found = {each.name: each for each in taken}
     steps, first = found["train_throughput"], found["first_step"]
     cost = tuple(
         (max(0.0, began[0] - statistics.median(rank)),)
         for began, rank in zip(first.samples, steps.samples, strict=True)
     )
     return Measurement(name="compile_seconds", unit="s", better="lower", samples=cost)
+
+
+def break_even(
+    cold: Measurement, compiled: Sequence[Sequence[float]], eager: Sequence[Sequence[float]]
+) -> Measurement:
+    """Steps after which compiling has saved what it cost; absent if it saves nothing.
+
+    The slowest rank counts: of compiling, and of either kind of step.
+    """
+    saved = max(map(statistics.median, eager)) - max(map(statistics.median, compiled))
+    name = "compile_break_even"
+    if saved <= 0:
+        return Measurement(
+            name=name,
+            unit="1",
+            better="lower",
+            status="absent",
+            reason=f"a compiled step takes {-saved:.3g} s longer than an eager one",
+        )
+    steps = math.ceil(max(rank[0] for rank in cold.samples) / saved)
+    return Measurement(name=name, unit="1", better="lower", samples=((float(steps),),))

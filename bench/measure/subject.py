@@ -19,6 +19,8 @@ class Subject:
     def __init__(self, trainer: Trainer, protocol: Protocol) -> None:
         self.trainer = trainer
         self.protocol = protocol
+        self.taken: list[Measurement] = []
+        """What has been measured so far."""
 
     @property
     def device(self) -> torch.device:
@@ -34,8 +36,13 @@ class Subject:
         **labels: Label,
     ) -> Measurement:
         """A measurement from this process's samples and the other processes'; a collective call."""
-        samples = gather(mine, self.device)
-        return Measurement(name=name, unit=unit, better=better, labels=labels, samples=samples)
+        return Measurement(
+            name=name, unit=unit, better=better, labels=labels, samples=self.everywhere(mine)
+        )
+
+    def everywhere(self, mine: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        """These values of every process by rank, as many from each; a collective call."""
+        return gather(mine, self.device)
 
 
 Metric = Callable[[Subject], Iterable[Measurement]]

@@ -31,7 +31,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     """
     trainer = subject.trainer
     reset_peak_memory(subject.device)
-    first_step = _seconds_of_a_step(subject)
+    first_step = seconds_of_a_step(subject)
     warm, settled = _warm_up(subject)
     yield subject.measurement(
         "train_throughput",
@@ -49,7 +49,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     yield from peak_memory(subject)
 
 
-def _seconds_of_a_step(subject: Subject) -> float:
+def seconds_of_a_step(subject: Subject) -> float:
     """Seconds of one step, waited for; the first has allocation, autotuning, compilation in it."""
     synchronize(subject.device)
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def _warm_up(subject: Subject) -> tuple[list[float], bool]:
     cap = max(0, min(protocol.max_warmup_steps, left))
     seconds: list[float] = []
     while not (settled := settled_everywhere(subject, seconds)) and len(seconds) < cap:
-        seconds.append(_seconds_of_a_step(subject))
+        seconds.append(seconds_of_a_step(subject))
     return seconds, settled
 
 
