@@ -135,6 +135,24 @@ def test_a_good_record_is_completed_by_the_launcher(tmp_path, monkeypatch):
     assert {"cell.json", "record.json", "stdout", "stderr"} <= {p.name for p in tmp_path.iterdir()}
 
 
+CACHING = """
+import os, sys
+from pathlib import Path
+cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+Path(sys.argv[1], "seen").write_text(f"{cache.exists()} {cache}")
+cache.mkdir()
+(cache / "kernel").touch()
+"""
+
+
+def test_every_attempt_compiles_into_an_empty_cache_which_is_removed(tmp_path):
+    (tmp_path / "compile-cache").mkdir()
+    (tmp_path / "compile-cache" / "left by an attempt that was killed").touch()
+    launch(make_job(), tmp_path, argv_for=lambda _, folder: [sys.executable, "-c", CACHING, folder])
+    assert (tmp_path / "seen").read_text() == f"False {tmp_path / 'compile-cache'}"
+    assert not (tmp_path / "compile-cache").exists()
+
+
 @pytest.mark.parametrize(
     ("what", "status", "reason"),
     [

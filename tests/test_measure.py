@@ -174,6 +174,20 @@ def test_compile_seconds_by_hand() -> None:
     assert slower.status == "absent" and "0.5 s longer" in slower.reason
 
 
+@pytest.mark.slow
+def test_a_compiled_cell_says_what_compiling_cost(npz: Path) -> None:
+    cell = make_cell(npz, compile=(True,))
+    found = collect_all(make_subject(cell))
+    (cold,), (warm,) = found["compile_seconds"], found["warm_compile_seconds"]
+    assert cold.value > warm.value > 0
+    assert len(found["eager_step"][0].samples[0]) == len(found["compiled_step"][0].samples[0])
+    assert found["compile_break_even"][0].status in ("ok", "absent")
+
+
+def test_an_eager_cell_says_nothing_of_compiling(npz: Path) -> None:
+    assert not {"compile_seconds", "eager_step"} & collect_all(make_subject(make_cell(npz))).keys()
+
+
 def test_observed_configuration_agrees_with_the_cell(npz: Path) -> None:
     cell = make_cell(npz, channels_last=(True,))
     subject = make_subject(cell)
