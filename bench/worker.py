@@ -65,7 +65,7 @@ class Worker:
             dataset,
             train_samples=planned_steps(protocol, batch_size) * batch_size,
         )
-        subject = Subject(trainer, protocol)
+        subject = Subject(trainer, protocol, self._measurements)
         for metric in (*METRICS, *(FURTHER[name] for name in protocol.metrics)):
             for measurement in metric(subject):
                 self._measurements.append(measurement)
