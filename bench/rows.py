@@ -190,12 +190,9 @@ def _metric_key(measurement: Measurement) -> str:
     """Its column: the name and the labels that tell measurements of one name apart."""
     labels = measurement.labels
     size = labels.get("batch_size") if measurement.unit == "s/sample" else None
-    backend = labels.get("backend")
-    return (
-        measurement.name
-        + (f"_b{size}" if size is not None else "")
-        + (f"_{backend}" if backend is not None else "")
-    )
+    kind = labels.get("kind") if measurement.unit == "FLOP/s" else None
+    parts = (measurement.name, size and f"b{size}", labels.get("backend"), kind)
+    return "_".join(str(part) for part in parts if part is not None)
 
 
 def _summary(key: str, measurements: Sequence[Measurement]) -> Row:

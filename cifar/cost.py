@@ -69,13 +69,33 @@ def param_count(config: ModelConfig) -> int:
     return sum(layer.weights + layer.other_parameters for layer in _layers(config))
 
 
-def multiply_adds(config: ModelConfig, image_size: tuple[int, int]) -> int:
-    """Multiply-adds of convolutions and linear layers in the forward pass of one image.
-
-    `image_size` is (height, width) in pixels. A training step costs about three times as much.
-    """
+def _multiply_adds_by_layer(config: ModelConfig, image_size: tuple[int, int]) -> list[int]:
+    """Those of one image, from the first convolution to the classifier."""
 
     def positions(halvings: int | None) -> int:
         return 1 if halvings is None else prod(-(-side // 2**halvings) for side in image_size)
 
-    return sum(layer.weights * positions(layer.halvings) for layer in _layers(config))
+    return [layer.weights * positions(layer.halvings) for layer in _layers(config)]
+
+
+def multiply_adds(config: ModelConfig, image_size: tuple[int, int]) -> int:
+    """Multiply-adds of convolutions and linear layers in the forward pass of one image.
+
+    `image_size` is (height, width) in pixels. Positions in the padding count, as is usual.
+    """
+    return sum(_multiply_adds_by_layer(config, image_size))
+
+
+def forward_flops(config: ModelConfig, image_size: tuple[int, int]) -> int:
+    """FLOPs of the forward pass of one image: two for each of its `multiply_adds`."""
+    return 2 * multiply_adds(config, image_size)
+
+
+def train_flops(config: ModelConfig, image_size: tuple[int, int]) -> int:
+    """FLOPs of the forward and the backward pass of one image, counted as `forward_flops` does.
+
+    Going back, every layer takes two products as large as its forward one: the gradients of its
+    weights and of its input. The first convolution needs none for its input, the image.
+    """
+    first, *others = _multiply_adds_by_layer(config, image_size)
+    return 2 * (2 * first + 3 * sum(others))

@@ -9,13 +9,15 @@ from bench.measure.inference import measure_inference
 from bench.measure.outcome import measure_accuracy, measure_size
 from bench.measure.subject import Metric
 from bench.measure.training import measure_training
+from bench.measure.utilization import measure_flops, measure_utilization
 
 METRICS: tuple[Metric, ...] = (
     measure_training,
     measure_accuracy,
     measure_size,
+    measure_flops,
     measure_inference,
     measure_compilation,
 )
-FURTHER: dict[str, Metric] = {}
+FURTHER: dict[str, Metric] = {"utilization": measure_utilization}
 """Those that cost time of their own and are taken only if the protocol names them."""

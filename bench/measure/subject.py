@@ -14,18 +14,28 @@ Better = Literal["higher", "lower", "none"]
 
 
 class Subject:
-    """A cell's trainer and protocol; metrics before it in `METRICS` have left it as it is."""
+    """A cell's trainer and protocol; metrics before it in `METRICS` have left it as it is.
 
-    def __init__(self, trainer: Trainer, protocol: Protocol) -> None:
+    `taken` are the measurements so far; whoever takes more appends them.
+    """
+
+    def __init__(
+        self, trainer: Trainer, protocol: Protocol, taken: Iterable[Measurement] = ()
+    ) -> None:
         self.trainer = trainer
         self.protocol = protocol
-        self.taken: list[Measurement] = []
-        """What has been measured so far."""
+        self.taken = list(taken)
 
     @property
     def device(self) -> torch.device:
         """This process's device."""
         return self.trainer.device
+
+    def value(self, name: str) -> float:
+        """The headline of the measurement of that name that a metric before has taken."""
+        value = {each.name: each.value for each in self.taken}[name]
+        assert value is not None, f"{name} was not measured"
+        return value
 
     def measurement(
         self,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from bench.measure.clock import make_clock, synchronize
+from bench.measure.energy import EnergyMeter, find_counter
 from bench.measure.memory import peak_memory, reset_peak_memory
 from bench.measure.subject import Subject
 from bench.record import Measurement
@@ -30,15 +31,17 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     augmenting and normalising its batch.
     """
     trainer = subject.trainer
+    energy = _energy_meter(subject)
+    energy.watch_idle()
     reset_peak_memory(subject.device)
     first_step = seconds_of_a_step(subject)
     warm, settled = _warm_up(subject)
+    count = _window_steps(subject, warm)
+    with energy:
+        seconds = _timed_steps(subject, count)
+    batch = trainer.loader.global_batch_size
     yield subject.measurement(
-        "train_throughput",
-        "samples/s",
-        "higher",
-        _timed_steps(subject, _window_steps(subject, warm)),
-        samples_per_step=trainer.loader.global_batch_size,
+        "train_throughput", "samples/s", "higher", seconds, samples_per_step=batch
     )
     trainer.check()
     if subject.protocol.train_samples:
@@ -46,7 +49,13 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     yield subject.measurement("first_step", "s", "lower", [first_step])
     if warm:
         yield subject.measurement("warmup_step", "s", "none", warm, settled=settled)
+    yield energy.measurement(count * batch)
     yield from peak_memory(subject)
+
+
+def _energy_meter(subject: Subject) -> EnergyMeter:
+    first = subject.trainer.accelerator.is_local_main_process
+    return EnergyMeter(subject.device, find_counter(subject.device, counts_machine=first))
 
 
 def seconds_of_a_step(subject: Subject) -> float:
