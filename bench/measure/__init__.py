@@ -4,6 +4,7 @@ A metric reads the subject, does its work and returns measurements that carry th
 direction, so nothing else has to know of a new one.
 """
 
+from bench.measure.anatomy import measure_anatomy
 from bench.measure.inference import measure_inference
 from bench.measure.outcome import measure_accuracy, measure_size
 from bench.measure.subject import Metric
@@ -15,5 +16,7 @@ METRICS: tuple[Metric, ...] = (
     measure_size,
     measure_inference,
 )
-FURTHER: dict[str, Metric] = {}
+FURTHER: dict[str, Metric] = {
+    "anatomy": measure_anatomy,
+}
 """Those that cost time of their own and are taken only if the protocol names them."""
