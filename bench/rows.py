@@ -190,11 +190,12 @@ def _metric_key(measurement: Measurement) -> str:
     """Its column: the name and the labels that tell measurements of one name apart."""
     labels = measurement.labels
     size = labels.get("batch_size") if measurement.unit == "s/sample" else None
-    backend = labels.get("backend")
+    backend, source = labels.get("backend"), labels.get("source")
     return (
         measurement.name
         + (f"_b{size}" if size is not None else "")
         + (f"_{backend}" if backend is not None else "")
+        + (f"_{source}" if source is not None else "")
     )
 
 

@@ -32,7 +32,7 @@ FREE_NAMES = """
 TORCH_NAMES = """
     bench.environment bench.observe bench.worker
     bench.measure bench.measure.anatomy bench.measure.clock bench.measure.compilation
-    bench.measure.inference bench.measure.memory bench.measure.outcome
+    bench.measure.inference bench.measure.memory bench.measure.outcome bench.measure.pipeline
     bench.measure.subject bench.measure.training
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer

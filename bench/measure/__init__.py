@@ -7,6 +7,7 @@ direction, so nothing else has to know of a new one.
 from bench.measure.anatomy import measure_anatomy
 from bench.measure.inference import measure_inference
 from bench.measure.outcome import measure_accuracy, measure_size
+from bench.measure.pipeline import measure_pipeline
 from bench.measure.subject import Metric
 from bench.measure.training import measure_training
 
@@ -18,5 +19,6 @@ METRICS: tuple[Metric, ...] = (
 )
 FURTHER: dict[str, Metric] = {
     "anatomy": measure_anatomy,
+    "pipeline": measure_pipeline,
 }
 """Those that cost time of their own and are taken only if the protocol names them."""
