@@ -191,7 +191,8 @@ def _metric_key(measurement: Measurement) -> str:
     labels = measurement.labels
     size = labels.get("batch_size") if measurement.unit == "s/sample" else None
     kind = labels.get("kind") if measurement.unit == "FLOP/s" else None
-    parts = (measurement.name, size and f"b{size}", labels.get("backend"), kind)
+    source = labels.get("source") if measurement.unit == "samples/s" else None
+    parts = (measurement.name, size and f"b{size}", labels.get("backend"), kind, source)
     return "_".join(str(part) for part in parts if part is not None)
 
 

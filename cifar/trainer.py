@@ -86,7 +86,7 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         self.device: torch.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        self._compute_loss = compute_loss or cross_entropy(config.recipe.label_smoothing)
+        self.compute_loss = compute_loss or cross_entropy(config.recipe.label_smoothing)
         self._update = update
         self._build_data()
         self._build_model()
@@ -178,17 +178,21 @@ class Trainer:
         """The learning rate of the 0-based optimiser step `step`."""
         return lr_at(step, self.total_steps, self.loader.steps_per_epoch, self.config.recipe)
 
-    def train_step(self) -> None:
-        """Load the next global batch and take one optimiser step; reads nothing from the device."""
-        epoch, position = divmod(self.step, self.loader.steps_per_epoch)
+    def batches_of(self, step: int) -> list[Batch]:
+        """This process's augmented micro-batches of the 0-based optimiser step `step`."""
+        epoch, position = divmod(step, self.loader.steps_per_epoch)
         if epoch != self.loader.epoch:
             self.loader.set_epoch(epoch)
+        return list(self.loader.micro_batches(position))
+
+    def train_step(self) -> None:
+        """Load the next global batch and take one optimiser step; reads nothing from the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_of(self.step)
         if self.model_config.dropout:
             # The generators' state then needs no saving, on any number of processes.
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
-        batches = list(self.loader.micro_batches(position))
+        batches = self.batches_of(self.step)
         passes = iter(range(2**31))
         self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
         self.step += 1
@@ -199,7 +203,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
-                loss, logits = self._compute_loss(self.model, batch)
+                loss, logits = self.compute_loss(self.model, batch)
                 self.accelerator.backward(loss / len(batches) if len(batches) > 1 else loss)
             if record:
                 self.meter.add(loss.detach(), logits.detach(), batch.targets, self.step)

@@ -31,9 +31,9 @@ FREE_NAMES = """
 """
 TORCH_NAMES = """
     bench.environment bench.observe bench.worker
-    bench.measure bench.measure.clock bench.measure.compilation bench.measure.energy
-    bench.measure.inference bench.measure.memory bench.measure.outcome bench.measure.subject
-    bench.measure.training bench.measure.utilization
+    bench.measure bench.measure.anatomy bench.measure.clock bench.measure.compilation
+    bench.measure.energy bench.measure.inference bench.measure.memory bench.measure.outcome
+    bench.measure.pipeline bench.measure.subject bench.measure.training bench.measure.utilization
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
     cifar.data.augment cifar.data.draws cifar.data.loader

@@ -1,0 +1,211 @@
+"""What a training step is made of: marks around what the trainer calls, and steps without sync."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure.clock import Clock, make_clock, synchronize
+from bench.measure.subject import Subject
+from bench.record import Measurement
+from cifar.distributed import barrier, reduce_sum
+from cifar.meter import Meter
+from cifar.optim import optimizer_tensors
+from cifar.trainer import Trainer
+
+OTHER = "other"
+"""What no part covers: learning rate, training metrics, weight averaging."""
+PARTS = ("data", "forward", "backward", "optimizer", OTHER)
+
+Pairs = list[tuple[dict[str, float], dict[str, float]]]
+"""Seconds by part of two steps that were taken one after the other, in either order."""
+
+
+class Timeline:
+    """The moments of one step, and which part each of them ends."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._ended: list[str] = []
+
+    def begin(self) -> None:
+        """The step begins."""
+        self._clock.mark()
+
+    def end(self, part: str) -> None:
+        """What was done since the moment before belongs to `part`."""
+        self._clock.mark()
+        self._ended.append(part)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each of `PARTS`, which add up to the whole step; waits for the device."""
+        spans: dict[str, list[float]] = {part: [] for part in PARTS}
+        for part, value in zip(self._ended, self._clock.seconds(), strict=True):
+            spans[part].append(value)
+        return {part: math.fsum(values) for part, values in spans.items()}
+
+
+def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
+    """Seconds of a step by part, their overhead, the share of the data, and communication.
+
+    Data is loading, augmenting and normalising; forward the model and the loss; the optimiser
+    includes zeroing gradients and the loss scaler. Micro-batches add up. Nothing is waited for
+    between the parts: on a GPU they are spans of its stream, idle time included, and backward has
+    that communication in it which it does not hide. Steps with marks and without take turns.
+    """
+    with set_aside(subject.trainer):
+        marked = _pairs(subject, _marked_step, _plain_step)
+        exchanged = _pairs(subject, _synced_step, _unsynced_step) if _has_peers(subject) else []
+    for part in PARTS:
+        values = [step[part] for step, _ in marked]
+        yield subject.measurement(f"step_{part}", "s", "lower", values)
+    yield _communication(subject, exchanged)
+    overhead = [_whole(step) / _whole(plain) - 1 for step, plain in marked]
+    yield subject.measurement("anatomy_overhead", "fraction", "lower", overhead)
+    share = [step["data"] / _whole(step) for step, _ in marked]
+    yield subject.measurement("pipeline_share", "fraction", "lower", share)
+
+
+def _has_peers(subject: Subject) -> bool:
+    return subject.trainer.place.count > 1
+
+
+def _whole(seconds: dict[str, float]) -> float:
+    return math.fsum(seconds.values())
+
+
+def _communication(subject: Subject, pairs: Pairs) -> Measurement:
+    """What averaging gradients adds to a step; noise may make a single difference negative."""
+    name = "step_communication"
+    if not _has_peers(subject):
+        reason = "one process has none to communicate with"
+        return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
+    added = [_whole(synced) - _whole(unsynced) for synced, unsynced in pairs]
+    return subject.measurement(name, "s", "lower", added)
+
+
+def _pairs(
+    subject: Subject, one: Callable[[Trainer], Timeline], other: Callable[[Trainer], Timeline]
+) -> Pairs:
+    """Take two kinds of step in turns, the order of every pair reversed; the first one warms up."""
+    trainer = subject.trainer
+    synchronize(subject.device)
+    barrier()
+    pairs: list[tuple[Timeline, Timeline]] = []
+    for index in range(1 + subject.protocol.timed_steps):
+        if index % 2:
+            first = one(trainer)
+            pairs.append((first, other(trainer)))
+        else:
+            first = other(trainer)
+            pairs.append((one(trainer), first))
+    return [(left.seconds(), right.seconds()) for left, right in pairs[1:]]
+
+
+def _plain_step(trainer: Trainer) -> Timeline:
+    """A step as it is timed for the throughput, with a mark before and after it."""
+    timeline = Timeline(make_clock(trainer.device))
+    _time(trainer, timeline)
+    return timeline
+
+
+def _marked_step(trainer: Trainer) -> Timeline:
+    timeline = Timeline(make_clock(trainer.device))
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in (
+            (trainer, "batches_of", "data"),
+            (trainer, "compute_loss", "forward"),
+            (trainer.accelerator, "backward", "backward"),
+            (trainer.optimizer, "zero_grad", "optimizer"),
+            (trainer, "optimizer_step", "optimizer"),
+        ):
+            stack.enter_context(_marked(owner, name, part, timeline))
+        _time(trainer, timeline)
+    return timeline
+
+
+def _synced_step(trainer: Trainer) -> Timeline:
+    _align(trainer)
+    return _plain_step(trainer)
+
+
+def _unsynced_step(trainer: Trainer) -> Timeline:
+    _align(trainer)
+    with trainer.wrapped.no_sync():
+        return _plain_step(trainer)
+
+
+def _align(trainer: Trainer) -> None:
+    """Let all processes begin together, or one step would pay for the others' lag in the last.
+
+    Unlike a barrier this does not hold up the program on a GPU, only the stream.
+    """
+    reduce_sum(torch.zeros((), device=trainer.device))
+
+
+def _time(trainer: Trainer, timeline: Timeline) -> None:
+    timeline.begin()
+    trainer.train_step()
+    timeline.end(OTHER)
+
+
+@contextlib.contextmanager
+def _marked(owner: object, name: str, part: str, timeline: Timeline) -> Iterator[None]:
+    """Within the block, mark before and after every call of `owner.name`."""
+    function = getattr(owner, name)
+    own = name in vars(owner)
+
+    def marked(*args: Any, **options: Any) -> Any:
+        timeline.end(OTHER)
+        result = function(*args, **options)
+        timeline.end(part)
+        return result
+
+    setattr(owner, name, marked)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, function)
+        else:
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
+def set_aside(trainer: Trainer) -> Iterator[None]:
+    """Let the block take steps of training, synced or not; afterwards the trainer is as it was.
+
+    Every process takes up its own copies again, so weights that were equal are equal again.
+    """
+    kept = {name: tensor.clone() for name, tensor in _live_tensors(trainer).items()}
+    step, meter, training = trainer.step, trainer.meter, trainer.module.training
+    updates = trainer.average.updates if trainer.average else 0
+    scaler = trainer.scaler.state_dict() if trainer.scaler is not None else {}
+    trainer.meter = Meter(trainer.device)
+    trainer.module.train()
+    try:
+        yield
+    finally:
+        for name, tensor in _live_tensors(trainer).items():
+            tensor.copy_(kept[name])
+        trainer.step, trainer.meter = step, meter
+        trainer.module.train(training)
+        if trainer.average:
+            trainer.average.updates = updates
+        if trainer.scaler is not None:
+            trainer.scaler.load_state_dict(scaler)
+
+
+def _live_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """What a step changes, by name: weights, statistics, the optimiser's state; not copies."""
+    groups = {"model": trainer.weights(), "optimizer": optimizer_tensors(trainer.optimizer)}
+    if trainer.average:
+        groups["ema"] = trainer.average.weights
+    return {
+        f"{group}.{name}": tensor
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,217 @@
+import importlib.util
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+from test_anatomy import FakeClock, takes
+from torch import Tensor
+from training import make_trainer, tiny_recipe
+
+from bench import rows
+from bench.measure import pipeline
+from bench.measure.pipeline import make_dataloader, measure_pipeline
+from bench.measure.subject import Subject
+from bench.record import Measurement
+from bench.spec import Protocol
+from cifar.config import RunConfig
+from cifar.trainer import Trainer
+
+STEPS = 3
+WORKERS = 2
+AHEAD = 2 * WORKERS
+
+
+def measure(trainer: Trainer) -> dict[str, Measurement]:
+    subject = Subject(trainer, Protocol(timed_steps=STEPS))
+    return {str(each.labels["source"]): each for each in measure_pipeline(subject)}
+
+
+class FakeLoader:
+    """A DataLoader whose every batch takes 0.5 s; after `good` of them it fails."""
+
+    def __init__(self, good: int = 10**9, error: Exception | None = None) -> None:
+        self.given, self.ended = 0, False
+        self._good, self._error = good, error
+
+    def __call__(self, _trainer: Trainer, count: int, workers: int) -> "FakeLoader":
+        assert workers == WORKERS
+        self.count = count
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.count):
+            if self.given == self._good and self._error:
+                raise self._error
+            FakeClock.now += 0.5
+            self.given += 1
+            yield torch.zeros(2, 3, 4, 4), torch.zeros(2)
+        self.ended = True
+
+
+@pytest.fixture
+def loader(monkeypatch: pytest.MonkeyPatch) -> FakeLoader:
+    """Our own loader takes 0.25 s a step."""
+    fake = FakeLoader()
+    FakeClock.made, FakeClock.cost = [], 0.0
+    monkeypatch.setattr(Trainer, "batches_of", takes(0.25, Trainer.batches_of))
+    monkeypatch.setattr(pipeline, "make_clock", FakeClock)
+    monkeypatch.setattr(pipeline, "available_cores", lambda: WORKERS)
+    monkeypatch.setattr(pipeline, "make_dataloader", fake)
+    return fake
+
+
+def test_our_loader_is_timed_over_the_next_steps_alone(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    trainer = make_trainer()
+    trainer.train_step()
+    asked: list[int] = []
+    original = trainer.batches_of
+    monkeypatch.setattr(trainer, "batches_of", lambda step: (asked.append(step), original(step)))
+    found = measure(trainer)["device"]
+    assert found.samples == ((0.25,) * STEPS,)
+    assert found.labels == {"source": "device", "samples_per_step": 32}
+    assert found.value == 32 / 0.25
+    assert asked == [1, 2, 3, 4, 5]
+    assert trainer.step == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_dataloader_s_step_is_all_its_micro_batches(
+    loader: FakeLoader, accumulation: int
+) -> None:
+    """Its window lies between batches that keep the workers busy, and it is used up."""
+    found = measure(make_trainer(accumulation_steps=accumulation))["dataloader"]
+    assert found.samples == ((0.5 * accumulation,) * STEPS,)
+    assert found.labels == {"source": "dataloader", "num_workers": 2, "samples_per_step": 32}
+    assert found.value == 32 / (0.5 * accumulation)
+    assert loader.given == loader.count == (AHEAD + STEPS + AHEAD) * accumulation
+    assert loader.ended
+
+
+@pytest.mark.parametrize("good", [0, AHEAD + 1, AHEAD + STEPS + 1])
+def test_a_dataloader_that_fails_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader, good: int
+) -> None:
+    error = RuntimeError("DataLoader worker (pid 7)\nis killed by signal: Bus error.")
+    monkeypatch.setattr(pipeline, "make_dataloader", FakeLoader(good, error))
+    found = measure(make_trainer())
+    assert found["device"].status == "ok"
+    assert found["dataloader"].status == "failed"
+    assert found["dataloader"].reason == "DataLoader worker (pid 7) is killed by signal: Bus error."
+
+
+def test_a_failure_in_another_process_is_told_here(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    monkeypatch.setattr(pipeline, "least", lambda *_: 0)
+    found = measure(make_trainer())["dataloader"]
+    assert (found.status, "another process" in found.reason) == ("failed", True)
+
+
+def test_a_failure_of_our_own_loader_is_no_failed_measurement(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "batches_of", lambda _: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        measure(trainer)
+
+
+def test_without_torchvision_it_is_absent(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    found = measure(make_trainer())["dataloader"]
+    assert (found.status, found.reason) == ("absent", "torchvision is not installed")
+    assert loader.given == 0
+
+
+def test_images_that_pil_does_not_know_are_absent(loader: FakeLoader) -> None:
+    found = measure(make_trainer(data=make_dataset(channels=2)))["dataloader"]
+    assert (found.status, found.reason) == ("absent", "PIL has no images of 2 channels")
+
+
+def test_an_augmentation_without_a_counterpart_is_absent(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    monkeypatch.setattr(pipeline, "_counterparts", lambda _: {"crop": None})
+    found = measure(make_trainer())["dataloader"]
+    assert found.status == "absent"
+    assert found.reason.endswith("no flip")
+
+
+def test_the_workers_give_every_image_once_and_then_end() -> None:
+    """One real worker, a process of its own, over the 96 images of an epoch."""
+    trainer = make_trainer(tiny_recipe(augment=()))
+    loader = make_dataloader(trainer, 3, 1)
+    batches = list(loader)
+    assert [tuple(images.shape) for images, _ in batches] == [(32, 3, 16, 16)] * 3
+    seen = torch.cat([images for images, _ in batches])
+    labels = torch.cat([targets for _, targets in batches])
+    true = trainer.loader.load(torch.arange(96))
+    distance = torch.cdist(seen.flatten(1).double(), true.images.flatten(1).double())
+    nearest = distance.argmin(1)
+    assert sorted(nearest.tolist()) == list(range(96))
+    torch.testing.assert_close(seen, true.images[nearest])
+    assert torch.equal(labels, true.targets[nearest])
+    assert multiprocessing.active_children() == []
+
+
+def indices_of(trainer: Trainer, count: int) -> list[int]:
+    data = pipeline._pil_images(trainer, count)
+    true = trainer.dataset.train.images.transpose(0, 2, 3, 1).reshape(96, -1).astype(int)
+    return [int(np.abs(true - image.reshape(-1)).sum(1).argmin()) for image in data._images]
+
+
+def test_no_image_comes_again_before_all_have_come() -> None:
+    chosen = indices_of(make_trainer(), 2 * 96 + 10)
+    for start, end in itertools.pairwise((0, 96, 192)):
+        assert sorted(chosen[start:end]) == list(range(96))
+    assert chosen[:96] != sorted(chosen[:96])
+    assert len(chosen) == 202
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentations_are_those_of_the_recipe(channels: int) -> None:
+    data = make_dataset(channels=channels)
+    torch.manual_seed(0)
+    still = pipeline._pil_images(make_trainer(tiny_recipe(augment=()), data=data), 8)
+    moved = pipeline._pil_images(make_trainer(data=data), 8)
+    assert still[0][0].shape == moved[0][0].shape == (channels, 16, 16)
+    assert torch.equal(still[0][0], still[0][0])
+    assert any(not torch.equal(moved[i][0], moved[i][0]) for i in range(8))
+    flipped = pipeline._pil_images(make_trainer(tiny_recipe(augment=("flip",)), data=data), 8)
+    ways = [{flipped[0][0].numpy().tobytes() for _ in range(20)}, set()]
+    ways[1] = {still[0][0].numpy().tobytes(), still[0][0].flip(-1).numpy().tobytes()}
+    assert ways[0] == ways[1]
+
+
+def test_the_two_sources_have_columns_of_their_own() -> None:
+    def measurement(**labels: Any) -> Measurement:
+        return Measurement(
+            name="input_throughput",
+            unit="samples/s",
+            better="higher",
+            labels={"samples_per_step": 8, **labels},
+            samples=((1.0,),),
+        )
+
+    assert rows._metric_key(measurement(source="device")) == "input_throughput_device"
+    assert (
+        rows._metric_key(measurement(source="dataloader", num_workers=2))
+        == "input_throughput_dataloader"
+    )
+
+
+@pytest.mark.gpu
+def test_a_dataloader_s_batches_reach_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 1)
+    found = measure(make_trainer(run=RunConfig(), channels_last=True))
+    assert [each.status for each in found.values()] == ["ok", "ok"]
+    assert multiprocessing.active_children() == []
