@@ -14,6 +14,9 @@ import torch
 from training import ROOT, reset_accelerate
 from turns import is_known, ratio, take_turns
 
+from bench.measure.subject import Subject
+from bench.record import Measurement
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 NOISY = "too noisy to tell: run it on an idle machine"
 
@@ -82,12 +85,34 @@ def test_a_contest_tells_every_ratio_and_whether_it_is_known() -> None:
     }
 
 
-def test_bench_s_window_is_as_long_as_its_steps(contest: loop.Contest) -> None:
-    steps = contest.trainer.step
-    assert contest.bench_training(3) > 0
-    assert contest.trainer.step == steps + 4
-    assert contest.unmarked(3) > 0
-    assert contest.trainer.step == steps + 8
+def test_bench_s_throughput_becomes_seconds_per_sample(
+    contest: loop.Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = Measurement(
+        name="train_throughput",
+        unit="samples/s",
+        better="higher",
+        labels={"samples_per_step": 16},
+        samples=((0.5, 1.5),),
+    )
+    steps: list[int] = []
+
+    def measure(subject: Subject) -> list[Measurement]:
+        steps.append(subject.protocol.timed_steps)
+        return [rate]
+
+    monkeypatch.setattr(loop, "measure_training", measure)
+    assert contest.bench_training(2) == 1 / 16  # 32 samples in 2 s
+    assert steps == [2]
+
+
+def test_a_window_without_marks_is_as_long_as_its_steps(
+    contest: loop.Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter([10.0, 13.0])
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    assert contest.unmarked(3) == 1 / 16
+    assert contest.trainer.step == 4
 
 
 def run(*options: str) -> dict[str, dict[str, list[float]]]:
