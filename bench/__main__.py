@@ -1,4 +1,4 @@
-"""The program `bench`: list, run, table, save. It imports no torch; its workers do."""
+"""The program `bench`: list, run, table, save, selfcheck. It imports no torch; its workers do."""
 
 import contextlib
 import shlex
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench import runs
+from bench import runs, selfcheck
 from bench.estimate import estimate_seconds, format_duration
 from bench.launchers import argv_for, environment_for
 from bench.options import (
@@ -30,6 +30,7 @@ from bench.record_file import TornLineWarning, read_records
 from bench.spec import Task, expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
+from cifar.config import require
 from cifar.errors import Stopped, UserError
 
 arg = tyro.conf.arg
@@ -46,6 +47,7 @@ examples:
   bench run --resume 20260101-120000-quick-1f0c
   bench table --sort train --filter precision=bf16
   bench save 20260101-120000-quick-1f0c
+  bench selfcheck
 """
 
 
@@ -91,6 +93,7 @@ def run_run(argv: list[str]) -> int:
     if options.resume is not None:
         check_resume(options)
         run = runs.find(options.resume, folder)
+        selfcheck.refuse(run)
         _check(run.plan.tasks)
         if options.dry_run:
             return _show_plan(runs.missing(run), past)
@@ -254,11 +257,45 @@ def run_save(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfcheckOptions:
+    """Options of `bench selfcheck`."""
+
+    max_rounds: Annotated[int, arg(metavar="N")] = selfcheck.MAX_ROUNDS
+    """Rounds of fresh processes after which it ends anyway; 6 at least."""
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Where runs are kept."""
+
+    def __post_init__(self) -> None:
+        least = selfcheck.MIN_ROUNDS
+        require(self.max_rounds >= least, "max-rounds", self.max_rounds, f"give {least} or more")
+
+
+def run_selfcheck(argv: list[str]) -> int:
+    """`bench selfcheck`."""
+    options = parse(
+        SelfcheckOptions,
+        argv,
+        prog="bench selfcheck",
+        description="Show that costs of known size and a wrong number format are seen. "
+        "Example: bench selfcheck",
+    )
+    folder = Path(options.runs_dir).expanduser().absolute()
+    runs.check_writable(folder)
+    run = runs.create(selfcheck.suite(options.max_rounds), folder, argv)
+    with _terminable():
+        findings = selfcheck.execute(run)
+    print(selfcheck.render(findings, color=sys.stdout.isatty()), end="")
+    print(f"records and logs are in {_shown(run.folder)}")
+    return 0 if all(each.verdict == "seen" for each in findings) else 1
+
+
 COMMANDS = {
     "list": Command(help="list the suites and their cost", run=run_list),
     "run": Command(help="measure a suite or single cells", run=run_run),
     "table": Command(help="print tables of records", run=run_table),
     "save": Command(help="put a run's records under results/", run=run_save),
+    "selfcheck": Command(help="show that known costs are seen", run=run_selfcheck),
 }
 
 

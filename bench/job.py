@@ -1,13 +1,44 @@
 """What a worker is told: the contents of `cell.json`."""
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from bench.spec import Task
+from cifar.config import require
 from cifar.serialize import STRICT
 
 CELL_FILE = "cell.json"
 RECORD_FILE = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """What a worker does wrong on purpose, so that `bench selfcheck` can see whether it shows.
+
+    `sleep` and `matmul` add about `seconds` to every training step; `wrong-dtype` runs the model
+    under bf16 autocast, whatever was asked.
+
+    Raises:
+        ConfigError: seconds that do not fit the kind.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["sleep", "matmul", "wrong-dtype"]
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "wrong-dtype":
+            require(self.seconds == 0, "fault seconds", self.seconds, "a wrong dtype takes none")
+        else:
+            good = 0 < self.seconds < math.inf
+            require(good, "fault seconds", self.seconds, "give a positive number")
+
+    @property
+    def label(self) -> str:
+        """For people: `sleep:0.05`, `wrong-dtype`."""
+        return f"{self.kind}:{self.seconds:g}" if self.seconds else self.kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,3 +50,4 @@ class Job:
     task: Task
     suite: str = ""
     run_id: str = ""
+    fault: Fault | None = None

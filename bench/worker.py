@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from bench.environment import collect
+from bench.faults import InjectedFault
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.measure import FURTHER, METRICS
-from bench.measure.subject import Subject
+from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
 from bench.observe import mismatches, observe
 from bench.record import DataFacts, Label, Measurement, Record, Status
@@ -28,7 +29,7 @@ from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
 from cifar.serialize import from_json, to_json
-from cifar.trainer import Trainer
+from cifar.trainer import Trainer, descend
 
 
 class Worker:
@@ -36,6 +37,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._fault = InjectedFault(job.fault) if job.fault else None
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._clock = time.monotonic()
         self._environment = collect()
@@ -63,18 +65,28 @@ class Worker:
             RunConfig(num_processes=task.cell.num_processes),
             dataset,
             train_samples=planned_steps(protocol, batch_size) * batch_size,
+            update=self._fault.update if self._fault else descend,
         )
         subject = Subject(trainer, protocol)
         self._measurements = subject.taken
-        for metric in (*METRICS, *(FURTHER[name] for name in protocol.metrics)):
+        for metric in self._metrics(trainer):
             for measurement in metric(subject):
                 subject.taken.append(measurement)
         self._effective = observe(trainer)
         wrong = mismatches(task.cell, self._effective)
         return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
 
+    def _metrics(self, trainer: Trainer) -> tuple[Metric, ...]:
+        """What to measure, in order; a fault is put in and measured by itself as well."""
+        further = (FURTHER[name] for name in self._job.task.protocol.metrics)
+        metrics = (*METRICS, *further)
+        if self._fault is None:
+            return metrics
+        self._fault.install(trainer)
+        return (self._fault.measure, *metrics, self._fault.measure)
+
     def _record(self, status: Status, reason: str) -> Record:
-        task = self._job.task
+        task, fault = self._job.task, self._job.fault
         return Record(
             run_id=self._job.run_id,
             suite=self._job.suite,
@@ -88,6 +100,7 @@ class Worker:
             environment=self._environment,
             data=self._data,
             effective=self._effective,
+            invalid=(f"injected fault: {fault.label}",) if fault else (),
             measurements=tuple(self._measurements),
         )
 

@@ -11,11 +11,10 @@ steps (bare / trainer: 1 means no overhead) with a 95 % interval from order stat
 
 import argparse
 import json
-import math
-import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 from cifar.process import ensure_environment
 
@@ -24,7 +23,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from turns import ratio, take_turns
 
+from bench.stats import median_interval
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.augment import get_augmentations
 from cifar.data.loader import DeviceImages, Normalization, TrainLoader
@@ -32,16 +33,6 @@ from cifar.data.sources import load_dataset
 from cifar.models import build_model
 from cifar.optim import build_optimizer
 from cifar.trainer import Trainer
-
-Interval = tuple[float, float, float]
-
-
-def median_interval(values: Sequence[float]) -> Interval:
-    """Median and the order statistics that bound it with 95 % confidence (sign test)."""
-    ordered, n = sorted(values), len(values)
-    reach = math.ceil(0.98 * math.sqrt(n))
-    low, high = max(0, n // 2 - reach), min(n - 1, n // 2 + reach)
-    return statistics.median(ordered), ordered[low], ordered[high]
 
 
 def bare_step(trainer: Trainer) -> Callable[[], None]:
@@ -91,13 +82,9 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
     for step in steps.values():
         for _ in range(args.warmup):
             step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    shuffle = random.Random(0).shuffle
-    for _ in range(args.pairs):
-        order = list(steps)
-        shuffle(order)
-        for name in order:
-            taken[name].append(seconds(steps[name], trainer.device))
+    taken = take_turns(
+        {name: partial(seconds, step, trainer.device) for name, step in steps.items()}, args.pairs
+    )
     bare = taken["bare"]
     return {
         "model": args.model,
@@ -107,8 +94,8 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "pairs": args.pairs,
         "bare_step_ms": statistics.median(bare) * 1e3,
-        "ratio": median_interval([b / t for b, t in zip(bare, taken["trainer"], strict=True)]),
-        "control": median_interval([b / c for b, c in zip(bare, taken["control"], strict=True)]),
+        "ratio": ratio(bare, taken["trainer"]),
+        "control": ratio(bare, taken["control"]),
         "added_ms": median_interval(
             [(t - b) * 1e3 for b, t in zip(bare, taken["trainer"], strict=True)]
         ),
@@ -140,7 +127,7 @@ def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
         "batch_size": size,
         "plain_images_per_s": size / statistics.median(plain),
         "augmented_images_per_s": size * len(augmented) / sum(augmented),
-        "ratio": median_interval([p / a for p, a in zip(plain, augmented, strict=True)]),
+        "ratio": ratio(plain, augmented),
     }
 
 

@@ -54,7 +54,7 @@ def statuses(cwd):
 # --- Bad input: one line, exit code 2, nothing started ---
 
 BAD = {
-    "command: 'nope': choose one of list, run, table, save": ["nope"],
+    "command: 'nope': choose one of list, run, table, save, selfcheck": ["nope"],
     "Unrecognized options: --nope": ["run", "quick", "--nope"],
     "suite: none given": ["run"],
     "suite: 'nope': choose one of quick": ["run", "nope"],
@@ -90,6 +90,7 @@ BAD = {
     "--format": ["table", "good.jsonl", "--format", "yaml"],
     "run: 'nope': no such run ": ["save", "nope"],
     "RUN": ["save"],
+    "max-rounds: 5: give 6 or more": ["selfcheck", "--max-rounds", "5"],
 }
 
 
@@ -141,7 +142,7 @@ def test_the_embedded_data_set_has_as_many_images_as_is_said():
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([name, "-h"] for name in ("list", "run", "table", "save"))]
+    "words", [["--help"], *([name, "-h"] for name in ("list", "run", "table", "save", "selfcheck"))]
 )
 def test_help_has_examples_or_options_and_exits_0(capsys, words):
     try:

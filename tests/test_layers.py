@@ -21,7 +21,7 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 FREE_NAMES = """
     bench bench.__main__ bench.estimate bench.failure bench.job bench.launchers bench.options
     bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
-    bench.save bench.spec
+    bench.save bench.selfcheck bench.spec
     bench.stats bench.suites bench.table
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
@@ -30,10 +30,10 @@ FREE_NAMES = """
     launch
 """
 TORCH_NAMES = """
-    bench.environment bench.observe bench.worker
-    bench.measure bench.measure.anatomy bench.measure.clock bench.measure.compilation
-    bench.measure.energy bench.measure.inference bench.measure.memory bench.measure.outcome
-    bench.measure.pipeline bench.measure.subject bench.measure.training bench.measure.utilization
+    bench.environment bench.faults bench.measure bench.measure.anatomy bench.measure.clock
+    bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory
+    bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
+    bench.measure.utilization bench.observe bench.worker
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
     cifar.data.augment cifar.data.draws cifar.data.loader

@@ -1,19 +1,27 @@
 """What the trainer and its input pipeline add, measured; slow, and only meaningful when idle."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from training import ROOT
 
 pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def overhead(*options: str) -> dict[str, object]:
     script = Path(__file__).with_name("overhead.py")
     done = subprocess.run(
-        [sys.executable, str(script), *options], capture_output=True, text=True, check=True
+        [sys.executable, str(script), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
     )
     return json.loads(done.stdout)
 

@@ -11,6 +11,7 @@ from bench.stats import (
     bootstrap_interval,
     headline,
     iqr,
+    median_interval,
     percentile,
     spread,
     straggler_ratio,
@@ -121,3 +122,23 @@ def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
 def test_bootstrap_refuses(values, confidence):
     with pytest.raises(ValueError, match=r"^bootstrap: "):
         bootstrap_interval(values, confidence=confidence)
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),
+    [
+        (6, 1, 6),  # outside: 2 / 2^6 = 3.1 %; one further in: 14 / 64
+        (8, 1, 8),  # 2 / 2^8 = 0.8 %; one further in: 18 / 256 = 7.0 %
+        (9, 2, 8),  # 20 / 512 = 3.9 %
+        (20, 6, 15),  # 2 x 21,700 / 2^20 = 4.1 %
+    ],
+)
+def test_median_interval_by_the_sign_test(count, low, high):
+    values = list(range(count, 0, -1))
+    assert median_interval(values) == ((count + 1) / 2, low, high)
+
+
+def test_median_interval_needs_six_values_for_95_percent():
+    with pytest.raises(ValueError, match="5 values"):
+        median_interval([1.0] * 5)
+    assert median_interval([1.0, 2.0, 4.0, 5.0, 5.0], confidence=0.9) == (4.0, 1.0, 5.0)

@@ -1,0 +1,250 @@
+"""`bench selfcheck`: whether costs of known size and a wrong number format are seen.
+
+Fresh processes of one small cell take turns in random order: two plain ones, one with a sleep in
+every step, one with matrix products in every step. Each cost is also measured by itself in its own
+process; what it adds to a step's median seconds must agree with that. A process that computes in
+another number format than asked must come out as `failed`.
+"""
+
+import io
+import random
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from bench import runs
+from bench.estimate import estimate_seconds
+from bench.job import Fault, Job
+from bench.launchers import launch
+from bench.progress import SuiteProgress
+from bench.record import Record
+from bench.record_file import append_record
+from bench.spec import Plan, Protocol, Suite, Task, grid
+from bench.stats import median_interval
+from cifar.errors import UserError
+
+SUITE = "selfcheck"
+FAULTS: dict[str, Fault | None] = {
+    "plain": None,
+    "control": None,
+    "sleep": Fault(kind="sleep", seconds=0.05),
+    "matmul": Fault(kind="matmul", seconds=0.05),
+}
+"""The processes of a round by name. A twentieth of a second is about a step of the cell on two slow
+CPU cores; a GPU's step is shorter still, so the cost stands well above the noise."""
+WRONG_DTYPE = Fault(kind="wrong-dtype")
+MODEL, BATCH_SIZE = "resnet20", 16
+MIN_ROUNDS = 6
+"""The fewest that give a 95 % interval of a median."""
+MAX_ROUNDS = 12
+TOLERANCE = 0.10
+"""How far a cost may seem to lie from its true size, as a fraction of it."""
+WIDEST = 0.25
+"""Half the width, as a fraction of the true cost, of an interval that still tells something."""
+
+Verdict = Literal["seen", "not seen", "too noisy", "failed"]
+Launch = Callable[[Job, Path], Record]
+Round = Mapping[str, Record]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What became of one fault; seconds per step, None where it has none.
+
+    `added`, `low` and `high` are the median and the 95 % interval over rounds of the faulty
+    process's median step less the plain one's; `true` is the cost as measured by itself.
+    """
+
+    name: str
+    verdict: Verdict
+    true: float | None = None
+    added: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The cost as seen over its true size."""
+        return self.added / self.true if self.added is not None and self.true else None
+
+
+def suite(max_rounds: int = MAX_ROUNDS) -> Suite:
+    """The cell, once for every process that adds a cost or none, and once for the wrong format."""
+    cells = grid([MODEL], ["fp32"], batch_sizes=(BATCH_SIZE,))
+    costs = Protocol(
+        warmup_steps=3,
+        max_warmup_steps=12,
+        timed_steps=20,
+        repeats=len(FAULTS) * max_rounds,
+        inference_batch_sizes=(),
+        timeout=300.0,
+    )
+    brief = replace(costs, warmup_steps=0, timed_steps=2, repeats=1)  # bf16 may be emulated
+    return Suite(
+        name=SUITE,
+        description="known costs and a wrong number format, to check the measurement itself",
+        plans=(Plan(protocol=costs, cells=cells), Plan(protocol=brief, cells=cells)),
+    )
+
+
+def refuse(run: runs.Run) -> None:
+    """Raise a UserError for a run that `bench run --resume` would go on with without its faults."""
+    if run.plan.suite == SUITE:
+        raise UserError(f"run: {run.id!r}: a self-check is not resumed; start bench selfcheck anew")
+
+
+def execute(run: runs.Run, *, launch: Launch = launch) -> list[Finding]:
+    """Measure in rounds until every interval is narrow enough, or the run's tasks are used up.
+
+    Raises:
+        UserError: another process runs this run, or its folder cannot be written.
+    """
+    with runs.locked(run):
+        return _Execution(run, launch).all()
+
+
+class _Execution:
+    """The loop over rounds."""
+
+    def __init__(self, run: runs.Run, launch: Launch) -> None:
+        self._run = run
+        self._launch = launch
+        self._records: list[Record] = []
+        self._progress = SuiteProgress(len(run.plan.tasks), sys.stderr)
+        brief = min(task.protocol.timed_steps for task in run.plan.tasks)
+        numbered = list(enumerate(run.plan.tasks, 1))
+        self._brief = [each for each in numbered if each[1].protocol.timed_steps == brief]
+        self._costs = [each for each in numbered if each not in self._brief]
+
+    def all(self) -> list[Finding]:
+        rounds: list[Round] = []
+        with self._progress:
+            wrong = self._one(*self._brief[0], WRONG_DTYPE)
+            while self._costs and not settled(rounds):
+                rounds.append(self._round(len(rounds)))
+        return [*judge_costs(rounds), judge_wrong_dtype(wrong)]
+
+    def _round(self, number: int) -> Round:
+        names = list(FAULTS)
+        random.Random(number).shuffle(names)
+        return {name: self._one(*self._costs.pop(0), FAULTS[name]) for name in names}
+
+    def _one(self, number: int, task: Task, fault: Fault | None) -> Record:
+        label = f"{task.cell.label} {fault.label if fault else 'plain'}"
+        left = estimate_seconds(task.cell, task.protocol, history=self._records)
+        self._progress.start(number, label, left * (len(self._costs) + 1))
+        job = Job(task=task, suite=SUITE, run_id=self._run.id, fault=fault)
+        record = self._launch(job, self._run.cell_folder(number))
+        append_record(self._run.records_file, record)
+        self._records.append(record)
+        self._progress.finish(record, 0.0)
+        return record
+
+
+def step_seconds(record: Record) -> float:
+    """The median over steps of a finished record's step, each as long as its slowest rank took."""
+    measured = record.find("train_throughput")
+    assert measured is not None
+    slowest: list[float] = [max(ranks) for ranks in zip(*measured.samples, strict=True)]
+    return statistics.median(slowest)
+
+
+def true_seconds(record: Record) -> float:
+    """The median of a cost's seconds measured by itself in the record's own process."""
+    measured = [each for each in record.measurements if each.name == "fault_seconds"]
+    return statistics.median(value for each in measured for rank in each.samples for value in rank)
+
+
+def judge_costs(rounds: Sequence[Round]) -> list[Finding]:
+    """What every kind of process adds to the plain ones of the same round; the control adds 0."""
+    broken = [record for each in rounds for record in each.values() if record.status != "ok"]
+    if broken:
+        note = f"{broken[0].status}: {broken[0].reason}"
+        return [Finding(name=name, verdict="failed", note=note) for name in _measured_names()]
+    truths = {
+        name: statistics.median(true_seconds(each[name]) for each in rounds)
+        for name, fault in FAULTS.items()
+        if fault
+    }
+    slack = TOLERANCE * min(truths.values())
+    plain = [step_seconds(each["plain"]) for each in rounds]
+    findings = []
+    for name in _measured_names():
+        differences = [
+            step_seconds(each[name]) - base for each, base in zip(rounds, plain, strict=True)
+        ]
+        true = truths.get(name, 0.0)
+        findings.append(judge(name, differences, true, slack=TOLERANCE * true or slack))
+    return findings
+
+
+def _measured_names() -> list[str]:
+    return [name for name in FAULTS if name != "plain"]
+
+
+def judge(name: str, differences: Sequence[float], true: float, *, slack: float) -> Finding:
+    """One cost's verdict, from its differences to the plain processes, one per round.
+
+    It is seen at its true size if the 95 % interval of the median difference holds the true cost
+    or lies within `slack` seconds of it, and does not reach 0. What is truly 0 has only the first
+    to meet. An interval that reaches further than `WIDEST` of the true cost (than 2.5 times the
+    slack) to either side would hold almost anything, and proves nothing.
+    """
+    try:
+        added, low, high = median_interval(differences)
+    except ValueError as error:
+        return Finding(name=name, verdict="too noisy", true=true, note=str(error))
+    right = low <= true <= high or (true - slack <= low and high <= true + slack)
+    verdict: Verdict = "seen" if right and (true == 0 or low > 0) else "not seen"
+    if right and (high - low) / 2 > slack * WIDEST / TOLERANCE:
+        verdict = "too noisy"
+    return Finding(name=name, verdict=verdict, true=true, added=added, low=low, high=high)
+
+
+def settled(rounds: Sequence[Round]) -> bool:
+    """Whether more rounds would say nothing new: all costs are seen, or a process failed."""
+    if not rounds:
+        return False
+    return all(each.verdict in ("seen", "failed") for each in judge_costs(rounds))
+
+
+def judge_wrong_dtype(record: Record) -> Finding:
+    """A process that ran in bf16 where fp32 was asked must be `failed`, for that reason."""
+    told = record.status == "failed" and "bfloat16" in record.reason
+    return Finding(
+        name="wrong-dtype",
+        verdict="seen" if told else "not seen",
+        note=f"{record.status}: {record.reason or 'no reason'}",
+    )
+
+
+def render(findings: Sequence[Finding], *, color: bool) -> str:
+    """The findings as a table in milliseconds per step; plain unless `color`."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("Added to every step", "True (ms)", "Measured (ms)", "95 % interval", "Ratio"):
+        table.add_column(heading, justify="left" if heading.startswith("Added") else "right")
+    table.add_column("Verdict")
+    for each in findings:
+        interval = f"{_ms(each.low)} to {_ms(each.high)}" if each.low is not None else ""
+        ratio = f"{each.ratio:.3f}" if each.ratio is not None else ""
+        table.add_row(each.name, _ms(each.true), _ms(each.added), interval, ratio, each.verdict)
+    output = io.StringIO()
+    console = Console(file=output, width=100, force_terminal=color, highlight=False, markup=False)
+    console.print(table)
+    for each in findings:
+        if each.note:
+            console.print(Text(f"{each.name}: {each.note}"), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.2f}"

@@ -1,0 +1,386 @@
+"""What bench reports against a loop written by hand, against timm's way, and without its marks.
+
+    python tests/loop.py agree --model resnet20
+    python tests/loop.py timm --model resnet18 --precision bf16 --channels-last
+    python tests/loop.py cost --model resnet20
+    python tests/loop.py agree --all
+
+Contestants take turns in random order in one process, a window of a few steps each after one step
+that is not timed. Printed are ratios of their seconds per sample, `above/below`: the median over
+rounds and its exact 95 % interval. So 1.01 for same_input/bench means that bench reports a
+throughput 1 % above the loop's. Rounds end at --pairs, or once the ratio that matters and that of
+the control (a contestant against itself) are known to within 1 %.
+
+agree: `training` and `inference_loop` below, 40 lines at most, fused SGD as in the trainer.
+    same_input    the loop on the trainer's own input pipeline: the same work, so it must agree
+    plain_input   the loop on uint8 images that it indexes and normalises but does not augment
+    fixed_batch   the loop on one batch that is there already: no input at all
+    loop          the median seconds per image of batches that are each waited for
+  So same_input/plain_input is what augmentation costs, same_input/fixed_batch what all input does.
+timm: benchmark.py of huggingface/pytorch-image-models: 10 warm-ups, then 40 steps on one random
+  batch, targets drawn in the step, the device waited for after each; the mean. Its
+  `samples_per_sec`, taken here, is over the whole run; its `step_time` leaves out clearing the
+  gradients. It differs from bench by: no input (bench: as in same_input/fixed_batch); SGD that is
+  not fused (slower for small models); on a GPU the wait, which idles it until the next step is
+  launched; in inference the mean, which slow batches pull up, where bench reports the median.
+  timm/fixed_batch tells what is left when neither has any input.
+cost: windows of the same trainer's steps, measured by bench (`bench`), and with no mark but at
+  their ends (`unmarked`). bench/unmarked is to stay below 1.01.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from cifar.process import ensure_environment
+
+if __name__ == "__main__":
+    ensure_environment()  # before torch is imported
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from turns import Interval, Taken, is_known, ratio, take_turns
+
+from bench.measure.inference import measure_inference
+from bench.measure.subject import Subject
+from bench.measure.training import measure_training
+from bench.spec import Protocol, grid
+from cifar.accelerator import is_emulated
+from cifar.config import RunConfig
+from cifar.data.loader import Batch, DeviceImages
+from cifar.data.sources import load_dataset
+from cifar.models import build_model
+from cifar.trainer import Trainer
+
+MODELS, PRECISIONS, LAYOUTS = ("resnet18", "resnet20"), ("fp32", "bf16"), (False, True)
+WITHIN = 0.01
+"""How far the 95 % intervals of the ratios that matter may reach."""
+Batches = Iterator[tuple[Tensor, Tensor]]
+Contestants = dict[str, Callable[[], float]]
+
+
+def training(model: nn.Module, batches: Batches, bf16: bool) -> Callable[[int], float]:
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
+    )
+
+    def loop(steps: int) -> float:
+        model.train()
+        wait(device)
+        start = time.perf_counter()
+        for images, labels in itertools.islice(batches, steps):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+        wait(device)
+        return (time.perf_counter() - start) / steps
+
+    return loop
+
+
+@torch.inference_mode()
+def inference_loop(model: nn.Module, images: Tensor, bf16: bool, batches: int) -> float:
+    model.eval()
+    seconds = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            model(images)
+        wait(images.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / len(images)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Contest:
+    """The trainer that bench measures, and models like its own for the others."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        (cell,) = grid(
+            [args.model],
+            [args.precision],
+            channels_last=[args.channels_last],
+            batch_sizes=[args.batch_size],
+        )
+        recipe = dataclasses.replace(cell.train.recipe, lr=1e-4, schedule="constant")
+        self.config = dataclasses.replace(cell.train, recipe=recipe)
+        self.trainer = Trainer(
+            self.config, RunConfig(), load_dataset(self.config.data), train_samples=10**9
+        )
+        self.bf16 = args.precision == "bf16"
+        self.size = args.batch_size
+
+    def model(self) -> nn.Module:
+        model = build_model(self.trainer.model_config).to(self.trainer.device)
+        return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
+
+    def bench_training(self, steps: int) -> float:
+        """Seconds per sample of a window, from the throughput that bench reports."""
+        self.trainer.module.train()
+        protocol = Protocol(warmup_steps=0, timed_steps=steps)
+        found = {each.name: each for each in measure_training(Subject(self.trainer, protocol))}
+        return 1 / value(found["train_throughput"].value)
+
+    def bench_inference(self, size: int, batches: int) -> float:
+        """Seconds per sample that bench reports."""
+        protocol = Protocol(
+            inference_batch_sizes=(size,),
+            inference_warmup=1,
+            inference_iterations=batches,
+            inference_seconds=1e6,
+        )
+        (latency,) = measure_inference(Subject(self.trainer, protocol))
+        return value(latency.value)
+
+    def unmarked(self, steps: int) -> float:
+        """Seconds per sample of the trainer's steps with a clock at either end."""
+        self.trainer.module.train()
+        self.trainer.train_step()
+        wait(self.trainer.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.trainer.train_step()
+        wait(self.trainer.device)
+        self.trainer.check()
+        return (time.perf_counter() - start) / steps / self.size
+
+    def looped(self, batches: Batches, steps: int) -> Callable[[], float]:
+        """A window of the hand-written loop in seconds per sample, after a step that warms up."""
+        loop = training(self.model(), batches, self.bf16)
+
+        def window() -> float:
+            loop(1)
+            return loop(steps) / self.size
+
+        return window
+
+    def same_input(self) -> Batches:
+        loader = self.trainer.loader
+        while True:
+            for position in range(loader.steps_per_epoch):
+                yield from map(pair, loader.micro_batches(position))
+
+    def plain_input(self) -> Batches:
+        trainer = self.trainer
+        images = DeviceImages(
+            trainer.dataset.train,
+            trainer.normalization,
+            trainer.device,
+            channels_last=self.config.channels_last,
+        )
+        while True:
+            order = torch.randperm(len(images), device=trainer.device)
+            for samples in order.split(self.size)[: trainer.loader.steps_per_epoch]:
+                yield pair(images.batch(samples))
+
+    def fixed_batch(self) -> Batches:
+        return itertools.repeat(next(self.same_input()))
+
+    def test_images(self, size: int) -> Tensor:
+        samples = torch.arange(size, device=self.trainer.device) % len(self.trainer.test_images)
+        return self.trainer.test_images.batch(samples).images
+
+
+def pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch.images, batch.targets
+
+
+def value(number: float | None) -> float:
+    assert number is not None
+    return number
+
+
+def compete(
+    contestants: Contestants, rounds: int, decisive: tuple[str, str], further: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """The ratios that are named `above/below`; rounds end when the decisive ones are known."""
+    for run in contestants.values():
+        run()
+
+    def find(name: str, taken: Taken) -> Interval:
+        above, below = name.split("/")
+        return ratio(taken[above], taken[below])
+
+    def enough(taken: Taken) -> bool:
+        few = len(taken["bench"]) < 10
+        return not few and all(is_known(find(name, taken), WITHIN) for name in decisive)
+
+    taken = take_turns(contestants, rounds, enough)
+    return {
+        "rounds": len(taken["bench"]),
+        "known_within_1_percent": enough(taken),
+        "bench_ms_per_sample": 1e3 * statistics.median(taken["bench"]),
+        **{name: find(name, taken) for name in (*decisive, *further)},
+    }
+
+
+def agree(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
+    steps = args.steps
+    contestants = {
+        "bench": lambda: contest.bench_training(steps),
+        "same_input": contest.looped(contest.same_input(), steps),
+        "control": contest.looped(contest.same_input(), steps),
+        "plain_input": contest.looped(contest.plain_input(), steps),
+        "fixed_batch": contest.looped(contest.fixed_batch(), steps),
+    }
+    decisive = ("same_input/bench", "control/same_input")
+    further = ("plain_input/bench", "fixed_batch/bench",
+               "same_input/plain_input", "same_input/fixed_batch")  # fmt: skip
+    found: dict[str, object] = {"train": compete(contestants, args.pairs, decisive, further)}
+    for size, batches in ((1, 20), (args.inference_batch_size, 3)):
+        contestants = latency_contestants(contest, size, batches)
+        decisive = ("loop/bench", "control/loop")
+        found[f"latency_b{size}"] = compete(contestants, args.pairs, decisive)
+    return found
+
+
+def latency_contestants(contest: Contest, size: int, batches: int) -> Contestants:
+    images = contest.test_images(size)
+
+    def looped() -> Callable[[], float]:
+        model = contest.model()
+
+        def window() -> float:
+            inference_loop(model, images, contest.bf16, 1)
+            return inference_loop(model, images, contest.bf16, batches)
+
+        return window
+
+    return {
+        "bench": lambda: contest.bench_inference(size, batches),
+        "loop": looped(),
+        "control": looped(),
+    }
+
+
+def timm_training(contest: Contest) -> float:
+    """Seconds per sample by TrainBenchmarkRunner of timm's benchmark.py."""
+    model, device = contest.model().train(), contest.trainer.device
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+    images = torch.randn_like(contest.test_images(contest.size))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=contest.bf16):
+            logits = model(images)
+            targets = torch.empty(len(images), device=device, dtype=torch.long).random_(10)
+            F.cross_entropy(logits, targets).backward()
+        optimizer.step()
+        wait(device)
+
+    return timm_mean(step, device) / contest.size
+
+
+@torch.no_grad()
+def timm_inference(contest: Contest, size: int) -> float:
+    """Seconds per sample by InferenceBenchmarkRunner of timm's benchmark.py."""
+    model, device = contest.model().eval(), contest.trainer.device
+    images = torch.randn_like(contest.test_images(size))
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=contest.bf16):
+            model(images)
+        wait(device)
+
+    return timm_mean(step, device) / size
+
+
+def timm_mean(step: Callable[[], None], device: torch.device) -> float:
+    for _ in range(10):
+        step()
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(40):
+        step()
+    return (time.perf_counter() - start) / 40
+
+
+def timm(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
+    contestants = {
+        "bench": lambda: contest.bench_training(40),
+        "timm": lambda: timm_training(contest),
+        "control": lambda: timm_training(contest),
+        "fixed_batch": contest.looped(contest.fixed_batch(), 40),
+    }
+    decisive = ("timm/bench", "control/timm")
+    further = ("timm/fixed_batch", "fixed_batch/bench")
+    found: dict[str, object] = {"train": compete(contestants, args.timm_rounds, decisive, further)}
+    for size in (1, args.inference_batch_size):
+        contestants = {
+            "bench": functools.partial(contest.bench_inference, size, 40),
+            "timm": functools.partial(timm_inference, contest, size),
+            "control": functools.partial(timm_inference, contest, size),
+        }
+        found[f"latency_b{size}"] = compete(contestants, args.timm_rounds, decisive)
+    return found
+
+
+def cost(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
+    contestants = {
+        "bench": lambda: contest.bench_training(args.steps),
+        "unmarked": lambda: contest.unmarked(args.steps),
+        "control": lambda: contest.unmarked(args.steps),
+    }
+    return compete(contestants, args.pairs, ("bench/unmarked", "control/unmarked"))
+
+
+MODES = {"agree": agree, "timm": timm, "cost": cost}
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    named = ("what", "model", "precision", "channels_last", "batch_size")
+    line: dict[str, object] = {name: getattr(args, name) for name in named}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if is_emulated(args.precision, device):
+        reason = f"this {device.type.upper()} has no {args.precision} kernels and emulates them"
+        return {**line, "skipped": reason}
+    line |= {"steps": args.steps, "threads": torch.get_num_threads(), "device": device.type}
+    return {**line, **MODES[args.what](Contest(args), args)}
+
+
+def measure_all(argv: list[str]) -> int:
+    """The grid, a fresh process and a line each: Accelerate keeps one precision per process."""
+    words = [word for word in argv if word != "--all"]
+    codes = []
+    for model, precision, nhwc in itertools.product(MODELS, PRECISIONS, LAYOUTS):
+        cell = ["--model", model, "--precision", precision, *(["--channels-last"] * nhwc)]
+        codes.append(subprocess.call([sys.executable, __file__, *words, *cell]))
+    return max(codes)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=MODES)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--inference-batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a window")
+    parser.add_argument("--pairs", type=int, default=300, help="rounds at most, 6 at least")
+    parser.add_argument("--timm-rounds", type=int, default=12, help="of 10 + 40 steps, 6 at least")
+    parser.add_argument("--all", action="store_true", help=f"{MODELS} x {PRECISIONS} x layouts")
+    args = parser.parse_args(argv)
+    if args.all:
+        return measure_all(argv)
+    print(json.dumps(measure(args)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""bench's numbers against those of a loop written by hand; the comparing part by hand."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import loop
+import pytest
+import torch
+from training import ROOT, reset_accelerate
+from turns import is_known, ratio, take_turns
+
+from bench.measure.subject import Subject
+from bench.record import Measurement
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+NOISY = "too noisy to tell: run it on an idle machine"
+
+
+def test_the_loops_are_short() -> None:
+    parts = (loop.training, loop.inference_loop, loop.wait)
+    assert sum(len(inspect.getsource(part).splitlines()) for part in parts) <= 40
+
+
+def test_contestants_take_turns_in_changing_order_until_it_is_enough() -> None:
+    turns: list[str] = []
+
+    def contestant(name: str):
+        return lambda: turns.append(name) or float(len(turns))
+
+    taken = take_turns(
+        {name: contestant(name) for name in "abc"}, 20, lambda taken: len(taken["a"]) == 8
+    )
+    assert [len(times) for times in taken.values()] == [8, 8, 8]
+    rounds = ["".join(turns[start : start + 3]) for start in range(0, 24, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert len(set(rounds)) > 1
+    assert len(take_turns({"a": lambda: 1.0}, 5)["a"]) == 5
+
+
+def test_a_ratio_by_hand() -> None:
+    interval = ratio([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [1.0, 4.0, 2.0, 2.0, 2.0, 2.0])
+    assert interval == (3.5, 1.0, 6.0)  # of 2, 1, 3, 4, 5 and 6
+    assert is_known(interval, 2.5)
+    assert not is_known(interval, 2.4)
+
+
+@pytest.fixture
+def contest() -> loop.Contest:
+    reset_accelerate()
+    return loop.Contest(
+        SimpleNamespace(model="resnet20-w4", precision="fp32", channels_last=False, batch_size=16)
+    )
+
+
+def test_the_loop_trains_on_what_it_is_given(contest: loop.Contest) -> None:
+    torch.manual_seed(0)
+    model = contest.model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert loop.training(model, contest.plain_input(), bf16=False)(2) > 0
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(changed)
+    assert next(contest.plain_input())[0].shape == (16, 3, 32, 32)
+    assert not torch.equal(next(contest.same_input())[0], next(contest.plain_input())[0])
+    fixed = contest.fixed_batch()
+    assert next(fixed)[0] is next(fixed)[0]
+
+
+def test_a_contest_tells_every_ratio_and_whether_it_is_known() -> None:
+    found = loop.compete(
+        {"bench": lambda: 2.0, "loop": lambda: 3.0, "control": lambda: 3.0},
+        50,
+        ("loop/bench", "control/loop"),
+    )
+    assert found == {
+        "rounds": 10,
+        "known_within_1_percent": True,
+        "bench_ms_per_sample": 2000.0,
+        "loop/bench": (1.5, 1.5, 1.5),
+        "control/loop": (1.0, 1.0, 1.0),
+    }
+
+
+def test_bench_s_throughput_becomes_seconds_per_sample(
+    contest: loop.Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = Measurement(
+        name="train_throughput",
+        unit="samples/s",
+        better="higher",
+        labels={"samples_per_step": 16},
+        samples=((0.5, 1.5),),
+    )
+    steps: list[int] = []
+
+    def measure(subject: Subject) -> list[Measurement]:
+        steps.append(subject.protocol.timed_steps)
+        return [rate]
+
+    monkeypatch.setattr(loop, "measure_training", measure)
+    assert contest.bench_training(2) == 1 / 16  # 32 samples in 2 s
+    assert steps == [2]
+
+
+def test_a_window_without_marks_is_as_long_as_its_steps(
+    contest: loop.Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = iter([10.0, 13.0])
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    assert contest.unmarked(3) == 1 / 16
+    assert contest.trainer.step == 4
+
+
+def run(*options: str) -> dict[str, dict[str, list[float]]]:
+    script = Path(__file__).with_name("loop.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_bench_agrees_with_the_loop() -> None:
+    found = run("agree", "--model", "resnet20")
+    for part, numerator in (
+        ("train", "same_input"),
+        ("latency_b1", "loop"),
+        ("latency_b128", "loop"),
+    ):
+        result = found[part]
+        assert result["known_within_1_percent"], NOISY
+        assert abs(result[f"control/{numerator}"][0] - 1) <= 0.01, NOISY
+        assert abs(result[f"{numerator}/bench"][0] - 1) <= 0.02, part
+
+
+@pytest.mark.slow
+def test_measuring_costs_less_than_1_percent() -> None:
+    found = run("cost", "--model", "resnet20")
+    assert found["known_within_1_percent"], NOISY
+    assert abs(found["control/unmarked"][0] - 1) <= 0.01, NOISY
+    assert found["bench/unmarked"][0] < 1.01

@@ -1,0 +1,272 @@
+"""The self-check: judged by hand, with workers that measure nothing, and once for real."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_worker import record_of
+
+from bench import runs, selfcheck
+from bench.__main__ import main
+from bench.job import Fault, Job
+from bench.record import Measurement
+from bench.selfcheck import FAULTS, MIN_ROUNDS, judge, judge_costs, judge_wrong_dtype
+from bench.spec import expand
+from cifar.errors import ConfigError
+from cifar.serialize import from_json, to_json
+
+ROOT = Path(__file__).parents[1]
+TASK = expand(selfcheck.suite())[0]
+PLAIN, COST = 0.040, 0.050
+
+
+def rate(*seconds):
+    return Measurement(
+        name="train_throughput",
+        unit="samples/s",
+        better="higher",
+        labels={"samples_per_step": 16},
+        samples=seconds,
+    )
+
+
+def timed(*seconds):
+    return Measurement(name="fault_seconds", unit="s", better="none", samples=(seconds,))
+
+
+def record(job, added=COST, plain=PLAIN):
+    """What a worker with this fault would write if a cost added `added` seconds to every step."""
+    fault = job.fault
+    if fault and fault.kind == "wrong-dtype":
+        return record_of(job, status="failed", reason="compute_dtype: bfloat16 where float32")
+    seconds = plain + (added if fault else 0.0)
+    costs = (timed(COST, COST, 9.0), timed(COST, COST)) if fault else ()
+    return record_of(job, measurements=(rate((seconds, seconds, 7.0)), *costs))
+
+
+def rounds(count=MIN_ROUNDS, **changes):
+    """Rounds in which all processes are as they should be, but for the changed ones."""
+    return [
+        {
+            name: changes.get(name, record)(Job(task=TASK, fault=fault))
+            for name, fault in FAULTS.items()
+        }
+        for _ in range(count)
+    ]
+
+
+def verdicts(findings):
+    return {each.name: each.verdict for each in findings}
+
+
+# --- Judging ---
+
+
+def test_a_step_lasts_as_long_as_its_slowest_rank_and_the_median_step_counts():
+    two = record_of(Job(task=TASK), measurements=(rate((1.0, 5.0, 2.0), (3.0, 4.0, 1.0)),))
+    assert selfcheck.step_seconds(two) == 3.0  # of 3, 5 and 2
+
+
+def test_the_true_cost_is_the_median_of_all_times_it_was_measured_by_itself():
+    one = record_of(Job(task=TASK), measurements=(timed(0.1, 0.3), timed(0.2, 0.5, 0.4)))
+    assert selfcheck.true_seconds(one) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ((48, 49, 50, 50, 51, 52), "seen"),  # the interval of 6 values is 48 to 52: holds 50
+        ((51, 52, 52, 53, 53, 54), "seen"),  # 51 to 54: within 10 %
+        ((51, 52, 52, 53, 53, 56), "not seen"),  # 51 to 56: neither
+        ((0, 0, 0, 0, 0, 0), "not seen"),
+        ((24, 25, 25, 25, 25, 26), "not seen"),  # half of it
+        ((99, 100, 100, 100, 100, 101), "not seen"),  # twice
+        ((36, 49, 50, 50, 51, 62), "too noisy"),  # reaches 13 to either side, 12.5 are allowed
+        ((-1, 49, 50, 50, 51, 52), "too noisy"),
+        ((48, 49, 50, 51, 52), "too noisy"),  # five values have no 95 % interval
+    ],
+)
+def test_a_cost_of_50_ms_is_seen_at_its_true_size_or_not(differences, verdict):
+    found = judge("sleep", [each / 1000 for each in differences], 0.050, slack=0.005)
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ((-2, -1, 0, 0, 1, 2), "seen"),
+        ((1, 1, 1, 2, 2, 3), "seen"),  # within 10 % of the smallest cost
+        ((1, 1, 1, 2, 2, 6), "not seen"),
+        ((-13, 0, 0, 0, 0, 13), "too noisy"),
+    ],
+)
+def test_the_control_must_show_nothing(differences, verdict):
+    found = judge("control", [each / 1000 for each in differences], 0.0, slack=0.005)
+    assert found.verdict == verdict
+
+
+def test_a_finding_by_hand():
+    found = judge("sleep", [0.048, 0.050, 0.051, 0.053, 0.052, 0.049], 0.050, slack=0.005)
+    assert (found.low, found.added, found.high) == pytest.approx((0.048, 0.0505, 0.053))
+    assert found.ratio == pytest.approx(1.01)
+
+
+def test_every_cost_is_judged_against_the_plain_process_of_its_own_round():
+    drifting = rounds()
+    for number, each in enumerate(drifting):  # the machine gets slower from round to round
+        for name in each:
+            job = Job(task=TASK, fault=FAULTS[name])
+            each[name] = record(job, plain=PLAIN * (1 + number))
+    assert verdicts(judge_costs(drifting)) == dict.fromkeys(("control", "sleep", "matmul"), "seen")
+
+
+def test_a_cost_that_does_not_reach_the_window_is_not_seen():
+    unseen = rounds(sleep=lambda job: record(job, added=0.0))
+    assert verdicts(judge_costs(unseen)) == {
+        "control": "seen",
+        "sleep": "not seen",
+        "matmul": "seen",
+    }
+
+
+def test_a_control_that_differs_is_told():
+    slow = rounds(control=lambda job: record(job, plain=PLAIN * 2))
+    assert verdicts(judge_costs(slow))["control"] == "not seen"
+
+
+def test_a_process_that_fails_leaves_nothing_to_judge():
+    broken = rounds(matmul=lambda job: record_of(job, status="oom", reason="no room"))
+    findings = judge_costs(broken)
+    assert set(verdicts(findings).values()) == {"failed"}
+    assert findings[0].note == "oom: no room"
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict"),
+    [
+        ({"status": "failed", "reason": "compute_dtype: bfloat16 where float32"}, "seen"),
+        ({"status": "failed", "reason": "ValueError: out of luck"}, "not seen"),
+        ({"status": "ok"}, "not seen"),
+    ],
+)
+def test_a_wrong_dtype_must_fail_for_that_reason(fields, verdict):
+    assert judge_wrong_dtype(record_of(Job(task=TASK), **fields)).verdict == verdict
+
+
+# --- The program ---
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """The jobs that `bench selfcheck` starts in `tmp_path`, their workers stood in for."""
+    started = []
+
+    def launch(job, folder):
+        started.append(job)
+        return record(job)
+
+    execute = selfcheck.execute
+    monkeypatch.setattr(selfcheck, "execute", lambda run: execute(run, launch=launch))
+    monkeypatch.chdir(tmp_path)
+    return started
+
+
+def test_it_ends_with_the_first_rounds_that_tell_and_keeps_every_record(jobs, capsys):
+    assert main(["selfcheck"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"sleep +50\.00 +50\.00 +50\.00 to 50\.00 +1\.000 +seen", out)
+    assert re.search(r"control +0\.00 +0\.00 +0\.00 to 0\.00 +seen", out)
+    assert "\x1b" not in out
+    run = runs.newest(Path("runs"))
+    assert len(jobs) == len(run.records()) == 1 + 4 * MIN_ROUNDS
+    assert {job.suite for job in jobs} == {run.plan.suite} == {"selfcheck"}
+    assert len({job.task.key for job in jobs}) == len(jobs)
+    orders = {tuple(job.fault for job in jobs[i : i + 4]) for i in range(1, len(jobs), 4)}
+    assert len(orders) > 1
+    kinds = [job.fault.kind if job.fault else "" for job in jobs]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "": 2 * MIN_ROUNDS,
+        "sleep": MIN_ROUNDS,
+        "matmul": MIN_ROUNDS,
+        "wrong-dtype": 1,
+    }
+
+
+@pytest.mark.parametrize("kind", ["sleep", "wrong-dtype"])
+def test_what_is_not_seen_is_exit_code_1_after_all_rounds(jobs, monkeypatch, capsys, kind):
+    def blind(job, fault=record):
+        hidden = job.fault is not None and job.fault.kind == kind
+        return record(replace(job, fault=None)) if hidden else record(job)
+
+    monkeypatch.setattr(selfcheck, "true_seconds", lambda _: COST)
+    execute = selfcheck._Execution
+    monkeypatch.setattr(
+        selfcheck, "_Execution", lambda run, _: execute(run, lambda job, folder: blind(job))
+    )
+    assert main(["selfcheck", "--max-rounds", "7"]) == 1
+    assert re.search(rf"{kind} .*not seen", capsys.readouterr().out)
+    processes = 1 + 4 * (7 if kind == "sleep" else MIN_ROUNDS)
+    assert len(runs.newest(Path("runs")).records()) == processes
+
+
+def test_a_process_that_fails_ends_it_at_once(jobs, monkeypatch, capsys):
+    def broken(job, folder):
+        jobs.append(job)
+        return record_of(job, status="failed", reason="the worker broke")
+
+    execute = selfcheck._Execution
+    monkeypatch.setattr(selfcheck, "_Execution", lambda run, _: execute(run, broken))
+    assert main(["selfcheck"]) == 1
+    assert len(jobs) == 1 + 4
+    assert "sleep: failed: the worker broke" in capsys.readouterr().out
+
+
+def test_a_self_check_is_not_resumed_without_its_faults(jobs, capsys):
+    main(["selfcheck"])
+    assert main(["run", "--resume", runs.newest(Path("runs")).id]) == 2
+    assert "a self-check is not resumed" in capsys.readouterr().err
+
+
+# --- What a worker is told ---
+
+
+def test_a_fault_is_part_of_the_job_alone():
+    job = Job(task=TASK, fault=Fault(kind="sleep", seconds=0.05))
+    assert from_json(Job, to_json(job)) == job
+    assert job.fault is not None
+    assert job.fault.label == "sleep:0.05"
+    assert Fault(kind="wrong-dtype").label == "wrong-dtype"
+    assert from_json(Job, json.dumps({"task": json.loads(to_json(TASK))})).fault is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds"), [("sleep", 0.0), ("matmul", -1.0), ("wrong-dtype", 0.1), ("nope", 1.0)]
+)
+def test_a_fault_that_cannot_be_meant_is_refused(kind, seconds):
+    fault = {"kind": kind, "seconds": seconds}
+    text = json.dumps({"task": json.loads(to_json(TASK)), "fault": fault})
+    with pytest.raises(ConfigError, match="fault"):
+        from_json(Job, text)
+
+
+@pytest.mark.slow
+def test_real_processes_show_every_fault(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "selfcheck", "--runs-dir", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert "too noisy" not in done.stdout, f"run it on an idle machine:\n{done.stdout}"
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^(control|sleep|matmul|wrong-dtype) .*\bseen$", done.stdout, re.MULTILINE)
+    assert found == ["control", "sleep", "matmul", "wrong-dtype"]
+    for record in runs.newest(tmp_path).records():
+        assert record.valid == (record.find("fault_seconds") is None)
