@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from bench.measure.anatomy import set_aside
 from bench.measure.subject import Subject
 from bench.measure.training import seconds_of_a_step
 from bench.record import Measurement
@@ -20,21 +21,22 @@ def measure_compilation(subject: Subject) -> Iterable[Measurement]:
     """Of a compiled cell: seconds of compiling cold and warm, and when it has paid.
 
     Cold is with an empty cache on disk, which the launcher sees to; warm compiles the same again in
-    this process from that cache. Takes steps beyond the training budget, so it comes last.
+    this process from that cache.
     """
     trainer = subject.trainer
     if not trainer.config.compile:
         return
     cold = cold_seconds(subject.taken)
     yield cold
-    compiled, eager = _take_turns(subject)
+    with set_aside(trainer):
+        compiled, eager = _take_turns(subject)
+        torch._dynamo.reset()
+        mode = trainer.config.compile_mode
+        trainer.model = cast(nn.Module, torch.compile(trainer.wrapped, mode=mode))
+        warm = max(0.0, seconds_of_a_step(subject) - statistics.median(compiled))
     yield subject.measurement("compiled_step", "s", "lower", compiled)
     yield subject.measurement("eager_step", "s", "lower", eager)
     yield break_even(cold, subject.everywhere(compiled), subject.everywhere(eager))
-    torch._dynamo.reset()
-    mode = trainer.config.compile_mode
-    trainer.model = cast(nn.Module, torch.compile(trainer.wrapped, mode=mode))
-    warm = max(0.0, seconds_of_a_step(subject) - statistics.median(compiled))
     yield subject.measurement("warm_compile_seconds", "s", "lower", [warm])
 
 
