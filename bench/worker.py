@@ -43,6 +43,7 @@ class Worker:
         self._data: DataFacts | None = None
         self._effective: dict[str, Label] = {}
         self._measurements: list[Measurement] = []
+        self._invalid: list[str] = []
 
     def run(self) -> Record:
         """Measure; what goes wrong in a way that has a name becomes the record's status."""
@@ -66,6 +67,7 @@ class Worker:
             train_samples=planned_steps(protocol, batch_size) * batch_size,
         )
         subject = Subject(trainer, protocol)
+        self._invalid = subject.invalid
         for metric in (*METRICS, *(FURTHER[name] for name in protocol.metrics)):
             for measurement in metric(subject):
                 self._measurements.append(measurement)
@@ -90,6 +92,7 @@ class Worker:
             environment=self._environment,
             data=self._data,
             effective=self._effective,
+            invalid=tuple(self._invalid),
             measurements=tuple(self._measurements),
         )
 

@@ -19,10 +19,11 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.estimate bench.failure bench.job bench.launchers bench.options
+    bench bench.__main__ bench.counters bench.estimate bench.failure bench.job bench.launchers
+    bench.nvml bench.options
     bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
     bench.save bench.spec
-    bench.stats bench.suites bench.table
+    bench.stats bench.suites bench.table bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz
@@ -32,7 +33,8 @@ FREE_NAMES = """
 TORCH_NAMES = """
     bench.environment bench.observe bench.worker
     bench.measure bench.measure.clock bench.measure.compilation bench.measure.inference
-    bench.measure.memory bench.measure.outcome bench.measure.subject bench.measure.training
+    bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.subject
+    bench.measure.training
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
     cifar.data.augment cifar.data.draws cifar.data.loader

@@ -19,6 +19,8 @@ class Subject:
     def __init__(self, trainer: Trainer, protocol: Protocol) -> None:
         self.trainer = trainer
         self.protocol = protocol
+        self.invalid: list[str] = []
+        """What disturbed the measuring; becomes the record's."""
 
     @property
     def device(self) -> torch.device:

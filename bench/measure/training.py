@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.memory import peak_memory, reset_peak_memory
+from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
 from bench.record import Measurement
 from bench.spec import Protocol
@@ -33,11 +34,14 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     reset_peak_memory(subject.device)
     first_step = _seconds_of_a_step(subject)
     warm, settled = _warm_up(subject)
+    steps = _window_steps(subject, warm)
+    with Monitor(subject.device) as monitor:
+        seconds = _timed_steps(subject, steps)
     yield subject.measurement(
         "train_throughput",
         "samples/s",
         "higher",
-        _timed_steps(subject, _window_steps(subject, warm)),
+        seconds,
         samples_per_step=trainer.loader.global_batch_size,
     )
     trainer.check()
@@ -46,6 +50,11 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     yield subject.measurement("first_step", "s", "lower", [first_step])
     if warm:
         yield subject.measurement("warmup_step", "s", "none", warm, settled=settled)
+    if not settled:
+        subject.invalid.append(f"warm-up: step time had not settled after {len(warm)} steps")
+    disturbances, reasons = monitor.report()
+    subject.invalid += reasons
+    yield from disturbances
     yield from peak_memory(subject)
 
 
