@@ -145,6 +145,9 @@ def _measure(run: runs.Run, past: Sequence[Record]) -> int:
     print(f"{len(records)} cells in {took}; records and logs are in {_shown(run.folder)}")
     if broken:
         print(f"{len(broken)} did not finish; to try them again: {resume}")
+    if disturbed := [record for record in records if not record.valid]:
+        them = "it" if len(disturbed) == 1 else "them"
+        print(f"{len(disturbed)} disturbed; to measure {them} again: {resume}")
     return 1 if broken else 0
 
 

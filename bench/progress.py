@@ -9,14 +9,18 @@ from bench.record import Record
 
 
 def outcome(record: Record) -> str:
-    """What became of a cell: `ok 412 images/s 35 s`, `failed 8 s: ValueError: ...`."""
+    """What became of a cell: `ok 412 images/s 35 s`, `failed 8 s: ValueError: ...`.
+
+    What disturbed it is told: `ok 389 images/s 35 s (disturbed: other processes used ...)`.
+    """
     duration = format_duration(record.duration_s)
     if record.status != "ok":
         return f"{record.status} {duration}: {record.reason}"
     rate = record.value("train_throughput")
     speed = f" {rate:,.0f} images/s" if rate is not None else ""
-    note = f" ({record.reason})" if record.reason else ""
-    return f"ok{speed} {duration}{note}"
+    disturbed = f"disturbed: {'; '.join(record.invalid)}" if record.invalid else ""
+    notes = "; ".join(filter(None, (record.reason, disturbed)))
+    return f"ok{speed} {duration}" + (f" ({notes})" if notes else "")
 
 
 class SuiteProgress:

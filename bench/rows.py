@@ -63,6 +63,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Speeds and sizes are medians over the runs, fractions (top-1) means with `_std` and `_n`;
     `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks. `vs_fp32` is the ratio of
     training throughput to the fp32 row that is otherwise equal.
+
+    A row is `valid` if no finished run was disturbed, and None if none finished; `invalid_reason`
+    tells what disturbed the last such run, and how many there are. Numbers come from all finished
+    runs, disturbed or not: a median withstands the minority of them, and runs left out after they
+    were seen would make the rest look steadier than the machine is.
     """
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in _completed(records):
@@ -97,6 +102,7 @@ def _row(group: Sequence[Record]) -> Row:
         "status": status,
         "reason": " ".join(reason.split()),
         "runs": len(finished),
+        **_validity(finished),
         "vs_fp32": None,
     }
     by_key: dict[str, list[Measurement]] = {}
@@ -106,6 +112,14 @@ def _row(group: Sequence[Record]) -> Row:
     for key, measurements in by_key.items():
         row |= _summary(key, measurements)
     return row
+
+
+def _validity(finished: Sequence[Record]) -> Row:
+    disturbed = [record for record in finished if not record.valid]
+    reason = "; ".join(disturbed[-1].invalid) if disturbed else ""
+    if len(finished) > 1 and disturbed:
+        reason = f"{len(disturbed)} of {len(finished)} runs: {reason}"
+    return {"valid": not disturbed if finished else None, "invalid_reason": reason}
 
 
 def _what(record: Record) -> Row:

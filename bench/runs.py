@@ -186,9 +186,10 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def reusable(record: Record, environment: Environment) -> bool:
-    """Whether a record tells what measuring again, here and now, would."""
+    """Whether a record tells what measuring again, here and now, undisturbed, would."""
     return (
         record.status in ("ok", "unsupported")
+        and record.valid
         and record.environment is not None
         and record.environment.key() == environment.key()
     )

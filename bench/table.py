@@ -58,12 +58,21 @@ def _top1(row: Row) -> str:
 
 
 def _notes(table: Sequence[Row]) -> list[str]:
-    """Why rows are not ok, each reason once, with the models it befell."""
+    """Why rows are not ok or not valid, each reason once, with the models it befell."""
     models: dict[str, list[str]] = {}
     for row in table:
         if row["status"] != "ok":
             models.setdefault(f"{row['status']}: {row['reason']}", []).append(str(row["model"]))
+        if row["valid"] is False:
+            models.setdefault(f"invalid: {row['invalid_reason']}", []).append(str(row["model"]))
     return [f"{', '.join(dict.fromkeys(names))} {why}" for why, names in models.items()]
+
+
+def _status(row: Row) -> str:
+    """Its status, and whether its runs were disturbed: `ok`, `invalid`, `oom, invalid`."""
+    if row["valid"] is not False:
+        return str(row["status"])
+    return "invalid" if row["status"] == "ok" else f"{row['status']}, invalid"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +143,8 @@ def _columns(table: Sequence[Row]) -> list[Column]:
         )
         for size in sizes
     ]
-    broken = any(row["status"] != "ok" for row in table)
-    status = [Column(heading="Status", show=_text("status"), numeric=False)] if broken else []
+    broken = any(_status(row) != "ok" for row in table)
+    status = [Column(heading="Status", show=_status, numeric=False)] if broken else []
     return [*identity, *SIZES, *inference, *SPEEDS, *status]
 
 
@@ -174,7 +183,7 @@ class Section:
     tables: dict[str, list[list[str]]]
     """By precision, the cells' texts in the order of `columns`."""
     notes: dict[str, list[str]]
-    """By precision, why rows are not ok."""
+    """By precision, why rows are not ok or not valid."""
 
 
 def sections(table: Sequence[Row]) -> list[Section]:

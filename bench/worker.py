@@ -44,6 +44,7 @@ class Worker:
         self._data: DataFacts | None = None
         self._effective: dict[str, Label] = {}
         self._measurements: list[Measurement] = []
+        self._invalid: list[str] = []
 
     def run(self) -> Record:
         """Measure; what goes wrong in a way that has a name becomes the record's status."""
@@ -68,7 +69,7 @@ class Worker:
             update=self._fault.update if self._fault else descend,
         )
         subject = Subject(trainer, protocol)
-        self._measurements = subject.taken
+        self._measurements, self._invalid = subject.taken, subject.invalid
         for metric in self._metrics(trainer):
             for measurement in metric(subject):
                 subject.taken.append(measurement)
@@ -83,10 +84,11 @@ class Worker:
         if self._fault is None:
             return metrics
         self._fault.install(trainer)
+        self._invalid.append(f"injected fault: {self._fault.fault.label}")
         return (self._fault.measure, *metrics, self._fault.measure)
 
     def _record(self, status: Status, reason: str) -> Record:
-        task, fault = self._job.task, self._job.fault
+        task = self._job.task
         return Record(
             run_id=self._job.run_id,
             suite=self._job.suite,
@@ -100,7 +102,7 @@ class Worker:
             environment=self._environment,
             data=self._data,
             effective=self._effective,
-            invalid=(f"injected fault: {fault.label}",) if fault else (),
+            invalid=tuple(self._invalid),
             measurements=tuple(self._measurements),
         )
 

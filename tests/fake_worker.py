@@ -59,9 +59,9 @@ def main():
     job = from_json(Job, (folder / CELL_FILE).read_text())
     whats = dict(part.rpartition("=")[::2] for part in os.environ.get("FAKE", "ok").split(","))
     what = whats.get(job.task.cell.train.model.label, whats.get("", "ok"))
-    good = to_json(record_of(job))
+    good = to_json(record_of(job, invalid=("a goat",) if what == "disturbed" else ()))
     match what:
-        case "ok" | "ok-exit3" | "ok-hang":
+        case "ok" | "ok-exit3" | "ok-hang" | "disturbed":
             write_atomic(folder / RECORD_FILE, good)
         case "unsupported":
             record = record_of(job, status="unsupported", reason="no such unit", measurements=())

@@ -288,6 +288,16 @@ def test_resume_measures_anew_what_other_code_measured(tmp_path):
     assert [record.environment.code_digest for record in records] == ["old"] * 2 + ["new"] * 2
 
 
+def test_a_disturbed_cell_is_told_and_measured_again_on_resume(tmp_path):
+    done = bench(tmp_path, *CELLS, fake="resnet20=disturbed,ok")
+    assert done.returncode == 0
+    assert "1 disturbed; to measure it again: bench run --resume runs/" in done.stdout
+    assert "(disturbed: a goat)" in done.stderr
+    assert bench(tmp_path, "run", "--resume", runs.newest(tmp_path / "runs").id).returncode == 0
+    records = runs.newest(tmp_path / "runs").records()
+    assert [record.valid for record in records] == [False, True, True]
+
+
 # --- Tables and results ---
 
 

@@ -19,10 +19,10 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.estimate bench.failure bench.job bench.launchers bench.options
+    bench bench.__main__ bench.counters bench.estimate bench.failure bench.job bench.launchers
+    bench.nvml bench.options
     bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
-    bench.save bench.selfcheck bench.spec
-    bench.stats bench.suites bench.table
+    bench.save bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz
@@ -32,8 +32,8 @@ FREE_NAMES = """
 TORCH_NAMES = """
     bench.environment bench.faults bench.measure bench.measure.anatomy bench.measure.clock
     bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory
-    bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
-    bench.measure.utilization bench.observe bench.worker
+    bench.measure.monitor bench.measure.outcome bench.measure.pipeline bench.measure.subject
+    bench.measure.training bench.measure.utilization bench.observe bench.worker
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
     cifar.data.augment cifar.data.draws cifar.data.loader

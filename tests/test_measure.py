@@ -281,6 +281,15 @@ def test_worker_fails_when_the_effective_configuration_differs(
     assert "compute_dtype: float16 where float32 was asked" in record.reason
 
 
+def test_worker_records_what_disturbed_the_window(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.Monitor, "report", lambda _: ([], ["a goat"]))
+    assert run_worker(tmp_path / "job", make_cell(npz), replace(PROTOCOL, warmup_steps=0)) == 0
+    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    assert (record.status, record.invalid) == ("ok", ("a goat",))
+
+
 def test_worker_records_the_wrong_number_of_processes(npz: Path, tmp_path: Path) -> None:
     cell = replace(make_cell(npz), num_processes=2)
     assert run_worker(tmp_path / "job", cell) == 1

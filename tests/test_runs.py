@@ -261,6 +261,25 @@ def test_an_outcome_without_a_rate_still_says_how_long(run: Run) -> None:
     assert outcome(record) == "ok 1 s (exit code 1)"
 
 
+def test_an_outcome_tells_what_disturbed_the_cell(run: Run) -> None:
+    record = record_of(Job(task=run.plan.tasks[0]), invalid=("a goat", "a duck"))
+    assert outcome(record) == "ok 256 images/s 1 s (disturbed: a goat; a duck)"
+    later = replace(record, reason="exit code 1")
+    assert outcome(later) == "ok 256 images/s 1 s (exit code 1; disturbed: a goat; a duck)"
+
+
+def test_a_disturbed_cell_is_measured_again(run: Run) -> None:
+    first, second = run.plan.tasks
+    append_record(run.records_file, record_of(Job(task=first), invalid=("a goat",)))
+    append_record(run.records_file, record_of(Job(task=second)))
+    assert runs.missing(run, present=present_of()) == [first]
+    launch = FakeLaunch()
+    records = runs.execute(run, launch=launch, present=present_of())
+    assert [job.task for job in launch.jobs] == [first]
+    assert all(record.valid for record in records)
+    assert runs.missing(run, present=present_of()) == []
+
+
 # --- Results ---
 
 

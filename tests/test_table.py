@@ -326,3 +326,69 @@ def test_unknown_columns_are_named_with_those_that_exist():
 def test_a_filter_that_is_not_name_and_value_is_refused(text):
     with pytest.raises(UserError, match=r"^filter: .*: write COLUMN=VALUE"):
         parse_filter(text)
+
+
+# --- Disturbed runs ---
+
+
+def disturbed_records():
+    """Three runs of a cell, of which two were disturbed, and one of another that was not."""
+    found = [measurements(rate=rate) for rate in (100.0, 150.0, 210.0)]
+    why = [("a goat",), ("a duck", "a | cat"), ()]
+    cell = make_cell("resnet20")
+    runs = [
+        make_record(cell, found=each, invalid=invalid, repeat=repeat)
+        for repeat, (each, invalid) in enumerate(zip(found, why))
+    ]
+    return [*runs, make_record(make_cell("resnet18"))]
+
+
+def test_a_row_of_disturbed_runs_says_so_and_keeps_their_numbers():
+    disturbed, calm = rows(disturbed_records())
+    assert disturbed["valid"] is False
+    assert disturbed["invalid_reason"] == "2 of 3 runs: a duck; a | cat"
+    assert disturbed["train_throughput"] == pytest.approx(150.0)
+    assert (calm["valid"], calm["invalid_reason"]) == (True, "")
+
+
+def test_the_only_run_s_reasons_stand_alone():
+    row = only(rows(disturbed_records()[:1]))
+    assert (row["valid"], row["invalid_reason"]) == (False, "a goat")
+
+
+def test_rows_of_runs_that_did_not_finish_are_neither_valid_nor_not():
+    row = only(rows([broken(make_cell(), "oom", "no room", invalid=("a goat",))]))
+    assert (row["valid"], row["invalid_reason"]) == (None, "")
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_rows_can_be_chosen_by_validity(valid):
+    table = filter_rows(rows(disturbed_records()), parse_filter(f"valid={valid}"))
+    assert [row["valid"] for row in table] == [valid]
+
+
+def test_tables_mark_disturbed_rows_and_say_why():
+    text = render_markdown(rows(disturbed_records()))
+    marked = {line.split()[1]: line.split()[-2] for line in text.splitlines() if "| resnet" in line}
+    assert marked == {"resnet20": "invalid", "resnet18": "ok"}
+    assert "- resnet20 invalid: 2 of 3 runs: a duck; a \\| cat" in text
+    shown = render_terminal(rows(disturbed_records()))
+    assert " resnet20 invalid: 2 of 3 runs: a duck; a | cat" in shown
+
+
+def test_a_row_can_have_failed_and_disturbed_runs():
+    failed = broken(make_cell("resnet20"), "oom", "no room", repeat=3)
+    text = render_markdown(rows([*disturbed_records(), failed]))
+    assert "| oom, invalid |" in text
+    assert "- resnet20 oom: 1 of 4 runs: no room" in text
+    assert "- resnet20 invalid: 2 of 3 runs: a duck; a \\| cat" in text
+
+
+def test_tables_without_disturbed_rows_have_no_status():
+    assert "Status" not in render_markdown(rows(disturbed_records()[3:]))
+
+
+def test_the_csv_tells_which_rows_are_valid():
+    lines = list(csv.DictReader(io.StringIO(render_csv(rows(disturbed_records())))))
+    assert [line["valid"] for line in lines] == ["False", "True"]
+    assert lines[0]["invalid_reason"] == "2 of 3 runs: a duck; a | cat"

@@ -25,6 +25,8 @@ class Subject:
         self.trainer = trainer
         self.protocol = protocol
         self.taken = list(taken)
+        self.invalid: list[str] = []
+        """What disturbed the measuring; becomes the record's."""
 
     @property
     def device(self) -> torch.device:

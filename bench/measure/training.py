@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
 from bench.measure.memory import peak_memory, reset_peak_memory
+from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
 from bench.record import Measurement
 from bench.spec import Protocol
@@ -37,7 +38,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     first_step = seconds_of_a_step(subject)
     warm, settled = _warm_up(subject)
     count = _window_steps(subject, warm)
-    with energy:
+    with energy, Monitor(subject.device) as monitor:
         seconds = _timed_steps(subject, count)
     batch = trainer.loader.global_batch_size
     yield subject.measurement(
@@ -50,6 +51,11 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     if warm:
         yield subject.measurement("warmup_step", "s", "none", warm, settled=settled)
     yield energy.measurement(count * batch)
+    if not settled:
+        subject.invalid.append(f"warm-up: step time had not settled after {len(warm)} steps")
+    disturbances, reasons = monitor.report()
+    subject.invalid += reasons
+    yield from disturbances
     yield from peak_memory(subject)
 
 

@@ -1,0 +1,94 @@
+"""What NVML tells of a GPU: clock, heat, why it is slowed, who uses it. Needs nvidia-ml-py."""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cifar.errors import CifarError
+
+THERMAL = 0x20 | 0x40
+"""Slowed by software or by hardware because it is hot."""
+POWER_CAP = 0x04
+"""Slowed to keep within the power limit."""
+POWER_BRAKE = 0x80
+"""Slowed by hardware because the power supply asked for it."""
+SLOWDOWN = 0x08
+"""Slowed by hardware to half the clock or less, for whatever cause.
+
+All four are bits of `nvmlClocksEventReasons`:
+https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
+"""
+
+
+class NvmlError(CifarError):
+    """NVML cannot be asked; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuState:
+    """A GPU at one moment. NaN or None: this GPU or driver does not tell."""
+
+    clock_hz: float
+    """Of the streaming multiprocessors."""
+    temperature: float
+    """In degrees Celsius."""
+    slowed_by: int | None
+    """Bits of THERMAL, POWER_CAP, POWER_BRAKE, SLOWDOWN and others."""
+    processes: tuple[int, ...] | None
+    """The ids of all processes that compute on it, as the host counts them."""
+
+
+class Gpu:
+    """One GPU, known by its UUID (`GPU-...`), whatever number it has in this process.
+
+    Raises:
+        NvmlError: nvidia-ml-py is not installed, there is no driver, or it knows no such GPU.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        try:
+            self._nvml: Any = importlib.import_module("pynvml")
+        except ImportError:
+            raise NvmlError("the package nvidia-ml-py is not installed") from None
+        try:
+            self._nvml.nvmlInit()
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+        except self._nvml.NVMLError as error:
+            raise NvmlError(f"NVML: {error}") from None
+
+    def state(self) -> GpuState:
+        """As it is now."""
+        nvml = self._nvml
+        megahertz = self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM)
+        degrees = self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
+        current = (
+            getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+            or nvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535
+        )
+        running = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses)
+        return GpuState(
+            clock_hz=math.nan if megahertz is None else megahertz * 1e6,
+            temperature=math.nan if degrees is None else float(degrees),
+            slowed_by=self._ask(current),
+            processes=None if running is None else tuple(each.pid for each in running),
+        )
+
+    def _ask(self, query: Callable[..., Any], *words: Any) -> Any:
+        """The answer, or None if this GPU or driver has none."""
+        try:
+            return query(self._handle, *words)
+        except self._nvml.NVMLError:
+            return None
+
+
+def other_processes(state: GpuState, own: int) -> float:
+    """How many processes but `own` compute on the GPU; NaN if it does not tell.
+
+    In a container the driver may give the host's process ids, which no process inside knows: if
+    `own` is not among them, one of them is taken to be it.
+    """
+    if state.processes is None:
+        return math.nan
+    return float(max(0, len(set(state.processes) | {own}) - 1 - (own not in state.processes)))
