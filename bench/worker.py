@@ -14,11 +14,12 @@ import torch
 
 from bench.environment import collect
 from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.judge import mismatches
 from bench.measure import FURTHER, METRICS
 from bench.measure.compilation import compile_seconds
 from bench.measure.subject import Subject
 from bench.measure.training import planned_steps
-from bench.observe import mismatches, observe
+from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from cifar.accelerator import is_emulated
@@ -71,8 +72,8 @@ class Worker:
                 self._measurements.append(measurement)
         if train.compile:
             self._measurements.append(compile_seconds(self._measurements))
-        self._effective = observe(trainer)
-        wrong = mismatches(task.cell, self._effective)
+        self._effective = subject.witness.effective()
+        wrong = told_by_all(mismatches(task.cell, self._effective), trainer.device)
         return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
 
     def _record(self, status: Status, reason: str) -> Record:

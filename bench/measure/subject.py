@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from bench.observe import Witness
 from bench.record import Label, Measurement
 from bench.spec import Protocol
 from cifar.distributed import gather
@@ -19,6 +20,7 @@ class Subject:
     def __init__(self, trainer: Trainer, protocol: Protocol) -> None:
         self.trainer = trainer
         self.protocol = protocol
+        self.witness = Witness(trainer)
 
     @property
     def device(self) -> torch.device:
