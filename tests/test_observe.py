@@ -52,10 +52,13 @@ def make_cell(precision: str = "fp32", **options: Any) -> Cell:
 
 
 def make_subject(
-    cell: Cell, protocol: Protocol = PROTOCOL, steps: int = 40, **trainer: Any
+    cell: Cell,
+    protocol: Protocol = PROTOCOL,
+    steps: int = 40,
+    run: RunConfig = RunConfig(cpu=True),
+    **trainer: Any,
 ) -> Subject:
     reset_accelerate()
-    run = RunConfig(cpu=True)
     built = Trainer(cell.train, run, make_dataset(), train_samples=16 * steps, **trainer)
     return Subject(built, protocol)
 
@@ -338,6 +341,21 @@ def test_code_of_the_true_compiler_is_observed() -> None:
     assert effective["compile"] is True
     assert effective["input_dtype"] == effective["weight_dtype"] == "float32"
     assert mismatches(cell, effective) == []
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 0) and precision in ("bf16", "tf32"):
+        pytest.skip(f"this GPU has no {precision}")
+    cell = make_cell(precision, channels_last=(True,), compile=(compiled,))
+    effective = measured(make_subject(cell, run=RunConfig()))
+    assert mismatches(cell, effective) == []
+    assert effective["device"] == "cuda"
+    assert effective["native_dtype"] is True
+    assert ("loss_scale" in effective) == (precision == "fp16")
     torch._dynamo.reset()
 
 
