@@ -1,49 +1,218 @@
-"""What a trainer really ran with, observed on its own tensors, against what the cell asked for."""
+"""What real training steps ran with, observed next to a timed window.
 
-from typing import Any
+An eager step is observed by hooks, and by a dispatch mode around one convolution, which sees what
+the kernel receives below autocast. Both would change what torch.compile runs, so a compiled step is
+observed by a CPU profile of it. In the window itself nothing is observed: Dynamo's counters and the
+trainer's own are read on either side of it.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.record import Label
-from bench.spec import Cell
-from cifar.config import PRECISIONS
+from bench.judge import KERNEL, UNOBSERVED, Labels, changes
+from cifar.accelerator import is_emulated
+from cifar.distributed import gather_text
 from cifar.trainer import Trainer
 
-_DTYPES = {None: "float32", "bfloat16": "bfloat16", "float16": "float16"}
+T = TypeVar("T")
+
+_CONVOLUTION = "aten::convolution"
 
 
-@torch.inference_mode()
-def observe(trainer: Trainer) -> dict[str, Label]:
-    """Formats of a convolution's output and weights in the middle of the net, device, processes."""
-    convolutions = [layer for layer in trainer.module.modules() if isinstance(layer, nn.Conv2d)]
-    inner = convolutions[len(convolutions) // 2]
-    seen: list[Tensor] = []
+class Witness:
+    """Takes and observes the last step before a timed window and the first after it.
 
-    def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        seen.append(output)
+    Both are ordinary steps of the trainer's budget. A budget too short for the one after the window
+    leaves its record without `changed_in_window`.
+    """
 
-    hook = inner.register_forward_hook(note)
-    trainer.module.eval()
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._graphs = counters["stats"]["unique_graphs"]
+        self._before: Labels = {}
+        self._window: Labels = {}
+        self._start: dict[str, int] = {}
+
+    def before_window(self) -> None:
+        """Observe a step if that leaves one to time; a collective call."""
+        trainer = self._trainer
+        if trainer.total_steps - trainer.step > 1:
+            self._before = self._observe_step()
+        self._start = self._counts()
+
+    def after_window(self, steps: int) -> None:
+        """Count what the window's `steps` did, then observe a step if any is left."""
+        trainer, end = self._trainer, self._counts()
+        self._window = {"timed_steps": steps, "graph_breaks": end["graph_breaks"]}
+        for name in ("samples", "skipped_steps", "recompiles"):
+            self._window[f"{name}_in_window"] = end[name] - self._start[name]
+        if trainer.step < trainer.total_steps:
+            self._window["changed_in_window"] = changes(self._before, self._observe_step())
+
+    def effective(self) -> Labels:
+        """What was observed, and what the whole training came to; a collective call."""
+        counts = self._counts()
+        return {
+            **self._before,
+            **self._window,
+            "steps": self._trainer.step,
+            "samples_seen": counts["samples"],
+            "skipped_steps": counts["skipped_steps"],
+        }
+
+    def _counts(self) -> dict[str, int]:
+        """Everything counted so far; waits for the device."""
+        stats, frames = counters["stats"], counters["frames"]
+        meter = self._trainer.meter
+        return {
+            "samples": meter.train_metrics().samples,
+            "skipped_steps": meter.skipped_steps,
+            "recompiles": max(stats["unique_graphs"], frames["total"]),
+            "graph_breaks": sum(counters["graph_break"].values()),
+        }
+
+    def _observe_step(self) -> Labels:
+        """Take one step and tell what it ran with."""
+        trainer = self._trainer
+        if trainer.config.compile:
+            seen = _observe_compiled(trainer)
+        else:
+            seen = _observe_eager(trainer)
+            seen["compile"] = counters["stats"]["unique_graphs"] > self._graphs
+        return {**_settings(trainer), **seen}
+
+
+class _Received(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what a convolution's kernel receives."""
+
+    def __init__(self, seen: Labels) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self._seen |= {"device": args[0].device.type, **_formats(*args[:2])}
+        return func(*args, **(kwargs or {}))
+
+
+def _observe_eager(trainer: Trainer) -> Labels:
+    """Take one step with hooks on an inner convolution."""
+    inner = _middle(_spatial_convolutions(trainer.module))
+    seen: Labels = dict.fromkeys(KERNEL, UNOBSERVED)
+    mode = _Received(seen)
+
+    def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kind = inputs[0].device.type
+        on = torch.is_autocast_enabled(kind)
+        seen["autocast"] = _dtype_name(torch.get_autocast_dtype(kind)) if on else "off"
+        mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(*_: object) -> None:
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    hooks = (
+        inner.register_forward_pre_hook(enter),
+        inner.register_forward_hook(leave, always_call=True),
+    )
     try:
-        trainer.module(trainer.test_images.batch(torch.arange(2, device=trainer.device)).images)
+        trainer.train_step()
     finally:
-        hook.remove()
-    output = seen[0]
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _observe_compiled(trainer: Trainer) -> Labels:
+    """Take one step under a CPU profile: compiled regions, and convolutions that are calls."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        trainer.train_step()
+    events = _in_order(profiled.profiler.kineto_results.experimental_event_tree())
+    calls = [event.extra_fields.inputs[:2] for event in events if event.name == _CONVOLUTION]
+    spatial = [(image, weight) for image, weight in calls if max(weight.sizes[2:]) > 1]
+    seen: Labels = dict.fromkeys(KERNEL, UNOBSERVED)
+    seen["compile"] = any(event.name.startswith("Torch-Compiled Region") for event in events)
+    one_pass = spatial[: len(_spatial_convolutions(trainer.module))]
+    if one_pass:
+        on_meta = [
+            torch.empty_strided(tensor.sizes, tensor.strides, dtype=tensor.dtype, device="meta")
+            for tensor in _middle(one_pass)
+        ]
+        seen.update(_formats(*on_meta))
+    return seen
+
+
+def _in_order(tree: Iterable[Any]) -> list[Any]:
+    """The events of a profile's tree as they began."""
+    found, waiting = [], list(tree)
+    while waiting:
+        event = waiting.pop()
+        found.append(event)
+        waiting.extend(event.children)
+    return sorted(found, key=lambda event: event.start_time_ns)
+
+
+def _formats(image: Tensor, weight: Tensor) -> Labels:
+    """Number formats and memory formats of what a convolution received."""
     return {
-        "device": trainer.device.type,
-        "num_processes": trainer.place.count,
-        "wrapper": type(trainer.wrapped).__name__,
-        "compute_dtype": str(output.dtype).removeprefix("torch."),
-        "weight_dtype": str(inner.weight.dtype).removeprefix("torch."),
-        "channels_last": _is_channels_last(output),
-        "tf32": bool(torch.backends.cudnn.allow_tf32),
-        "loss_scaling": trainer.scaler is not None,
-        "compile": counters["stats"]["unique_graphs"] > 0,
-        "skipped_steps": trainer.meter.skipped_steps,
-        "samples_seen": trainer.samples_seen,
+        "input_dtype": _dtype_name(image.dtype),
+        "weight_dtype": _dtype_name(weight.dtype),
+        "input_channels_last": _is_channels_last(image),
+        "weight_channels_last": _is_channels_last(weight),
     }
+
+
+def _settings(trainer: Trainer) -> Labels:
+    """What switches, wrappers and parameters say."""
+    model = getattr(trainer.model, "_orig_mod", trainer.model)
+    parameter = _middle(_spatial_convolutions(trainer.module)).weight
+    precision = trainer.config.precision
+    assert precision is not None, "a trainer has resolved it"
+    scale: Labels = {} if trainer.scaler is None else {"loss_scale": trainer.scaler.get_scale()}
+    grouped = dist.is_available() and dist.is_initialized()
+    return {
+        "device": parameter.device.type,
+        "num_processes": dist.get_world_size() if grouped else 1,
+        "wrapper": type(model).__name__,
+        "parameter_dtype": _dtype_name(parameter.dtype),
+        "native_dtype": not is_emulated(precision, trainer.device),
+        "tf32_matmul": _is_tf32(torch.backends.cuda.matmul),
+        "tf32_convolution": _is_tf32(torch.backends.cudnn.conv),  # type: ignore[attr-defined]
+        "loss_scaling": trainer.scaler is not None,
+        **scale,
+    }
+
+
+def _is_tf32(backend: Any) -> bool:
+    """Whether fp32 operations may use TensorFloat-32; NVIDIA's variable overrides every switch.
+
+    `allow_tf32` sets `fp32_precision`, and raises an error on reading once both were set.
+    """
+    override = {"0": False, "1": True}.get(os.environ.get("NVIDIA_TF32_OVERRIDE", ""))
+    return bool(backend.fp32_precision == "tf32") if override is None else override
+
+
+def _spatial_convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    """Those wider than 1x1: a 1x1 weight's strides are of both memory formats."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return [layer for layer in layers if max(layer.kernel_size) > 1]
+
+
+def _middle(items: Sequence[T]) -> T:
+    return items[len(items) // 2]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -51,20 +220,9 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def mismatches(cell: Cell, effective: dict[str, Label]) -> list[str]:
-    """What differs from what was asked, one phrase each."""
-    precision = PRECISIONS[cell.precision]
-    asked: dict[str, Label] = {
-        "num_processes": cell.num_processes,
-        "compute_dtype": _DTYPES[precision.autocast],
-        "weight_dtype": "float32",
-        "channels_last": cell.train.channels_last,
-        "compile": cell.train.compile,
-        "tf32": precision.tf32,
-        "loss_scaling": precision.loss_scaling,
-    }
-    return [
-        f"{name}: {effective[name]} where {value} was asked"
-        for name, value in asked.items()
-        if effective[name] != value
-    ]
+def told_by_all(phrases: Sequence[str], device: torch.device) -> list[str]:
+    """Every process's phrases, with the rank if there are several; a collective call."""
+    everyone = gather_text("; ".join(phrases), device)
+    if len(everyone) == 1:
+        return list(phrases)
+    return [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]

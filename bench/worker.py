@@ -15,10 +15,11 @@ import torch
 from bench.environment import collect
 from bench.faults import InjectedFault
 from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.judge import mismatches
 from bench.measure import FURTHER, METRICS
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
-from bench.observe import mismatches, observe
+from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from cifar.accelerator import is_emulated
@@ -73,8 +74,8 @@ class Worker:
         for metric in self._metrics(trainer):
             for measurement in metric(subject):
                 subject.taken.append(measurement)
-        self._effective = observe(trainer)
-        wrong = mismatches(task.cell, self._effective)
+        self._effective = subject.witness.effective()
+        wrong = told_by_all(mismatches(task.cell, self._effective), trainer.device)
         return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
 
     def _metrics(self, trainer: Trainer) -> tuple[Metric, ...]:

@@ -58,3 +58,11 @@ def gather(values: Sequence[float], device: torch.device) -> tuple[tuple[float, 
 def least(count: int, device: torch.device) -> int:
     """The smallest of all processes' counts; a collective call."""
     return -int(reduce_max(torch.tensor(-count, device=device)))
+
+
+def gather_text(text: str, device: torch.device) -> tuple[str, ...]:
+    """Every process's text by rank; without NUL characters; a collective call."""
+    mine = text.encode()
+    longest = -least(-len(mine), device)
+    everyone = gather(list(mine.ljust(longest + 1, b"\0")), device)
+    return tuple(bytes(map(int, each)).rstrip(b"\0").decode() for each in everyone)

@@ -19,10 +19,10 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.counters bench.estimate bench.failure bench.job bench.launchers
-    bench.nvml bench.options
-    bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
-    bench.save bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.validity
+    bench bench.__main__ bench.counters bench.estimate bench.failure bench.job bench.judge
+    bench.launchers bench.nvml bench.options bench.present bench.progress bench.record
+    bench.record_file bench.rows bench.runs bench.save bench.selfcheck bench.spec bench.stats
+    bench.suites bench.table bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz
@@ -45,6 +45,7 @@ CHAINS = (
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
     "bench.spec bench.record bench.rows bench.table bench.save",
     "bench.spec bench.suites",
+    "bench.record bench.judge bench.observe bench.measure bench.worker",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
     "cifar.data.dataset cifar.data.loader cifar.trainer cifar.run",

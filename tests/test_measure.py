@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from bench import measure, observe, worker
+from bench import measure, worker
 from bench.environment import code_digest, collect
 from bench.job import Job
 from bench.measure import clock, inference, outcome, training
@@ -188,42 +188,6 @@ def test_an_eager_cell_says_nothing_of_compiling(npz: Path) -> None:
     assert not {"compile_seconds", "eager_step"} & collect_all(make_subject(make_cell(npz))).keys()
 
 
-def test_observed_configuration_agrees_with_the_cell(npz: Path) -> None:
-    cell = make_cell(npz, channels_last=(True,))
-    subject = make_subject(cell)
-    effective = observe.observe(subject.trainer)
-    assert effective["compute_dtype"] == "float32"
-    assert effective["channels_last"] is True
-    assert observe.mismatches(cell, effective) == []
-
-
-def test_bf16_is_observed_in_an_inner_convolution(npz: Path) -> None:
-    cell = make_cell(npz)
-    cell = replace(cell, train=replace(cell.train, precision="bf16"))
-    effective = observe.observe(make_subject(cell).trainer)
-    assert (effective["compute_dtype"], effective["weight_dtype"]) == ("bfloat16", "float32")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("compute_dtype", "bfloat16"),
-        ("weight_dtype", "bfloat16"),
-        ("channels_last", True),
-        ("num_processes", 2),
-        ("tf32", True),
-        ("compile", True),
-        ("loss_scaling", True),
-    ],
-)
-def test_every_mismatch_is_told(npz: Path, name: str, value: object) -> None:
-    cell = make_cell(npz)
-    effective = {**observe.observe(make_subject(cell).trainer), name: value}
-    (told,) = observe.mismatches(cell, effective)
-    assert name in told
-    assert str(value) in told
-
-
 def run_worker(folder: Path, cell: Cell, protocol: Protocol = PROTOCOL) -> int:
     folder.mkdir()
     (folder / "cell.json").write_text(to_json(Job(task=Task(cell=cell, protocol=protocol))))
@@ -269,16 +233,16 @@ def test_worker_refuses_emulation_where_the_protocol_does(
 def test_worker_fails_when_the_effective_configuration_differs(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = observe.observe
+    class Nhwc(Trainer):
+        def _build_model(self) -> None:
+            super()._build_model()
+            self.module.to(memory_format=torch.channels_last)
 
-    def forged(trainer: Trainer) -> dict[str, object]:
-        return {**true(trainer), "compute_dtype": "float16"}
-
-    monkeypatch.setattr(worker, "observe", forged)
+    monkeypatch.setattr(worker, "Trainer", Nhwc)
     assert run_worker(tmp_path / "job", make_cell(npz)) == 1
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "failed"
-    assert "compute_dtype: float16 where float32 was asked" in record.reason
+    assert "weight_channels_last: True where False was asked" in record.reason
 
 
 def test_worker_records_what_disturbed_the_window(

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from bench.observe import Witness
 from bench.record import Label, Measurement
 from bench.spec import Protocol
 from cifar.distributed import gather
@@ -24,6 +25,7 @@ class Subject:
     ) -> None:
         self.trainer = trainer
         self.protocol = protocol
+        self.witness = Witness(trainer)
         self.taken = list(taken)
         self.invalid: list[str] = []
         """What disturbed the measuring; becomes the record's."""

@@ -3,7 +3,9 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
 
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
@@ -16,6 +18,8 @@ from cifar.distributed import barrier, least
 
 UNBOUNDED_STEPS = 1_000_000
 """Planned for speed alone, which ends with the timed window; the learning rate stays near 0."""
+OBSERVED_STEPS = 2
+"""One on either side of the timed window."""
 WARM_TOLERANCE = 0.05
 """How far the medians of two neighbouring spans of the warm-up may differ, as a fraction."""
 
@@ -28,18 +32,20 @@ def planned_steps(protocol: Protocol, batch_size: int) -> int:
 def measure_training(subject: Subject) -> Iterable[Measurement]:
     """Warm up, time a window of steps, then train what is left of the budget.
 
-    Nothing is read from the device inside the window. A step's seconds include loading,
-    augmenting and normalising its batch.
+    The steps next to the window are observed, see `bench.observe`; nothing is read from the device
+    inside it. A step's seconds include loading, augmenting and normalising its batch.
     """
     trainer = subject.trainer
     energy = _energy_meter(subject)
     energy.watch_idle()
     reset_peak_memory(subject.device)
-    first_step = seconds_of_a_step(subject)
+    first_step = _first_step(subject)
     warm, settled = _warm_up(subject)
+    subject.witness.before_window()
     count = _window_steps(subject, warm)
     with energy, Monitor(subject.device) as monitor:
         seconds = _timed_steps(subject, count)
+    subject.witness.after_window(count)
     batch = trainer.loader.global_batch_size
     yield subject.measurement(
         "train_throughput", "samples/s", "higher", seconds, samples_per_step=batch
@@ -64,19 +70,34 @@ def _energy_meter(subject: Subject) -> EnergyMeter:
     return EnergyMeter(subject.device, find_counter(subject.device, counts_machine=first))
 
 
+def _first_step(subject: Subject) -> float:
+    """Seconds of the first step, with allocation, autotuning and compilation in it.
+
+    Of a budget of two steps it is the only one before the window, and so the observed one.
+    """
+    if subject.trainer.total_steps > 2:
+        return seconds_of_a_step(subject)
+    return _seconds_of(subject.witness.before_window, subject.device)
+
+
 def seconds_of_a_step(subject: Subject) -> float:
-    """Seconds of one step, waited for; the first has allocation, autotuning, compilation in it."""
-    synchronize(subject.device)
+    """Seconds of one step, waited for."""
+    return _seconds_of(subject.trainer.train_step, subject.device)
+
+
+def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds that some work took, waited for."""
+    synchronize(device)
     start = time.perf_counter()
-    subject.trainer.train_step()
-    synchronize(subject.device)
+    work()
+    synchronize(device)
     return time.perf_counter() - start
 
 
 def _warm_up(subject: Subject) -> tuple[list[float], bool]:
     """Step until the time of a step has settled on every rank, or the cap; seconds, and which."""
     trainer, protocol = subject.trainer, subject.protocol
-    left = trainer.total_steps - trainer.step - protocol.timed_steps
+    left = trainer.total_steps - trainer.step - protocol.timed_steps - OBSERVED_STEPS
     cap = max(0, min(protocol.max_warmup_steps, left))
     seconds: list[float] = []
     while not (settled := settled_everywhere(subject, seconds)) and len(seconds) < cap:
@@ -100,13 +121,16 @@ def has_settled(seconds: Sequence[float], span: int) -> bool:
 
 
 def _window_steps(subject: Subject, warm: Sequence[float]) -> int:
-    """Steps to time: the protocol's number, or as many as its seconds will hold; one at least."""
+    """Steps to time: the protocol's number, or as many as its seconds will hold; one at least.
+
+    One step of the budget is kept for the observation after the window.
+    """
     trainer, protocol = subject.trainer, subject.protocol
     steps = protocol.timed_steps
     if protocol.timed_seconds is not None and warm:
         typical = statistics.median(warm[-protocol.warmup_steps :])
         steps = least(math.ceil(protocol.timed_seconds / typical), subject.device)
-    return max(1, min(steps, trainer.total_steps - trainer.step))
+    return max(1, min(steps, trainer.total_steps - trainer.step - 1))
 
 
 def _timed_steps(subject: Subject, count: int) -> list[float]:

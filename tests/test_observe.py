@@ -1,0 +1,428 @@
+"""Every way in which a step can differ from what was asked is forced on real steps, and told."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_dataset
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from training import finish, reset_accelerate, start
+
+from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.judge import mismatches
+from bench.measure.subject import Subject
+from bench.measure.training import measure_training
+from bench.record_file import parse_record
+from bench.spec import Cell, Protocol, Task, grid
+from cifar.config import RunConfig, parse_data
+from cifar.data.loader import Batch
+from cifar.optim import build_optimizer
+from cifar.serialize import to_json
+from cifar.trainer import ComputeLoss, Trainer, cross_entropy, descend
+
+PROTOCOL = Protocol(warmup_steps=0, timed_steps=3)
+"""Step 1 is the first, 2 the observed one, 3 to 5 the window, 6 the other observed one."""
+IN_WINDOW = 4
+LOSS = cross_entropy(0.0)
+Act = Callable[[Trainer], object]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dynamo without a code generator: graphs, guards and compiled regions are real."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def make_cell(precision: str = "fp32", **options: Any) -> Cell:
+    return grid(["resnet20-w4"], [precision], batch_sizes=(16,), **options)[0]
+
+
+def make_subject(
+    cell: Cell,
+    protocol: Protocol = PROTOCOL,
+    steps: int = 40,
+    run: RunConfig = RunConfig(cpu=True),
+    **trainer: Any,
+) -> Subject:
+    reset_accelerate()
+    built = Trainer(cell.train, run, make_dataset(), train_samples=16 * steps, **trainer)
+    return Subject(built, protocol)
+
+
+def measured(subject: Subject) -> dict[str, Any]:
+    list(measure_training(subject))
+    return subject.witness.effective()
+
+
+def told(cell: Cell, act: Act = lambda _: None, **trainer: Any) -> list[str]:
+    """What is told of a cell whose trainer was tampered with before the first step."""
+    subject = make_subject(cell, **trainer)
+    act(subject.trainer)
+    return mismatches(cell, measured(subject))
+
+
+def told_of_window(cell: Cell, act: Act, **trainer: Any) -> list[str]:
+    """What is told when the trainer is tampered with in the middle of the timed window."""
+
+    def tamper(trainer: Trainer) -> None:
+        step = trainer.train_step
+
+        def train_step() -> None:
+            step()
+            if trainer.step == IN_WINDOW:
+                act(trainer)
+
+        trainer.train_step = train_step
+
+    return told(cell, tamper, **trainer)
+
+
+def to_nhwc(trainer: Trainer) -> None:
+    trainer.module.to(memory_format=torch.channels_last)
+
+
+def wrap(trainer: Trainer) -> None:
+    trainer.model = nn.Sequential(trainer.module)
+
+
+def compile_it(trainer: Trainer) -> None:
+    trainer.model = torch.compile(trainer.model)
+
+
+def uncompile(trainer: Trainer) -> None:
+    trainer.model = trainer.module
+
+
+def cast(dtype: torch.dtype) -> Act:
+    """Weights of another format, with an optimiser for them."""
+
+    def act(trainer: Trainer) -> None:
+        trainer.module.to(dtype)
+        trainer.optimizer = build_optimizer(trainer.module, trainer.config.recipe)
+
+    return act
+
+
+def allow(backend: Any) -> Act:
+    return lambda _: setattr(backend, "allow_tf32", True)
+
+
+def scale_losses(trainer: Trainer) -> None:
+    """By so much that the gradients of `steep` losses overflow."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38, backoff_factor=0.999)
+    trainer.scaler = trainer.accelerator.scaler = scaler
+
+
+def in_doubles(_model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    return LOSS(_model, replace(batch, images=batch.images.double()))
+
+
+def steep(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    loss, logits = LOSS(model, batch)
+    return loss * 1000, logits
+
+
+def past_autocast(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Accelerate has put autocast around the instance's forward, not around the class's."""
+    return LOSS(partial(type(model).forward, model), batch)
+
+
+def under_autocast(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return LOSS(model, batch)
+
+
+def asked(**values: tuple[object, object]) -> list[str]:
+    return [f"{name}: {seen} where {wanted} was asked" for name, (seen, wanted) in values.items()]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_was_asked_is_observed(precision: str, channels_last: bool) -> None:
+    cell = make_cell(precision, channels_last=(channels_last,))
+    effective = measured(make_subject(cell))
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    expected = {
+        "device": "cpu",
+        "wrapper": "ResNet",
+        "autocast": "off" if precision == "fp32" else "bfloat16",
+        "input_dtype": dtype,
+        "weight_dtype": dtype,
+        "parameter_dtype": "float32",
+        "input_channels_last": channels_last,
+        "weight_channels_last": channels_last,
+        "compile": False,
+        "timed_steps": 3,
+        "samples_in_window": 48,
+        "recompiles_in_window": 0,
+        "changed_in_window": "",
+        "steps": 6,
+        "samples_seen": 96,
+    }
+    assert {name: effective[name] for name in expected} == expected
+    assert mismatches(cell, effective) == []
+
+
+def test_native_instructions_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda n=native: n)
+        assert measured(make_subject(make_cell("bf16"), steps=4))["native_dtype"] is native
+    assert measured(make_subject(make_cell(), steps=4))["native_dtype"] is True
+
+
+def test_a_1x1_convolution_is_not_asked_for_its_memory_format() -> None:
+    (cell,) = grid(["resnet50-w4"], ["fp32"], channels_last=(True,), batch_sizes=(16,))
+    assert mismatches(cell, measured(make_subject(cell, steps=4))) == []
+
+
+def test_another_memory_format_is_told() -> None:
+    formats = {"input_channels_last": (True, False), "weight_channels_last": (True, False)}
+    assert told(make_cell(), to_nhwc) == asked(**formats)
+    (text,) = told_of_window(make_cell(), to_nhwc)
+    assert text == (
+        "changed in the timed window: input_channels_last: False before, True after, "
+        "weight_channels_last: False before, True after"
+    )
+
+
+def test_cast_weights_are_told() -> None:
+    assert told(make_cell("bf16"), cast(torch.bfloat16)) == asked(
+        parameter_dtype=("bfloat16", "float32")
+    )
+    assert told(make_cell(), cast(torch.float64), compute_loss=in_doubles) == asked(
+        input_dtype=("float64", "float32"),
+        weight_dtype=("float64", "float32"),
+        parameter_dtype=("float64", "float32"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss", "seen", "wanted"),
+    [
+        ("bf16", past_autocast, ("off", "float32"), ("bfloat16", "bfloat16")),
+        ("fp32", under_autocast, ("bfloat16", "bfloat16"), ("off", "float32")),
+    ],
+)
+def test_autocast_of_another_kind_is_told(
+    precision: str, loss: ComputeLoss, seen: tuple[str, str], wanted: tuple[str, str]
+) -> None:
+    assert told(make_cell(precision), compute_loss=loss) == asked(
+        autocast=(seen[0], wanted[0]),
+        input_dtype=(seen[1], wanted[1]),
+        weight_dtype=(seen[1], wanted[1]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("tf32_matmul", torch.backends.cuda.matmul), ("tf32_convolution", torch.backends.cudnn)],
+)
+def test_tf32_is_told_of_both_kinds_of_operation(name: str, backend: Any) -> None:
+    assert told(make_cell(), allow(backend)) == asked(**{name: (True, False)})
+    (text,) = told_of_window(make_cell(), allow(backend))
+    assert text == f"changed in the timed window: {name}: False before, True after"
+
+
+def test_nvidia_s_variable_overrides_the_tf32_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    both = asked(tf32_matmul=(True, False), tf32_convolution=(True, False))
+    assert told(make_cell()) == both
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert told(make_cell(), allow(torch.backends.cuda.matmul)) == []
+
+
+def test_loss_scaling_and_the_steps_it_skips_are_told() -> None:
+    scaling, skips = told(make_cell(), scale_losses, compute_loss=steep)
+    assert [scaling] == asked(loss_scaling=(True, False))
+    assert skips.startswith("skipped 3 of 3 steps in the timed window")
+
+
+def test_one_skipped_step_is_how_a_scale_is_sought() -> None:
+    effective = {**measured(make_subject(make_cell(), steps=8)), "skipped_steps_in_window": 1}
+    assert mismatches(make_cell(), effective) == []
+    effective |= {"skipped_steps_in_window": 2}
+    assert len(mismatches(make_cell(), effective)) == 1
+    effective |= {"timed_steps": 2000, "samples_in_window": 32_000}
+    assert mismatches(make_cell(), effective) == []
+
+
+def test_the_wrong_number_of_processes_is_told_and_a_missing_wrapper() -> None:
+    cell = make_cell()
+    assert told(replace(cell, num_processes=2)) == asked(
+        num_processes=(1, 2), wrapper=("ResNet", "DistributedDataParallel")
+    )
+    (text,) = told_of_window(cell, wrap)
+    assert text == "changed in the timed window: wrapper: ResNet before, Sequential after"
+
+
+def test_samples_that_an_update_leaves_out_are_told() -> None:
+    def update(trainer: Trainer, forward_backward: Callable[[], None]) -> None:
+        descend(trainer, (lambda: None) if trainer.step == IN_WINDOW else forward_backward)
+
+    assert told(make_cell(), update=update) == asked(
+        samples_in_window=(32, 48), samples_seen=(80, 96)
+    )
+
+
+def test_a_step_that_does_not_run_the_network_is_told() -> None:
+    def update(trainer: Trainer, forward_backward: Callable[[], None]) -> None:
+        trainer.optimizer_step()
+
+    texts = told(make_cell(), update=update)
+    assert "input_dtype: unobserved where float32 was asked" in texts
+    assert "samples_in_window: 0 where 48 was asked" in texts
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_compiled_code_where_eager_was_asked_is_told() -> None:
+    assert "compile: True where False was asked" in told(make_cell(), compile_it)
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_eager_code_where_compiled_was_asked_is_told() -> None:
+    cell = make_cell(compile=(True,))
+    assert told(cell) == []
+    assert told(cell, uncompile) == asked(compile=(False, True))
+    (text,) = told_of_window(cell, uncompile)
+    assert text == "changed in the timed window: compile: True before, False after"
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_formats_in_compiled_code_are_observed() -> None:
+    cell = make_cell("bf16", compile=(True,), channels_last=(True,))
+    effective = measured(make_subject(cell, steps=4))
+    assert effective["input_dtype"] == effective["weight_dtype"] == "bfloat16"
+    assert effective["input_channels_last"] is effective["weight_channels_last"] is True
+    assert mismatches(cell, effective) == []
+    assert told(make_cell(compile=(True,)), to_nhwc) == asked(
+        input_channels_last=(True, False), weight_channels_last=(True, False)
+    )
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_recompilation_in_the_window_is_told() -> None:
+    def another_shape(trainer: Trainer) -> None:
+        trainer.model(torch.zeros(3, 3, 16, 16))
+
+    (text,) = told_of_window(make_cell(compile=(True,)), another_shape)
+    assert text == "recompiled 1 times in the timed window"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.usefixtures("quick_compiler")
+def test_graph_breaks_are_counted() -> None:
+    def broken(trainer: Trainer) -> None:
+        trainer.module.layer2.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+
+    cell = make_cell(compile=(True,))
+    subject = make_subject(cell, steps=4)
+    broken(subject.trainer)
+    assert measured(subject)["graph_breaks"] > 0
+
+
+@pytest.mark.slow
+def test_code_of_the_true_compiler_is_observed() -> None:
+    cell = make_cell(compile=(True,), channels_last=(True,))
+    effective = measured(make_subject(cell, steps=4))
+    assert effective["compile"] is True
+    assert effective["input_dtype"] == effective["weight_dtype"] == "float32"
+    assert mismatches(cell, effective) == []
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 0) and precision in ("bf16", "tf32"):
+        pytest.skip(f"this GPU has no {precision}")
+    cell = make_cell(precision, channels_last=(True,), compile=(compiled,))
+    effective = measured(make_subject(cell, run=RunConfig()))
+    assert mismatches(cell, effective) == []
+    assert effective["device"] == "cuda"
+    assert effective["native_dtype"] is True
+    assert ("loss_scale" in effective) == (precision == "fp16")
+    torch._dynamo.reset()
+
+
+def test_nothing_watches_inside_the_window() -> None:
+    watched: dict[int, bool] = {}
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        hooks = [layer for layer in model.modules() if layer._forward_hooks]
+        watched[subject.trainer.step + 1] = bool(hooks)
+        assert _get_current_dispatch_mode() is None
+        return LOSS(model, batch)
+
+    subject = make_subject(make_cell(), steps=8, compute_loss=loss)
+    measured(subject)
+    assert [step for step, seen in watched.items() if seen] == [2, 6]
+
+
+def test_observed_steps_train_as_others_do() -> None:
+    cell = make_cell("bf16")
+    observed, other = make_subject(cell, steps=8), make_subject(cell, steps=8).trainer
+    measured(observed)
+    for _ in range(observed.trainer.step):
+        other.train_step()
+    for name, tensor in observed.trainer.weights().items():
+        assert torch.equal(tensor, other.weights()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("steps", "timed", "after"), [(2, 1, False), (3, 1, False), (4, 1, True), (6, 3, True)]
+)
+def test_a_small_budget_is_never_exceeded(steps: int, timed: int, after: bool) -> None:
+    subject = make_subject(make_cell(), steps=steps)
+    effective = measured(subject)
+    assert subject.trainer.step == effective["steps"] == steps
+    assert effective["timed_steps"] == timed
+    assert ("changed_in_window" in effective) == after
+    assert mismatches(make_cell(), effective) == []
+
+
+TAMPERED = """
+import os, sys
+from pathlib import Path
+import torch
+from bench import worker
+class Tampered(worker.Trainer):
+    def _build_model(self):
+        super()._build_model()
+        if os.environ["RANK"] == "1":
+            self.module.to(memory_format=torch.channels_last)
+worker.Trainer = Tampered
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.multiprocess
+def test_what_differs_in_another_process_fails_the_record(npz: Path, tmp_path: Path) -> None:
+    cell = make_cell(num_processes=2, data=parse_data(f"npz:{npz}"))
+    protocol = replace(PROTOCOL, inference_batch_sizes=(1,), inference_iterations=1)
+    (tmp_path / CELL_FILE).write_text(to_json(Job(task=Task(cell=cell, protocol=protocol))))
+    script = tmp_path / "tampered.py"
+    script.write_text(TAMPERED)
+    words = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, tmp_path)
+    code, _, err = finish(start(*words))
+    assert code != 0, err
+    record = parse_record((tmp_path / RECORD_FILE).read_text())
+    assert record.status == "failed", err
+    assert record.reason.startswith("rank 1: input_channels_last: True where False was asked")
+    assert record.effective["wrapper"] == "DistributedDataParallel"
+    assert record.effective["input_channels_last"] is False
+    assert record.effective["samples_in_window"] == 48
