@@ -153,7 +153,7 @@ def test_the_warm_up_ends_at_its_cap_and_says_so(
 def test_a_window_of_seconds_holds_as_many_steps_as_the_warm_up_s_pace_allows(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_seconds_of_a_step", lambda _: 0.5)
+    monkeypatch.setattr(training, "seconds_of_a_step", lambda _: 0.5)
     subject = make_subject(make_cell(npz), replace(PROTOCOL, timed_seconds=3.0))
     assert len(collect_all(subject)["train_throughput"][0].samples[0]) == 6
 
