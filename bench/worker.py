@@ -14,6 +14,7 @@ import torch
 
 from bench.environment import collect
 from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.limits import limit_memory
 from bench.measure import FURTHER, METRICS
 from bench.measure.compilation import compile_seconds
 from bench.measure.subject import Subject
@@ -56,6 +57,7 @@ class Worker:
     def _measure(self, task: Task) -> tuple[Status, str]:
         train, protocol = task.cell.train, task.protocol
         refuse_emulation(task)
+        limit_memory(protocol.memory_limit)
         dataset = load_dataset(train.data)
         self._data = describe(dataset)
         batch_size = train.recipe.global_batch_size

@@ -30,7 +30,7 @@ FREE_NAMES = """
     launch
 """
 TORCH_NAMES = """
-    bench.environment bench.observe bench.worker
+    bench.environment bench.limits bench.observe bench.worker
     bench.measure bench.measure.clock bench.measure.compilation bench.measure.inference
     bench.measure.memory bench.measure.outcome bench.measure.subject bench.measure.training
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
