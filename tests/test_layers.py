@@ -19,8 +19,9 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.estimate bench.failure bench.job bench.launchers bench.options
-    bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
+    bench bench.__main__ bench.console bench.estimate bench.failure bench.frontier
+    bench.frontier_command bench.job bench.launchers bench.options
+    bench.present bench.probes bench.progress bench.record bench.record_file bench.rows bench.runs
     bench.save bench.spec
     bench.stats bench.suites bench.table
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
@@ -43,6 +44,7 @@ FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 CHAINS = (
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
     "bench.spec bench.record bench.rows bench.table bench.save",
+    "bench.rows bench.frontier bench.runs bench.probes bench.frontier_command bench.__main__",
     "bench.spec bench.suites",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
