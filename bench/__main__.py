@@ -1,22 +1,24 @@
-"""The program `bench`: list, run, table, save, selfcheck. It imports no torch; its workers do."""
+"""The program `bench`: list, run, frontier, table, save, selfcheck.
 
-import contextlib
+It imports no torch; its workers do.
+"""
+
 import shlex
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal
 
 import tyro
 
 from bench import runs, selfcheck
-from bench.estimate import estimate_seconds, format_duration
-from bench.launchers import argv_for, environment_for
+from bench.console import expected_seconds, show_plan, shown, stoppable
+from bench.estimate import format_duration
+from bench.frontier_command import run_frontier
 from bench.options import (
     RunOptions,
     build_suite,
@@ -31,7 +33,7 @@ from bench.spec import Task, expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
-from cifar.errors import Stopped, UserError
+from cifar.errors import UserError
 
 arg = tyro.conf.arg
 
@@ -45,6 +47,7 @@ examples:
   bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256 --channels-last --seeds 3
   bench run depths --num-processes 4 --dry-run
   bench run --resume 20260101-120000-quick-1f0c
+  bench frontier --models resnet18,resnet34 --precisions fp32,bf16
   bench table --sort train --filter precision=bf16
   bench save 20260101-120000-quick-1f0c
   bench selfcheck
@@ -69,14 +72,9 @@ def run_list(argv: list[str]) -> int:
     for name, make in SUITES.items():
         suite = make()
         tasks = expand(suite)
-        about = format_duration(_expected(tasks, past))
+        about = format_duration(expected_seconds(tasks, past))
         print(f"{name:<{width}}  {suite.description}; {len(tasks)} cells, about {about}")
     return 0
-
-
-def _expected(tasks: Sequence[Task], past: Sequence[Record]) -> float:
-    """Seconds for all tasks together."""
-    return sum(estimate_seconds(task.cell, task.protocol, history=past) for task in tasks)
 
 
 def run_run(argv: list[str]) -> int:
@@ -88,21 +86,23 @@ def run_run(argv: list[str]) -> int:
         description="Measure a suite, or the cells that the options name; then print the tables. "
         "Example: bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
     )
-    folder = runs_folder(options)
+    folder = runs_folder(options.runs_dir)
     past = runs.history(folder)
     if options.resume is not None:
         check_resume(options)
         run = runs.find(options.resume, folder)
         selfcheck.refuse(run)
+        if run.plan.search is not None:
+            raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
         _check(run.plan.tasks)
         if options.dry_run:
-            return _show_plan(runs.missing(run), past)
+            return show_plan(runs.missing(run), past)
     else:
         suite = build_suite(options)
         tasks = expand(suite)
         _check(tasks)
         if options.dry_run:
-            return _show_plan(tasks, past)
+            return show_plan(tasks, past)
         runs.check_writable(folder)
         run = runs.create(suite, folder, argv)
     return _measure(run, past)
@@ -114,63 +114,22 @@ def _check(tasks: Sequence[Task]) -> None:
     check_devices(tasks)
 
 
-def _show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
-    """Print what would be started, and the time it would take; returns the exit code."""
-    for number, task in enumerate(tasks, 1):
-        seconds = estimate_seconds(task.cell, task.protocol, history=past)
-        print(f"[{number}/{len(tasks)}] {task.cell.label}  about {format_duration(seconds)}")
-        added = environment_for(task.cell, {})
-        settings = " ".join(f"{name}={value}" for name, value in added.items())
-        print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
-    print(f"{len(tasks)} cells, about {format_duration(_expected(tasks, past))}")
-    return 0
-
-
 def _measure(run: runs.Run, past: Sequence[Record]) -> int:
     """Execute a run, print its tables, and return the exit code."""
     start = time.monotonic()
-    resume = f"bench run --resume {shlex.quote(_shown(run.folder))}"
-    try:
-        with _terminable():
-            records = runs.execute(run, past=past)
-    except KeyboardInterrupt:
-        complain("bench", f"interrupted; to go on: {resume}")
-        return 128 + signal.SIGINT
-    except Stopped as stop:
-        complain("bench", f"{stop}; to go on: {resume}")
-        return stop.exit_code
+    resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
+    with stoppable(resume):
+        records = runs.execute(run, past=past)
     print(_render(records, "terminal", sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if record.status not in ("ok", "unsupported")]
-    print(f"{len(records)} cells in {took}; records and logs are in {_shown(run.folder)}")
+    print(f"{len(records)} cells in {took}; records and logs are in {shown(run.folder)}")
     if broken:
         print(f"{len(broken)} did not finish; to try them again: {resume}")
     if disturbed := [record for record in records if not record.valid]:
         them = "it" if len(disturbed) == 1 else "them"
         print(f"{len(disturbed)} disturbed; to measure {them} again: {resume}")
     return 1 if broken else 0
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While entered, SIGTERM and SIGHUP raise Stopped, so that the cell's processes end as well."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise Stopped(number, f"stopped by {signal.Signals(number).name}")
-
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _shown(path: Path) -> str:
-    """A path relative to the working folder if it lies in there."""
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,16 +176,21 @@ def _render(
     sort: str | None = None,
     chosen: str | None = None,
 ) -> str:
-    from bench import rows, table
+    from bench import frontier, rows, table
 
     lines = rows.rows(records)
     if chosen is not None:
         lines = rows.filter_rows(lines, rows.parse_filter(chosen))
     if sort is not None:
         lines = rows.sort_rows(lines, sort)
-    if form == "markdown":
-        return table.render_markdown(lines)
-    return table.render_csv(lines) if form == "csv" else table.render_terminal(lines, color=color)
+    if form == "csv":
+        return table.render_csv(lines)
+    markdown = form == "markdown"
+    render = table.render_markdown if markdown else partial(table.render_terminal, color=color)
+    probes = [record for record in records if record.suite == frontier.SUITE]
+    if not probes or chosen is not None or sort is not None:
+        return render(lines)
+    return f"{render(lines)}\n{render(frontier.frontier(probes), table.frontier_columns)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +218,7 @@ def run_save(argv: list[str]) -> int:
 
     run = runs.find(options.run, Path(options.runs_dir))
     for path in save(run, Path(options.results_dir)):
-        print(_shown(path))
+        print(shown(path))
     if note := uncommitted(runs.latest(run.records()).values()):
         complain("bench", note)
     return 0
@@ -286,16 +250,17 @@ def run_selfcheck(argv: list[str]) -> int:
     folder = Path(options.runs_dir).expanduser().absolute()
     runs.check_writable(folder)
     run = runs.create(selfcheck.suite(options.max_rounds), folder, argv)
-    with _terminable():
+    with stoppable():
         findings = selfcheck.execute(run)
     print(selfcheck.render(findings, color=sys.stdout.isatty()), end="")
-    print(f"records and logs are in {_shown(run.folder)}")
+    print(f"records and logs are in {shown(run.folder)}")
     return 0 if all(each.verdict == "seen" for each in findings) else 1
 
 
 COMMANDS = {
     "list": Command(help="list the suites and their cost", run=run_list),
     "run": Command(help="measure a suite or single cells", run=run_run),
+    "frontier": Command(help="search the largest batch that fits", run=run_frontier),
     "table": Command(help="print tables of records", run=run_table),
     "save": Command(help="put a run's records under results/", run=run_save),
     "selfcheck": Command(help="show that known costs are seen", run=run_selfcheck),

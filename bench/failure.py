@@ -13,6 +13,10 @@ _OUT_OF_MEMORY = re.compile(
     r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|std::bad_alloc"
     r"|Cannot allocate memory|oom-kill|Out of memory: Killed"
 )
+_NO_ROOM_FOR_ONEDNN = re.compile(
+    r"could not (?:create a primitive|create a memory object|execute a primitive)$"
+)
+"""What oneDNN says of every error there; of a process short of memory it is the usual one."""
 _LAUNCHER_ERRORS = ("ChildFailedError", "CalledProcessError", "SignalException")
 _RANK = re.compile(r"^\[rank(\d+)\]:\s?")
 _LOG_LINE = re.compile(r"^(?:\[rank\d+\]:)?[EWI]\d{4} \d\d:\d\d:\d\d")
@@ -22,17 +26,23 @@ _FRAME = (" ", "Traceback")
 _LONGEST_REASON = 300
 
 
-def classify(returncode: int, stderr: str, *, oom_kills: int = 0) -> tuple[Failure, str]:
+def classify(
+    returncode: int, stderr: str, *, oom_kills: int = 0, limited: bool = False
+) -> tuple[Failure, str]:
     """Status and one-line reason of a process that ended without a record.
 
     `returncode` is negative for a signal. `oom_kills` is how many processes the kernel killed for
     memory meanwhile: without it, and without a message, a SIGKILL is not called out of memory.
+    `limited` says that the process ran under a memory limit, and so what oneDNN's errors mean.
     The launcher's own traceback only says that a child failed, so it is passed over.
     """
     errors = list(_tracebacks(stderr))
     own = _own_lines(stderr)
     messages = [text for _, text in errors]
-    memory = [text for text in (*messages, *own) if _OUT_OF_MEMORY.search(text)]
+    patterns = (_OUT_OF_MEMORY, _NO_ROOM_FOR_ONEDNN) if limited else (_OUT_OF_MEMORY,)
+    memory = [
+        text for text in (*messages, *own) if any(pattern.search(text) for pattern in patterns)
+    ]
     if memory:
         return "oom", _short(memory[0])
     number = _signal(returncode, stderr)

@@ -239,7 +239,10 @@ def _judge(job: Job, folder: Path, ending: Ending) -> Record:
         if ending.timed_out:
             return _failure(job, "timeout", stopped)
         status, reason = classify(
-            ending.returncode, _tail(folder / "stderr"), oom_kills=ending.oom_kills
+            ending.returncode,
+            _tail(folder / "stderr"),
+            oom_kills=ending.oom_kills,
+            limited=job.task.protocol.memory_limit is not None,
         )
         return _failure(job, status, reason)
     except (UserError, json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -145,7 +145,7 @@ def build_suite(options: RunOptions) -> Suite:
     return suite
 
 
-def _given(options: RunOptions, names: Iterable[str]) -> dict[str, Any]:
+def _given(options: object, names: Iterable[str]) -> dict[str, Any]:
     """The options among these that were given; a flag that was not is False."""
     values = {name: getattr(options, name) for name in names}
     return {
@@ -171,13 +171,16 @@ def _start(options: RunOptions) -> Suite:
     )
 
 
-def check_resume(options: RunOptions) -> None:
+RESUME_EXCLUDES = ("suite", "models", "precisions", *CELL_OPTIONS)
+
+
+def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> None:
     """Refuse options that would change the run to resume.
 
     Raises:
-        ConfigError: a suite or a cell option is given as well.
+        ConfigError: one of them is given as well.
     """
-    for name, value in _given(options, ("suite", "models", "precisions", *CELL_OPTIONS)).items():
+    for name, value in _given(options, excluded).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError(
             f"{name.replace('_', '-')}: {shown}: not with --resume, which does what the run was "
@@ -196,7 +199,7 @@ def check_data(tasks: Iterable[Task]) -> None:
     for task in tasks:
         data, batch = task.cell.train.data, task.cell.train.recipe.global_batch_size
         if data not in sizes:
-            sizes[data] = _train_size(data)
+            sizes[data] = train_size(data)
         require(batch <= sizes[data], "batch-size", batch, f"{data} has {sizes[data]} images")
 
 
@@ -219,7 +222,12 @@ def check_devices(
         )
 
 
-def _train_size(data: DataConfig) -> int:
+def train_size(data: DataConfig) -> int:
+    """How many training images a data set has.
+
+    Raises:
+        DataError: it is missing, damaged or of the wrong form.
+    """
     if data.source == "shapes":
         return SHAPES_TRAIN_IMAGES
     from cifar.data.sources import load_dataset
@@ -227,6 +235,6 @@ def _train_size(data: DataConfig) -> int:
     return len(load_dataset(data).train)
 
 
-def runs_folder(options: RunOptions) -> Path:
+def runs_folder(runs_dir: str) -> Path:
     """Where runs are kept, as an absolute path."""
-    return Path(options.runs_dir).expanduser().absolute()
+    return Path(runs_dir).expanduser().absolute()

@@ -61,21 +61,21 @@ class SuiteProgress:
         elif kind is not None and self._line:
             print(file=self._stream, flush=True)
 
-    def start(self, number: int, label: str, seconds_left: float) -> None:
-        """Cell `number` (from 1) starts; it and those after it may take `seconds_left`."""
+    def start(self, number: int, label: str, seconds_left: float | None) -> None:
+        """Cell `number` (from 1) starts; from here `seconds_left` are expected (None: unknown)."""
         self._line = f"[{number}/{self._total}] {label} ..."
         if self._bar is not None:
-            left = f"about {format_duration(seconds_left)} left"
+            left = "" if seconds_left is None else f"about {format_duration(seconds_left)} left"
             self._bar.update(
                 self._task, description=self._line, completed=number - 1, left=left, refresh=True
             )
         else:
             print(self._line, end="", file=self._stream, flush=True)
 
-    def finish(self, record: Record, seconds_left: float, *, reused: bool = False) -> None:
+    def finish(self, record: Record, seconds_left: float | None, *, reused: bool = False) -> None:
         """The cell that started last has this record; the ones after it may take that long."""
         text = f" {'kept ' if reused else ''}{outcome(record)}"
-        if seconds_left > 0:
+        if seconds_left:
             text += f", about {format_duration(seconds_left)} left"
         if self._bar is not None:
             self._bar.console.print(

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from bench.estimate import estimate_seconds
+from bench.frontier import Search
 from bench.job import Job
 from bench.launchers import end_leftovers, launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress
-from bench.record import Environment, Record
+from bench.record import Environment, Record, Status
 from bench.record_file import append_record, read_records
 from bench.spec import Suite, Task, expand
 from cifar import files
@@ -46,6 +47,9 @@ class RunPlan:
     """UTC, ISO 8601."""
     argv: tuple[str, ...]
     tasks: tuple[Task, ...]
+    """What to measure; of a memory frontier, the first probe of every search."""
+    search: Search | None = None
+    """How a memory frontier is searched; None: the tasks are all there is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +69,8 @@ class Run:
         """The file that every finished process adds a line to."""
         return self.folder / RECORDS_FILE
 
-    def cell_folder(self, number: int) -> Path:
-        """Of task `number`, counted from 1."""
-        task = self.plan.tasks[number - 1]
+    def cell_folder(self, number: int, task: Task) -> Path:
+        """Of a task that is measured as the `number`th one, counted from 1."""
         return self.folder / "cells" / f"{number:02d}-{task.slug}"
 
     def records(self) -> list[Record]:
@@ -90,7 +93,9 @@ def check_writable(runs_dir: Path) -> None:
         raise _unwritable(runs_dir, error) from None
 
 
-def create(suite: Suite, runs_dir: Path, argv: Sequence[str] = ()) -> Run:
+def create(
+    suite: Suite, runs_dir: Path, argv: Sequence[str] = (), *, search: Search | None = None
+) -> Run:
     """Make a new run's folder; its id is UTC time, suite and a random part.
 
     Raises:
@@ -102,6 +107,7 @@ def create(suite: Suite, runs_dir: Path, argv: Sequence[str] = ()) -> Run:
         created=now.isoformat(timespec="seconds"),
         argv=tuple(argv),
         tasks=expand(suite),
+        search=search,
     )
     folder = runs_dir / f"{now:%Y%m%d-%H%M%S}-{suite.name}-{secrets.token_hex(2)}"
     try:
@@ -185,11 +191,27 @@ def locked(run: Run) -> Iterator[None]:
         yield
 
 
-def reusable(record: Record, environment: Environment) -> bool:
-    """Whether a record tells what measuring again, here and now, undisturbed, would."""
+@contextlib.contextmanager
+def taken_up(run: Run) -> Iterator[None]:
+    """While entered, this process alone measures for a run, whose leftover processes are ended.
+
+    Raises:
+        UserError: another process does, or the folder cannot be written.
+    """
+    with locked(run):
+        end_leftovers(run.folder)
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(run.folder, error) from None
+
+
+def reusable(
+    record: Record, environment: Environment, statuses: Sequence[Status] = ("ok", "unsupported")
+) -> bool:
+    """Whether a record of one of these statuses tells what measuring again, here and now, would."""
     return (
-        record.status in ("ok", "unsupported")
-        and record.valid
+        record.status in statuses
         and record.environment is not None
         and record.environment.key() == environment.key()
     )
@@ -211,12 +233,20 @@ def execute(
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
     """
-    with locked(run):
-        end_leftovers(run.folder)
-        try:
-            return _Execution(run, launch, present, past).all()
-        except OSError as error:
-            raise _unwritable(run.folder, error) from None
+    with taken_up(run):
+        return _Execution(run, launch, present, past).all()
+
+
+def measure(run: Run, number: int, task: Task, launch: Launch) -> Record:
+    """Measure a task as the run's `number`th; its record is on disk when this returns.
+
+    Raises:
+        OSError: the run's folder cannot be written.
+    """
+    job = Job(task=task, suite=run.plan.suite, run_id=run.id)
+    record = launch(job, run.cell_folder(number, task))
+    append_record(run.records_file, record)
+    return record
 
 
 def missing(run: Run, *, present: Present = present_environment) -> list[Task]:
@@ -246,9 +276,7 @@ class _Execution:
         if kept := self._kept.get(task.key):
             progress.finish(kept, self._seconds_from(number + 1), reused=True)
             return kept
-        job = Job(task=task, suite=self._run.plan.suite, run_id=self._run.id)
-        record = self._launch(job, self._run.cell_folder(number))
-        append_record(self._run.records_file, record)
+        record = measure(self._run, number, task, self._launch)
         self._known.append(record)
         progress.finish(record, self._seconds_from(number + 1))
         return record
@@ -263,12 +291,14 @@ class _Execution:
 
 
 def _kept(run: Run, present: Present) -> dict[tuple[str, str, int], Record]:
-    """The records that can be used again."""
+    """The records that can be used again; those of disturbed measurements cannot."""
     old = latest(run.records())
     counts = {record.cell.num_processes for record in old.values() if record.environment}
     environments = {count: present(count) for count in sorted(counts)}
     return {
         key: record
         for key, record in old.items()
-        if record.environment and reusable(record, environments[record.cell.num_processes])
+        if record.environment
+        and record.valid
+        and reusable(record, environments[record.cell.num_processes])
     }

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench.frontier import frontier
 from bench.record import Record
 from bench.record_file import read_records
 from bench.rows import rows
 from bench.runs import Run, latest
-from bench.table import render_markdown
+from bench.table import frontier_columns, render_markdown
 from cifar.errors import UserError
 from cifar.files import write_atomic
 from cifar.serialize import to_json
@@ -30,8 +31,7 @@ def save(run: Run, results_dir: Path) -> list[Path]:
             stored = read_records(path) if path.exists() else []
             merged = latest([*stored, *records]).values()
             write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
-            table = render_markdown(rows(merged)).rstrip()
-            write_atomic(path.with_suffix(".md"), f"# {run.plan.suite}\n\n{table}\n")
+            write_atomic(path.with_suffix(".md"), f"# {run.plan.suite}\n\n{_table(run, merged)}\n")
         except OSError as error:
             raise UserError(
                 f"results-dir: {str(results_dir)!r}: cannot be written ({error.strerror}); "
@@ -39,6 +39,12 @@ def save(run: Run, results_dir: Path) -> list[Path]:
             ) from None
         written += [path, path.with_suffix(".md")]
     return written
+
+
+def _table(run: Run, records: Iterable[Record]) -> str:
+    if run.plan.search is None:
+        return render_markdown(rows(records)).rstrip()
+    return render_markdown(frontier(records), frontier_columns).rstrip()
 
 
 def _by_hardware(run: Run) -> dict[str, list[Record]]:

@@ -131,6 +131,8 @@ class Protocol:
     """Ways to run the same weights besides the cell's own: compiled, exported, onnxruntime."""
     metrics: tuple[str, ...] = ()
     """Further metrics than the basic ones: see METRICS."""
+    memory_limit: int | None = None
+    """Bytes that each process may allocate, see `bench.limits`; None: as much as there is."""
     allow_emulated: bool = True
     """False: a precision the device only emulates (bf16 without kernels) is `unsupported`."""
     timeout: float = field(default=1800.0, metadata=NOT_IN_DIGEST)
@@ -148,6 +150,8 @@ class Protocol:
         ):
             value = getattr(self, name)
             require(value >= least, option_name(name), value, f"give {least} or more")
+        limit = self.memory_limit
+        require(limit is None or limit >= 1, "memory-limit", limit, "give 1 or more")
         for name in ("inference_seconds", "timeout", "timed_seconds", "target_interval"):
             value = getattr(self, name)
             require(

@@ -12,10 +12,12 @@ from cifar.config import PRECISIONS
 
 __all__ = [
     "filter_rows",
+    "frontier_columns",
     "parse_filter",
     "render_csv",
     "render_markdown",
     "render_terminal",
+    "result_columns",
     "rows",
     "sort_rows",
 ]
@@ -28,6 +30,10 @@ def _digits(value: float) -> str:
     """Three significant digits, and all those before the point."""
     places = next((places for places, least in ((0, 100), (1, 10), (2, 1)) if value >= least), 3)
     return f"{value:,.{places}f}"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:,.0f}"
 
 
 def _number(key: str, show: Callable[[float], str]) -> Callable[[Row], str]:
@@ -70,7 +76,7 @@ def _notes(table: Sequence[Row]) -> list[str]:
 
 def _status(row: Row) -> str:
     """Its status, and whether its runs were disturbed: `ok`, `invalid`, `oom, invalid`."""
-    if row["valid"] is not False:
+    if row.get("valid") is not False:
         return str(row["status"])
     return "invalid" if row["status"] == "ok" else f"{row['status']}, invalid"
 
@@ -116,7 +122,7 @@ SPEEDS = (
     Column(heading="Train (images/s)", show=_number("train_throughput", _digits)),
     Column(
         heading="Peak memory (MiB)",
-        show=_number("peak_memory_bytes", lambda value: f"{value / 2**20:,.0f}"),
+        show=_number("peak_memory_bytes", _mebibytes),
     ),
     Column(heading="vs fp32", show=_number("vs_fp32", lambda value: f"{value:.2f}x")),
 )
@@ -128,12 +134,21 @@ def _distinct(table: Sequence[Row], key: str) -> list[str]:
     return list(dict.fromkeys(_text(key)(row) for row in table if not (silent and row[key] == 0)))
 
 
-def _columns(table: Sequence[Row]) -> list[Column]:
-    identity = [
+def _identity_columns(table: Sequence[Row], always: Sequence[str]) -> list[Column]:
+    return [
         Column(heading=heading, show=_text(key), numeric=isinstance(table[0][key], int))
         for key, heading, _ in IDENTITY
-        if key in ALWAYS or len(_distinct(table, key)) > 1
+        if key in always or (key not in ALWAYS and len(_distinct(table, key)) > 1)
     ]
+
+
+def _status_columns(table: Sequence[Row]) -> list[Column]:
+    broken = any(_status(row) != "ok" for row in table)
+    return [Column(heading="Status", show=_status, numeric=False)] if broken else []
+
+
+def result_columns(table: Sequence[Row]) -> list[Column]:
+    """The columns of rows of `bench.rows.rows`."""
     keys = {key for row in table for key in row}
     sizes = sorted(int(key[19:]) for key in keys if re.fullmatch(r"inference_latency_b\d+", key))
     inference = [
@@ -143,9 +158,23 @@ def _columns(table: Sequence[Row]) -> list[Column]:
         )
         for size in sizes
     ]
-    broken = any(_status(row) != "ok" for row in table)
-    status = [Column(heading="Status", show=_status, numeric=False)] if broken else []
+    identity, status = _identity_columns(table, ALWAYS), _status_columns(table)
     return [*identity, *SIZES, *inference, *SPEEDS, *status]
+
+
+def frontier_columns(table: Sequence[Row]) -> list[Column]:
+    """The columns of rows of `bench.frontier.frontier`."""
+    rate, memory, _ = SPEEDS
+    return [
+        *_identity_columns(table, ("model",)),
+        Column(heading="Memory limit (MiB)", show=_number("memory_limit", _mebibytes)),
+        Column(heading="Largest batch", show=_text("largest_batch")),
+        Column(heading="Smallest out of memory", show=_text("smallest_oom")),
+        memory,
+        rate,
+        Column(heading="Probes", show=_text("probes")),
+        *_status_columns(table),
+    ]
 
 
 def _captions(table: Sequence[Row]) -> list[tuple[str, str]]:
@@ -186,14 +215,18 @@ class Section:
     """By precision, why rows are not ok or not valid."""
 
 
-def sections(table: Sequence[Row]) -> list[Section]:
+Layout = Callable[[Sequence[Row]], list[Column]]
+"""From the rows of one hardware to the columns that show them."""
+
+
+def sections(table: Sequence[Row], layout: Layout) -> list[Section]:
     """Split rows by hardware and precision, and lay them out."""
     by_hardware: dict[str, list[Row]] = {}
     for row in table:
         by_hardware.setdefault(str(row["hardware"]), []).append(row)
     result = []
     for hardware, group in by_hardware.items():
-        columns = _columns(group)
+        columns = layout(group)
         cells = {
             precision: [
                 [column.show(row) for column in columns]
@@ -219,10 +252,10 @@ def sections(table: Sequence[Row]) -> list[Section]:
     return result
 
 
-def render_markdown(table: Sequence[Row]) -> str:
+def render_markdown(table: Sequence[Row], layout: Layout = result_columns) -> str:
     """Tables in GitHub's Markdown, a heading per hardware and per precision."""
     lines: list[str] = []
-    for section in sections(table):
+    for section in sections(table, layout):
         lines += [f"## {section.hardware}", ""]
         lines += [f"- {subject}: {_escape(text)}" for subject, text in section.captions]
         for precision, cells in section.tables.items():
@@ -241,7 +274,13 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\|<`*\[])", r"\\\1", " ".join(text.split()))
 
 
-def render_terminal(table: Sequence[Row], *, width: int | None = None, color: bool = False) -> str:
+def render_terminal(
+    table: Sequence[Row],
+    layout: Layout = result_columns,
+    *,
+    width: int | None = None,
+    color: bool = False,
+) -> str:
     """Tables for a terminal of `width` characters: the actual one's by default, or 100 if less.
 
     A narrower terminal wraps whole lines, which reads better than broken words.
@@ -256,7 +295,7 @@ def render_terminal(table: Sequence[Row], *, width: int | None = None, color: bo
     console = Console(
         file=output, width=width, force_terminal=color, highlight=False, markup=False, emoji=False
     )
-    for section in sections(table):
+    for section in sections(table, layout):
         console.print(Text(section.hardware, style="bold"))
         for subject, text in section.captions:
             console.print(Text(f"{subject}: {text}", style="dim"))

@@ -16,6 +16,7 @@ from bench.environment import collect
 from bench.faults import InjectedFault
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.judge import mismatches
+from bench.limits import limit_memory
 from bench.measure import FURTHER, METRICS
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
@@ -59,6 +60,7 @@ class Worker:
     def _measure(self, task: Task) -> tuple[Status, str]:
         train, protocol = task.cell.train, task.protocol
         refuse_emulation(task)
+        limit_memory(protocol.memory_limit)
         dataset = load_dataset(train.data)
         self._data = describe(dataset)
         batch_size = train.recipe.global_batch_size

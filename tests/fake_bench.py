@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fake_worker
 
-from bench import launchers, runs
+from bench import launchers, probes, runs
 from bench.__main__ import main
 
 
@@ -20,11 +20,9 @@ def present(num_processes):
 
 
 def install():
-    runs.execute = functools.partial(
-        runs.execute,
-        launch=functools.partial(launchers.launch, argv_for=fake_argv, grace=0.5),
-        present=present,
-    )
+    launch = functools.partial(launchers.launch, argv_for=fake_argv, grace=0.5)
+    runs.execute = functools.partial(runs.execute, launch=launch, present=present)
+    probes.execute = functools.partial(probes.execute, launch=launch, present=present)
     runs.missing = functools.partial(runs.missing, present=present)
 
 

@@ -54,7 +54,7 @@ def statuses(cwd):
 # --- Bad input: one line, exit code 2, nothing started ---
 
 BAD = {
-    "command: 'nope': choose one of list, run, table, save, selfcheck": ["nope"],
+    "command: 'nope': choose one of list, run, frontier, table, save, selfcheck": ["nope"],
     "Unrecognized options: --nope": ["run", "quick", "--nope"],
     "suite: none given": ["run"],
     "suite: 'nope': choose one of quick": ["run", "nope"],
@@ -142,7 +142,11 @@ def test_the_embedded_data_set_has_as_many_images_as_is_said():
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([name, "-h"] for name in ("list", "run", "table", "save", "selfcheck"))]
+    "words",
+    [
+        ["--help"],
+        *([name, "-h"] for name in ("list", "run", "frontier", "table", "save", "selfcheck")),
+    ],
 )
 def test_help_has_examples_or_options_and_exits_0(capsys, words):
     try:
@@ -350,6 +354,7 @@ sys.exit(code)
         ["table", "good.jsonl", "--format", "csv"],
         ["list"],
         ["run", "quick", "--dry-run"],
+        ["frontier", "--models", "resnet20", "--memory-limit", "4096", "--dry-run"],
         ["--help"],
         ["run", "-h"],
     ],

@@ -19,10 +19,10 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.counters bench.estimate bench.failure bench.job bench.judge
-    bench.launchers bench.nvml bench.options bench.present bench.progress bench.record
-    bench.record_file bench.rows bench.runs bench.save bench.selfcheck bench.spec bench.stats
-    bench.suites bench.table bench.validity
+    bench bench.__main__ bench.console bench.counters bench.estimate bench.failure bench.frontier
+    bench.frontier_command bench.job bench.judge bench.launchers bench.nvml bench.options
+    bench.present bench.probes bench.progress bench.record bench.record_file bench.rows bench.runs
+    bench.save bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz
@@ -30,10 +30,11 @@ FREE_NAMES = """
     launch
 """
 TORCH_NAMES = """
-    bench.environment bench.faults bench.measure bench.measure.anatomy bench.measure.clock
-    bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory
-    bench.measure.monitor bench.measure.outcome bench.measure.pipeline bench.measure.subject
-    bench.measure.training bench.measure.utilization bench.observe bench.worker
+    bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
+    bench.measure.clock bench.measure.compilation bench.measure.energy bench.measure.inference
+    bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
+    bench.measure.subject bench.measure.training bench.measure.utilization bench.observe
+    bench.worker
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
     cifar.data.augment cifar.data.draws cifar.data.loader
@@ -44,6 +45,7 @@ FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 CHAINS = (
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
     "bench.spec bench.record bench.rows bench.table bench.save",
+    "bench.rows bench.frontier bench.runs bench.probes bench.frontier_command bench.__main__",
     "bench.spec bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",
     "bench.stats bench.record",

@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_worker import environment
 
 import bench.__main__ as bench_program
 import cifar.__main__ as cifar_program
+from bench import frontier_command
+from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import RunOptions, build_suite
 from cifar import run_folder
 from cifar.cli import parse
@@ -61,8 +64,8 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     def stop(cls, argv, **settings):
         raise Parsed(parse(cls, argv, **settings))
 
-    for program in PROGRAMS.values():
-        monkeypatch.setattr(program, "parse", stop)
+    for module in (*PROGRAMS.values(), frontier_command):
+        monkeypatch.setattr(module, "parse", stop)
     stored = SimpleNamespace(train=TrainConfig(), run=RunConfig())
     monkeypatch.setattr(run_folder, "read_config", lambda folder: stored)
     return check_command
@@ -110,6 +113,8 @@ def check_program(name: str, words: list[str]) -> None:
     (options,) = stopped.value.args
     if isinstance(options, RunOptions) and options.resume is None:
         build_suite(options)
+    if isinstance(options, FrontierOptions) and options.resume is None:
+        build_searches(options, lambda count: environment(gpu_names=("H200",)))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

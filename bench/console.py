@@ -1,0 +1,60 @@
+"""What the commands that measure share: plans on paper, signals, paths as people read them."""
+
+import contextlib
+import shlex
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from bench.estimate import estimate_seconds, format_duration
+from bench.launchers import argv_for, environment_for
+from bench.record import Record
+from bench.spec import Task
+from cifar.errors import Stopped
+
+
+def expected_seconds(tasks: Sequence[Task], past: Sequence[Record]) -> float:
+    """Seconds for all tasks together."""
+    return sum(estimate_seconds(task.cell, task.protocol, history=past) for task in tasks)
+
+
+def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
+    """Print what would be started, and the time it would take; returns the exit code."""
+    for number, task in enumerate(tasks, 1):
+        seconds = estimate_seconds(task.cell, task.protocol, history=past)
+        print(f"[{number}/{len(tasks)}] {task.cell.label}  about {format_duration(seconds)}")
+        added = environment_for(task.cell, {})
+        settings = " ".join(f"{name}={value}" for name, value in added.items())
+        print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
+    print(f"{len(tasks)} cells, about {format_duration(expected_seconds(tasks, past))}")
+    return 0
+
+
+@contextlib.contextmanager
+def stoppable(resume: str = "") -> Iterator[None]:
+    """While entered, SIGINT, SIGTERM and SIGHUP end the cell's processes as well.
+
+    Raises:
+        Stopped: one of them came; the message tells that the command `resume`, if any, goes on.
+    """
+    further = f"; to go on: {resume}" if resume else ""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}{further}")
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, f"interrupted{further}") from None
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def shown(path: Path) -> str:
+    """A path relative to the working folder if it lies in there."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

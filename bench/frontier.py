@@ -1,0 +1,173 @@
+"""The memory frontier: the largest batch that fits, searched by probes in fresh processes.
+
+A probe is a task like any other, and its record the truth; a search is told from its records alone,
+so it can be taken up again. What is out of memory is a result: no batch is ever shrunk by itself.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from bench.record import Record
+from bench.rows import Row, rows
+from bench.spec import Protocol, Task
+from cifar.config import require
+from cifar.serialize import STRICT
+
+SUITE = "frontier"
+"""The suite's name in runs and records."""
+LEAST_GRANULE = 8
+"""Batches are multiples of this; tensor cores want multiples of 8."""
+RESOLUTION = 1 / 16
+"""How close the answer is, as a fraction of it, unless asked otherwise."""
+START = 64
+"""The first batch that is probed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """Which batches may be probed, and how close to the frontier a search ends.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    start: int
+    """The first batch, a multiple of `granule`."""
+    largest: int
+    """The largest batch that may be probed, a multiple of `granule`."""
+    granule: int = LEAST_GRANULE
+    """All batches are multiples of it."""
+    resolution: float = RESOLUTION
+    """The search ends once the smallest batch that does not fit is larger than the largest that
+    does by no more than this fraction of it, or by one granule."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.resolution < 1, "resolution", self.resolution, "give one in (0, 1)")
+        require(
+            self.largest >= self.granule,
+            "largest",
+            self.largest,
+            f"give at least {self.granule}; batches are its multiples",
+        )
+
+
+def plan_search(
+    parts: int,
+    *,
+    images: int,
+    start: int = START,
+    largest: int | None = None,
+    resolution: float = RESOLUTION,
+) -> Search:
+    """The search over batches that are split into `parts`: processes x accumulation steps.
+
+    `start` and `largest` (all `images` of the training split if None) are rounded down to multiples
+    of the granule, the least one of both 8 and `parts`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    granule = math.lcm(LEAST_GRANULE, parts)
+    require(start >= 1, "start", start, "give 1 or more")
+    most = min(images, images if largest is None else largest) // granule * granule
+    first = max(granule, min(start, most) // granule * granule)
+    return Search(start=first, largest=most, granule=granule, resolution=resolution)
+
+
+def next_batch(fits: Mapping[int, bool], search: Search) -> int | None:
+    """The batch to probe next, given which of the earlier ones fit; None when the search is over.
+
+    Doubling from the start (halving if it does not fit), then bisection. Should a batch fit above
+    one that does not, the search goes on from the largest that fits.
+    """
+    granule = search.granule
+    if not fits:
+        return search.start
+    low = max((batch for batch, fit in fits.items() if fit), default=0)
+    high = min((batch for batch, fit in fits.items() if not fit and batch > low), default=None)
+    if high is None:
+        return min(2 * low, search.largest) if low < search.largest else None
+    if low == 0:
+        return max(granule, high // 2 // granule * granule) if high > granule else None
+    if high - low <= max(granule, search.resolution * low):
+        return None
+    return (low + high) // 2 // granule * granule
+
+
+def probe_protocol(timeout: float | None = None) -> Protocol:
+    """How a probe is measured: four steps and no inference, within `timeout` seconds."""
+    protocol = Protocol(warmup_steps=1, max_warmup_steps=1, timed_steps=2, inference_batch_sizes=())
+    return protocol if timeout is None else replace(protocol, timeout=timeout)
+
+
+def probe(first: Task, batch: int) -> Task:
+    """The task that probes a global batch size in the search that starts with `first`."""
+    train = first.cell.train
+    recipe = replace(train.recipe, global_batch_size=batch)
+    return replace(first, cell=replace(first.cell, train=replace(train, recipe=recipe)))
+
+
+SHARED = (
+    "hardware", "precision", "model", "layout", "compile", "num_processes", "launcher",
+    "accumulation_steps", "data", "recipe", "protocol",
+    "machine", "worker", "software", "source", "data_set",
+)  # fmt: skip
+"""The columns in which the probes of one search agree."""
+
+
+def frontier(records: Iterable[Record]) -> list[Row]:
+    """One row per search, told from the records of its probes, in order of arrival.
+
+    It is the row of the largest batch that fits (see `bench.rows.rows`), with `largest_batch` and
+    `smallest_oom` (None: no such batch was probed), `memory_limit` in bytes (None: the whole
+    device) and `probes`. `status` is `ok`; `oom` if nothing fits; that of the probe that ended the
+    search early; or `not monotone` if a batch fits above one that does not.
+    """
+    known = list(records)
+    limits = {record.protocol.digest: record.protocol.memory_limit for record in known}
+    searches: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows(known):
+        searches.setdefault(tuple(row[key] for key in SHARED), []).append(row)
+    return [_frontier(search, limits) for search in searches.values()]
+
+
+def _frontier(search: Sequence[Row], limits: Mapping[str, int | None]) -> Row:
+    fitting = {_batch(row): row for row in search if row["status"] == "ok"}
+    oom = {_batch(row): row for row in search if row["status"] == "oom"}
+    largest = max(fitting, default=None)
+    above = [batch for batch in oom if largest is None or batch > largest]
+    status, reason = _status(search, fitting, oom)
+    nearest = fitting[largest] if largest else min(search, key=_batch)
+    return {
+        **nearest,
+        "largest_batch": largest,
+        "smallest_oom": min(above, default=None),
+        "memory_limit": limits[str(nearest["protocol"])],
+        "probes": len(search),
+        "status": status,
+        "reason": reason,
+    }
+
+
+def _status(
+    search: Sequence[Row], fitting: Mapping[int, Row], oom: Mapping[int, Row]
+) -> tuple[str, str]:
+    """A search's status and reason."""
+    for row in search:
+        if row["status"] not in ("ok", "oom"):
+            return str(row["status"]), f"batch {row['batch_size']}: {row['reason']}"
+    if not fitting:
+        smallest = min(oom)
+        return "oom", f"batch {smallest}: {oom[smallest]['reason']}"
+    crossed = [batch for batch in oom if batch < max(fitting)]
+    if crossed:
+        return "not monotone", f"batch {max(fitting)} fits and batch {min(crossed)} does not"
+    return "ok", ""
+
+
+def _batch(row: Row) -> int:
+    return int(row["batch_size"] or 0)

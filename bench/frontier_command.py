@@ -1,0 +1,211 @@
+"""The command `bench frontier`: its options, and the largest batches that it finds."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import tyro
+
+from bench import probes, runs
+from bench.console import show_plan, shown, stoppable
+from bench.estimate import format_duration
+from bench.frontier import RESOLUTION, START, SUITE, Search, frontier, plan_search, probe_protocol
+from bench.launchers import get_launcher
+from bench.options import (
+    CommaList,
+    Flag,
+    check_data,
+    check_devices,
+    check_resume,
+    runs_folder,
+    train_size,
+)
+from bench.present import present_environment
+from bench.record import Environment
+from bench.spec import Plan, Suite, Task, expand, grid
+from bench.table import frontier_columns, render_terminal
+from cifar.cli import parse
+from cifar.config import DataConfig, parse_data, require
+from cifar.recipes import get_recipe
+
+arg = tyro.conf.arg
+
+MEMORY_SHARE = 0.75
+"""Of the memory available now, for the processes of a cell on CPUs when no limit is given: more
+would push other programs out, or call in the kernel's out-of-memory killer."""
+LIMIT_STEP = 2**28
+"""That limit is rounded down to a multiple of this, so that it is the same a while later."""
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierOptions:
+    """Options of `bench frontier`."""
+
+    models: CommaList = ()
+    """Models whose largest batch is searched, e.g. resnet18,resnet18-w16."""
+    precisions: CommaList = ()
+    """Their precisions: fp32, tf32, bf16, fp16; fp32 when not given."""
+    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
+    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    recipe: Annotated[str | None, arg(metavar="NAME")] = None
+    """Recipe to train by, whose optimiser state needs memory too."""
+    channels_last: Flag = False
+    """Keep images and convolution weights in NHWC order."""
+    compile: Flag = False
+    """Run the model through torch.compile."""
+    launcher: Annotated[str | None, arg(metavar="NAME")] = None
+    """How processes are started: ddp."""
+    num_processes: Annotated[int | None, arg(metavar="N")] = None
+    """Processes per cell, one per device; batches are over all of them."""
+    memory_limit: Annotated[int | None, arg(metavar="MIB")] = None
+    """Memory that each process may allocate; when not given, the whole of a GPU, or three quarters
+    of a CPU's available memory."""
+    start: Annotated[int | None, arg(metavar="N")] = None
+    """First batch to probe, 64 when not given; batches are multiples of 8."""
+    largest: Annotated[int | None, arg(metavar="N")] = None
+    """Largest batch to probe; the number of training images when not given."""
+    resolution: Annotated[float | None, arg(metavar="FRACTION")] = None
+    """How close to find the largest batch, as a fraction of it; 0.0625 when not given."""
+    timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """Seconds after which a probe is ended."""
+    dry_run: Flag = False
+    """Show the first probe of every search, its command and time; start nothing."""
+    resume: Annotated[str | None, arg(metavar="RUN")] = None
+    """Go on with a frontier, given by its run's id or folder; finished probes are used again."""
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Where runs are kept."""
+
+
+SEARCH_OPTIONS = (
+    "models",
+    "precisions",
+    "data",
+    "recipe",
+    "channels_last",
+    "compile",
+    "launcher",
+    "num_processes",
+    "memory_limit",
+    "start",
+    "largest",
+    "resolution",
+    "timeout",
+)
+"""The options that change what is searched."""
+
+
+def run_frontier(argv: list[str]) -> int:
+    """`bench frontier`."""
+    options = parse(
+        FrontierOptions,
+        argv,
+        prog="bench frontier",
+        description="Search the largest batch that fits into memory, for every model and precision "
+        "and every probe in fresh processes. "
+        "Example: bench frontier --models resnet18,resnet34 --precisions fp32,bf16",
+    )
+    folder = runs_folder(options.runs_dir)
+    if options.resume is not None:
+        check_resume(options, SEARCH_OPTIONS)
+        run = runs.find(options.resume, folder)
+        _check(run.plan.tasks)
+        return show_plan(run.plan.tasks, runs.history(folder)) if options.dry_run else _measure(run)
+    suite, search = build_searches(options)
+    tasks = expand(suite)
+    _check(tasks)
+    if options.dry_run:
+        return show_plan(tasks, runs.history(folder))
+    runs.check_writable(folder)
+    return _measure(runs.create(suite, folder, argv, search=search))
+
+
+def _check(tasks: Sequence[Task]) -> None:
+    """Refuse what no process needs to be started for."""
+    check_data(tasks)
+    check_devices(tasks)
+
+
+def build_searches(
+    options: FrontierOptions, present: Callable[[int], Environment] = present_environment
+) -> tuple[Suite, Search]:
+    """The first probes of all searches that the options ask for, and how the searches go on.
+
+    Raises:
+        ConfigError: no models, or a name or value that cannot be meant.
+        DataError: the data set is missing, damaged or of the wrong form.
+    """
+    require(bool(options.models), "models", "", "give some, e.g. --models resnet18,resnet34")
+    processes = 1 if options.num_processes is None else options.num_processes
+    require(processes >= 1, "num-processes", processes, "give 1 or more")
+    data = DataConfig() if options.data is None else parse_data(options.data)
+    launcher = "ddp" if options.launcher is None else options.launcher
+    get_launcher(launcher)
+    search = plan_search(
+        processes,
+        images=train_size(data),
+        start=START if options.start is None else options.start,
+        largest=options.largest,
+        resolution=RESOLUTION if options.resolution is None else options.resolution,
+    )
+    cells = grid(
+        options.models,
+        options.precisions or ("fp32",),
+        channels_last=(options.channels_last,),
+        compile=(options.compile,),
+        batch_sizes=(search.start,),
+        recipe=get_recipe(options.recipe or "default"),
+        data=data,
+        launcher=launcher,
+        num_processes=processes,
+    )
+    protocol = probe_protocol(options.timeout)
+    limit = _memory_limit(options.memory_limit, processes, present)
+    plan = Plan(protocol=replace(protocol, memory_limit=limit), cells=cells)
+    return Suite(name=SUITE, description="the largest batch that fits", plans=(plan,)), search
+
+
+def _memory_limit(
+    mebibytes: int | None, processes: int, present: Callable[[int], Environment]
+) -> int | None:
+    """In bytes: what was asked; else none on GPUs and a share of what is available on CPUs."""
+    if mebibytes is not None:
+        require(mebibytes >= 1, "memory-limit", mebibytes, "give 1 MiB or more")
+        return mebibytes * 2**20
+    if present(processes).gpu_count:
+        return None
+    share = int(MEMORY_SHARE * available_memory()) // processes
+    return max(1, share // LIMIT_STEP) * LIMIT_STEP
+
+
+def available_memory() -> int:
+    """Bytes that programs can still take without swapping, or all that the container may have."""
+    available = int(psutil.virtual_memory().available)
+    for path in filter(Path.is_file, map(Path, _CONTAINER_LIMITS)):
+        text = path.read_text().strip()
+        available = min(available, int(text)) if text.isdigit() else available
+    return available
+
+
+def _measure(run: runs.Run) -> int:
+    """Do the searches of a run, print the frontier, and return the exit code."""
+    start = time.monotonic()
+    resume = f"bench frontier --resume {shlex.quote(shown(run.folder))}"
+    limit = run.plan.tasks[0].protocol.memory_limit
+    each = "none but the device's" if limit is None else f"{limit / 2**20:,.0f} MiB per process"
+    print(f"memory limit: {each}", file=sys.stderr)
+    with stoppable(resume):
+        records = probes.execute(run)
+    table = frontier(records)
+    print(render_terminal(table, frontier_columns, color=sys.stdout.isatty()))
+    took = format_duration(time.monotonic() - start)
+    print(f"{len(records)} probes in {took}; records and logs are in {shown(run.folder)}")
+    broken = [row for row in table if row["status"] in ("failed", "timeout")]
+    if broken:
+        print(f"{len(broken)} did not finish; to try them again: {resume}")
+    return 1 if broken else 0
