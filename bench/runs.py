@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from bench.estimate import estimate_seconds
 from bench.frontier import Search
-from bench.job import Job
+from bench.job import Fault, Job
 from bench.launchers import end_leftovers, launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress
@@ -237,13 +237,15 @@ def execute(
         return _Execution(run, launch, present, past).all()
 
 
-def measure(run: Run, number: int, task: Task, launch: Launch) -> Record:
+def measure(
+    run: Run, number: int, task: Task, launch: Launch, fault: Fault | None = None
+) -> Record:
     """Measure a task as the run's `number`th; its record is on disk when this returns.
 
     Raises:
         OSError: the run's folder cannot be written.
     """
-    job = Job(task=task, suite=run.plan.suite, run_id=run.id)
+    job = Job(task=task, suite=run.plan.suite, run_id=run.id, fault=fault)
     record = launch(job, run.cell_folder(number, task))
     append_record(run.records_file, record)
     return record

@@ -21,7 +21,6 @@ from bench.job import Fault, Job
 from bench.launchers import launch
 from bench.progress import SuiteProgress
 from bench.record import Record
-from bench.record_file import append_record
 from bench.spec import Plan, Protocol, Suite, Task, grid
 from bench.stats import median_interval
 from cifar.errors import UserError
@@ -137,9 +136,7 @@ class _Execution:
         label = f"{task.cell.label} {fault.label if fault else 'plain'}"
         left = estimate_seconds(task.cell, task.protocol, history=self._records)
         self._progress.start(number, label, left * (len(self._costs) + 1))
-        job = Job(task=task, suite=SUITE, run_id=self._run.id, fault=fault)
-        record = self._launch(job, self._run.cell_folder(number))
-        append_record(self._run.records_file, record)
+        record = runs.measure(self._run, number, task, self._launch, fault)
         self._records.append(record)
         self._progress.finish(record, 0.0)
         return record
