@@ -31,7 +31,8 @@ FREE_NAMES = """
 """
 TORCH_NAMES = """
     bench.environment bench.observe bench.worker
-    bench.measure bench.measure.clock bench.measure.compilation bench.measure.inference
+    bench.measure bench.measure.backends bench.measure.clock bench.measure.comparison
+    bench.measure.compilation bench.measure.inference
     bench.measure.memory bench.measure.outcome bench.measure.subject bench.measure.training
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
