@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from training import make_trainer, reset_accelerate
+from training import ROOT, finish, make_trainer, reset_accelerate, start
 
 from bench.measure import backends, comparison, inference
 from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
@@ -20,6 +20,7 @@ from bench.measure.inference import Trouble, measure_inference
 from bench.measure.subject import Subject
 from bench.record import Measurement
 from bench.spec import Protocol
+from cifar.config import RunConfig
 from cifar.errors import UnsupportedError
 
 PROTOCOL = Protocol(
@@ -362,8 +363,57 @@ def test_cold_caches_are_empty_and_leave_nothing() -> None:
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
 
 
+ONE_SIDED = """
+import sys
+from training import make_trainer
+from bench.measure import backends
+from bench.measure.inference import measure_inference
+from bench.measure.subject import Subject
+from bench.spec import Protocol
+from cifar.distributed import leave
+
+trainer = make_trainer(precision="fp32")
+second = trainer.place.index == 1
+
+def factory(source, images):
+    if second and len(images) == 1:
+        raise RuntimeError("only here")
+    run = backends.plain(source)
+    return lambda batch: -run(batch) if second and len(images) == 2 else run(batch)
+
+backends.BACKENDS["exported"] = factory
+protocol = Protocol(
+    inference_batch_sizes=(1, 2, 4), inference_iterations=3, inference_backends=("exported",)
+)
+for each in measure_inference(Subject(trainer, protocol)):
+    if not second and each.labels.get("backend") and each.name == "inference_latency":
+        print(each.labels["batch_size"], each.status, len(each.samples), each.reason)
+leave()
+"""
+
+
+@pytest.mark.multiprocess
+def test_what_one_process_alone_meets_keeps_both_together(tmp_path: Path) -> None:
+    program = tmp_path / "one_sided.py"
+    program.write_text(ONE_SIDED)
+    config = ROOT / "launch" / "ddp.yaml"
+    process = start(
+        "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
+        "--main_process_port", 0, "--mixed_precision", "no", program,
+        environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    )  # fmt: skip
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert out.splitlines() == [
+        "1 failed 0 failed in another process",
+        "2 failed 0 failed in another process",
+        "4 ok 2 ",
+    ]
+
+
 def check_for_real(name: str, precision: str) -> None:
-    protocol = replace(PROTOCOL, inference_batch_sizes=(2,), inference_backends=(name,))
+    """Twice, because the second build finds other caches than the first, cold one."""
+    protocol = replace(PROTOCOL, inference_batch_sizes=(1, 2), inference_backends=(name,))
     found = list(measure_inference(make_subject(protocol, precision=precision)))
     mine = [each for each in found if each.labels.get("backend") == name]
     assert {each.name: (each.status, each.reason) for each in mine} == dict.fromkeys(
@@ -390,8 +440,6 @@ def test_compilers_run_for_real(name: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["compiled", "exported"])
 def test_compilers_run_on_a_gpu(name: str, precision: str) -> None:
-    from cifar.config import RunConfig
-
     protocol = replace(PROTOCOL, inference_batch_sizes=(1, 8), inference_backends=(name,))
     trainer = make_trainer(run=RunConfig(), precision=precision)
     found = list(measure_inference(Subject(trainer, protocol)))
