@@ -13,6 +13,8 @@ COMPILE_SECONDS = 60.0
 """torch.compile of a training step and of inference, cold."""
 ASSUMED_FLOPS = 1e11
 """FLOP/s until a record of this machine says otherwise: two slow CPU cores in fp32."""
+BUILD_SECONDS = 30.0
+"""To compile or export for inference, for one batch size."""
 TRAINING_COST = 3
 """Forward and backward pass in forward passes: the backward pass has two products per layer."""
 IMAGE_SIZE = (32, 32)
@@ -61,12 +63,21 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     seconds = TRAINING_COST * forward * trained
     if protocol.train_samples:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
+    seconds += _inference_seconds(forward, protocol)
+    return seconds + (COMPILE_SECONDS if train.compile else 0.0)
+
+
+def _inference_seconds(forward: float, protocol: Protocol) -> float:
+    """Seconds of timing and building all backends, at `forward` seconds for one sample."""
+    timing = 0.0
     for size in protocol.inference_batch_sizes:
         batch = forward * size
         least = min(protocol.inference_iterations, 3) * batch
         timed = min(protocol.inference_iterations * batch, protocol.inference_seconds)
-        seconds += protocol.inference_warmup * batch + max(least, timed)
-    return seconds + (COMPILE_SECONDS if train.compile else 0.0)
+        timing += protocol.inference_warmup * batch + max(least, timed)
+    further = len(protocol.inference_backends)
+    building = BUILD_SECONDS * len(protocol.inference_batch_sizes)
+    return (1 + further) * timing + further * building
 
 
 def format_duration(seconds: float) -> str:

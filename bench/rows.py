@@ -61,7 +61,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """One row per cell (seeds together), protocol, environment and data set, in order of arrival.
 
     Speeds and sizes are medians over the runs, fractions (top-1) means with `_std` and `_n`;
-    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks. `vs_fp32` is the ratio of
+    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks. `inference_throughput_b64` is
+    the samples/s of one device at that latency. `vs_fp32` is the ratio of
     training throughput to the fp32 row that is otherwise equal.
 
     A row is `valid` if no finished run was disturbed, and None if none finished; `invalid_reason`
@@ -221,7 +222,10 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
             f"{key}_std": spread(values),
             f"{key}_n": len(values),
         }
-    row: Row = {key: float(statistics.median(values))}
+    middle = float(statistics.median(values))
+    row: Row = {key: middle}
+    if key.startswith("inference_latency"):
+        row[key.replace("latency", "throughput")] = 1 / middle
     pooled = [value for item in measurements for rank in item.samples for value in rank]
     if first.unit != "samples/s" and any(len(rank) > 1 for rank in first.samples):
         row |= {f"{key}_p{percent}": percentile(pooled, percent) for percent in (50, 95, 99)}
@@ -243,6 +247,8 @@ ALIASES = {
 """Short names of columns, for `--sort` and `--filter`; every column of the CSV works as well."""
 
 DESCENDING = ("top1", "train_throughput", "vs_fp32")
+DESCENDING_BEGINNINGS = ("inference_throughput", "output_agreement")
+"""Of columns there may be several of, one per batch size or backend."""
 
 
 def _column(table: Sequence[Row], name: str) -> str:
@@ -277,7 +283,8 @@ def sort_rows(table: Sequence[Row], name: str) -> list[Row]:
 
     present = [row for row in table if row.get(key) is not None]
     missing = [row for row in table if row.get(key) is None]
-    return sorted(present, key=order, reverse=key in DESCENDING) + missing
+    descending = key in DESCENDING or key.startswith(DESCENDING_BEGINNINGS)
+    return sorted(present, key=order, reverse=descending) + missing
 
 
 def parse_filter(text: str) -> dict[str, list[str]]:

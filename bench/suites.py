@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.spec import Cell, Plan, Protocol, Suite, grid, seeded
+from bench.spec import BACKENDS, Cell, Plan, Protocol, Suite, grid, seeded
 from cifar.config import DataConfig, Recipe
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
@@ -94,8 +94,34 @@ def accuracy() -> Suite:
     )
 
 
+def latency() -> Suite:
+    """Inference at batch 1, 2, 4, ..., 1024: eager, compiled, exported and in ONNX Runtime.
+
+    ResNet-20 and ResNet-18 in fp32 and bf16, speed only; each batch size of each backend is built
+    anew and timed for 2 seconds, or three batches if that takes longer. Cost: not measured; most of
+    it is compiling, which is assumed to take 30 seconds for each of 33 builds in a cell. By
+    arithmetic 45 minutes on two slow CPU cores without bf16 kernels, twice as many with them.
+    """
+    protocol = Protocol(
+        warmup_steps=2,
+        timed_steps=8,
+        inference_batch_sizes=tuple(2**power for power in range(11)),
+        inference_warmup=2,
+        inference_iterations=200,
+        inference_seconds=2.0,
+        inference_backends=BACKENDS,
+        allow_emulated=False,
+        timeout=2 * 3600.0,
+    )
+    return Suite(
+        name="latency",
+        description="resnet20 and resnet18, inference at batch 1 to 1024, eager and three backends",
+        plans=(Plan(protocol=protocol, cells=grid(["resnet20", "resnet18"], ["fp32", "bf16"])),),
+    )
+
+
 SUITES: dict[str, Callable[[], Suite]] = {
-    suite.__name__: suite for suite in (quick, depths, precisions, accuracy)
+    suite.__name__: suite for suite in (quick, depths, precisions, accuracy, latency)
 }
 
 

@@ -31,10 +31,10 @@ FREE_NAMES = """
 """
 TORCH_NAMES = """
     bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
-    bench.measure.clock bench.measure.compilation bench.measure.energy bench.measure.inference
-    bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
-    bench.measure.subject bench.measure.training bench.measure.utilization bench.observe
-    bench.worker
+    bench.measure.backends bench.measure.clock bench.measure.comparison bench.measure.compilation
+    bench.measure.energy bench.measure.inference bench.measure.memory bench.measure.monitor
+    bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
+    bench.measure.utilization bench.observe bench.worker
     cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
     cifar.run cifar.scoring cifar.trainer
     cifar.data.augment cifar.data.draws cifar.data.loader

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.estimate import START_SECONDS, estimate_seconds, format_duration
+from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds, format_duration
 from bench.record import Environment, Record
 from bench.spec import Protocol, expand, grid
 from bench.suites import SUITES, get_suite, override, quick
@@ -50,6 +50,19 @@ def test_accuracy_trains_the_recipes_full_budget_on_real_images():
         recipe = task.cell.train.recipe
         assert task.protocol.train_samples == recipe.epochs * 50_000
         assert task.cell.train.data.source == "cifar10"
+
+
+def test_latency_sweeps_batch_sizes_of_all_backends_within_seconds_each():
+    tasks = expand(get_suite("latency"))
+    assert {(t.cell.train.model.name, t.cell.precision) for t in tasks} == {
+        (model, precision) for model in ("resnet20", "resnet18") for precision in ("fp32", "bf16")
+    }
+    (protocol,) = {task.protocol for task in tasks}
+    assert protocol.inference_batch_sizes == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    assert protocol.inference_backends == ("compiled", "exported", "onnxruntime")
+    assert (protocol.train_samples, protocol.allow_emulated) == (0, False)
+    assert protocol.inference_seconds <= 5
+    assert max(estimate(task.cell, protocol) for task in tasks) < protocol.timeout / 2
 
 
 def test_unknown_suite_lists_the_suites():
@@ -147,6 +160,17 @@ def test_estimate_grows_with_depth_budget_and_compilation():
     assert estimate(small, speed) < estimate(large, speed)
     (compiled,) = grid(["resnet18"], ["fp32"], compile=(True,))
     assert estimate(small, speed) < estimate(compiled, speed)
+
+
+def test_estimate_counts_timing_and_building_of_every_backend():
+    (cell,) = grid(["resnet20"], ["fp32"])
+    own = Protocol(inference_batch_sizes=(1, 8), inference_iterations=1, inference_warmup=0)
+    none = replace(own, inference_batch_sizes=())
+    two = replace(own, inference_backends=("compiled", "exported"))
+    timing = estimate(cell, own) - estimate(cell, none)
+    assert timing > 0
+    expected = estimate(cell, own) + 2 * timing + 2 * 2 * BUILD_SECONDS
+    assert estimate(cell, two) == pytest.approx(expected)
 
 
 def test_estimate_takes_a_finished_record_of_the_same_cell():

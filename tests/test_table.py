@@ -125,6 +125,24 @@ def check_golden(name, text):
     assert text == path.read_text(encoding="utf-8")
 
 
+def test_inference_throughput_is_one_over_latency_and_sorts_the_fastest_first():
+    def found(seconds, **labels):
+        return Measurement(
+            name="inference_latency", unit="s/sample", better="lower", samples=((seconds,),),
+            labels={"batch_size": 64, **labels},
+        )  # fmt: skip
+
+    slow = make_record(
+        make_cell("resnet110"), found=(found(0.01), found(0.005, backend="exported"))
+    )
+    fast = make_record(found=(found(0.004),))
+    table = rows([slow, fast])
+    assert table[0]["inference_throughput_b64"] == 100.0
+    assert table[0]["inference_throughput_b64_exported"] == 200.0
+    ordered = sort_rows(table, "inference_throughput_b64")
+    assert [row["model"] for row in ordered] == ["resnet20", "resnet110"]
+
+
 def test_golden_markdown():
     check_golden("quick.md", render_markdown(rows(quick_records())))
 

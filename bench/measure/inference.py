@@ -1,68 +1,216 @@
 """Inference latency: seconds per sample from images on the device to finished logits."""
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.clock import synchronize
-from bench.measure.subject import Subject
-from bench.record import Measurement
+from bench.measure.comparison import Comparison, Reference, sample_images
+from bench.measure.subject import Better, Subject
+from bench.record import Label, Measurement
 from cifar.distributed import barrier, least
-from cifar.trainer import Trainer
+from cifar.errors import UnsupportedError
 
 
 @torch.inference_mode()
 def measure_inference(subject: Subject) -> Iterable[Measurement]:
-    """Seconds per sample from images on the device to finished logits, at each batch size.
+    """Latency, cold start and outputs of the cell's own backend and those the protocol names.
 
     Every batch is waited for, so at batch 1 this is the latency of images that come one at a time
-    (DAWNBench). The number of processes does not matter: each one measures on its own device.
+    (DAWNBench, https://dawn.cs.stanford.edu/benchmark/). The number of processes does not matter:
+    each one measures on its own device. What is measured of a further backend has its name in the
+    label `backend`; the cell's own is eager, or compiled where it trains so.
     """
-    trainer, protocol = subject.trainer, subject.protocol
+    trainer = subject.trainer
     trainer.module.eval()
-    for size in protocol.inference_batch_sizes:
-        model = _inference_model(trainer)
-        images = _test_images(trainer, size)
-        seconds = _time_batches(model, images, subject)
-        yield subject.measurement(
-            "inference_latency",
-            "s/sample",
-            "lower",
-            [value / size for value in seconds],
-            batch_size=size,
+    assert trainer.config.precision is not None
+    source = Source(
+        module=trainer.module,
+        precision=trainer.config.precision,
+        device=trainer.device,
+        compile_mode=trainer.config.compile_mode,
+    )
+    reference = Reference(trainer, source)
+    own = "compiled" if trainer.config.compile else "eager"
+    with compiling_apart():
+        yield from Candidate(subject, source, own, reference).measure()
+        for name in subject.protocol.inference_backends:
+            if name != own:
+                yield from Candidate(subject, source, name, reference, backend=name).measure()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """A backend that has run its first batch."""
+
+    run: Run
+    batch_size: int
+    build_seconds: float
+    first_seconds: float
+    """Of building and the first call together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trouble:
+    """Why a backend has no numbers."""
+
+    status: Literal["absent", "failed"]
+    reason: str
+
+
+class Candidate:
+    """One backend on this cell's weights, built and measured at one batch size after the other.
+
+    The cell's own backend has no labels: what breaks it breaks the cell.
+    """
+
+    def __init__(
+        self, subject: Subject, source: Source, name: str, reference: Reference, **labels: Label
+    ) -> None:
+        self._subject, self._source, self._name = subject, source, name
+        self._reference, self._labels = reference, labels
+        self._comparisons: list[Comparison] = []
+        self._trouble: Trouble | None = None
+
+    def measure(self) -> Iterator[Measurement]:
+        """Latency at every batch size, then what starting cost, then how right the outputs are."""
+        first: Started | None = None
+        for size in self._subject.protocol.inference_batch_sizes:
+            images = sample_images(self._subject.trainer, size)
+            started = self._start(images, cold=first is None)
+            first = first or started
+            seconds = self._seconds(started, images) if started else None
+            values = [value / size for value in seconds] if seconds else None
+            yield self._found("inference_latency", "s/sample", "lower", values, batch_size=size)
+        if first:
+            yield from self._beginning(first)
+        if self._comparisons or (first and self._compare_once(first)):
+            yield from self._outputs()
+
+    def _start(self, images: Tensor, *, cold: bool) -> Started | None:
+        """Build it and run its first batch; None, and the trouble noted, where that fails."""
+        if self._trouble and self._trouble.status == "absent":
+            return None
+        started, trouble = None, None
+        try:
+            with cold_caches() if cold and not self._is_eager else contextlib.nullcontext():
+                started = _begin(BACKENDS[self._name], self._source, images)
+        except UnsupportedError as error:
+            trouble = Trouble(status="absent", reason=str(error))
+        except Exception as error:  # a library's, of any kind: it costs this number, not the cell
+            if not self._labels:
+                raise
+            trouble = Trouble(status="failed", reason=_one_line(error))
+        self._trouble = self._agree(trouble)
+        return None if self._trouble else started
+
+    def _agree(self, mine: Trouble | None) -> Trouble | None:
+        """The worst trouble of all processes, which have to go on together; a collective call."""
+        order = ("absent", "failed", "ok")
+        worst = order[least(order.index(mine.status if mine else "ok"), self._subject.device)]
+        if worst == "ok" or (mine and mine.status == worst):
+            return mine
+        status: Literal["absent", "failed"] = "absent" if worst == "absent" else "failed"
+        return Trouble(status=status, reason=f"{status} in another process")
+
+    def _seconds(self, started: Started, images: Tensor) -> list[float] | None:
+        """Seconds of every timed batch; None, and the trouble noted, if the outputs are wrong."""
+        if not self._is_eager:
+            comparison = self._reference.compare(started.run, len(images))
+            self._comparisons.append(comparison)
+            fault = comparison.fault(self._source.precision)
+            self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
+        return None if self._trouble else _time_batches(started.run, images, self._subject)
+
+    def _compare_once(self, started: Started) -> bool:
+        """Compare eager, one program for all batch sizes; False in fp32, as that is the reference.
+
+        What is found is the precision's own difference from fp32 and no fault.
+        """
+        if not self._is_eager or self._source.precision == "fp32":
+            return False
+        self._comparisons.append(self._reference.compare(started.run, self._reference.samples))
+        return True
+
+    def _beginning(self, first: Started) -> Iterator[Measurement]:
+        """Seconds from nothing to the first logits, and those of them before the first call."""
+        size = first.batch_size
+        for name, seconds in (
+            ("first_inference", first.first_seconds),
+            ("inference_build", first.build_seconds),
+        ):
+            yield self._found(name, "s", "lower", [seconds], batch_size=size)
+
+    def _outputs(self) -> Iterator[Measurement]:
+        """How far from fp32 eager, at the batch size where it is farthest."""
+        finite = all(math.isfinite(each.difference) for each in self._comparisons)
+        trouble = Trouble(status="failed", reason="wrong outputs: a logit is not finite")
+        self._trouble = self._agree(None if finite else trouble)
+        difference = [max(each.difference for each in self._comparisons)]
+        agreement = [min(each.agreement for each in self._comparisons)]
+        samples = self._reference.samples
+        for name, unit, better, values in (
+            ("output_max_difference", "1", "lower", None if self._trouble else difference),
+            ("output_agreement", "fraction", "higher", agreement),
+        ):
+            yield self._found(name, unit, cast(Better, better), values, samples=samples)
+
+    @property
+    def _is_eager(self) -> bool:
+        return self._name == "eager"
+
+    def _found(
+        self, name: str, unit: str, better: Better, values: list[float] | None, **labels: Label
+    ) -> Measurement:
+        """A measurement of this backend, or that there is none because of its trouble."""
+        labels |= self._labels
+        if values is not None:
+            return self._subject.measurement(name, unit, better, values, **labels)
+        assert self._trouble
+        status, reason = self._trouble.status, self._trouble.reason
+        return Measurement(
+            name=name, unit=unit, better=better, labels=labels, status=status, reason=reason
         )
 
 
-def _inference_model(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """The weights as they are trained, without the wrapper that training on many devices needs."""
-    if not trainer.config.compile:
-        return trainer.module
-    compiled = torch.compile(trainer.module, mode=trainer.config.compile_mode, dynamic=False)
-    return cast(nn.Module, compiled)
+def _begin(factory: Factory, source: Source, images: Tensor) -> Started:
+    """Build a backend and run the first batch, waited for."""
+    synchronize(source.device)
+    start = time.perf_counter()
+    run = factory(source, images)
+    built = time.perf_counter()
+    run(images)
+    synchronize(source.device)
+    end = time.perf_counter()
+    return Started(
+        run=run, batch_size=len(images), build_seconds=built - start, first_seconds=end - start
+    )
 
 
-def _test_images(trainer: Trainer, size: int) -> Tensor:
-    """`size` normalised test images, `[size, C, H, W]`; repeated if there are fewer."""
-    samples = torch.arange(size, device=trainer.device) % len(trainer.test_images)
-    return trainer.test_images.batch(samples).images
+def _one_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _time_batches(
-    model: Callable[[Tensor], Tensor], images: Tensor, subject: Subject
-) -> list[float]:
+def _time_batches(run: Run, images: Tensor, subject: Subject) -> list[float]:
     protocol, device = subject.protocol, subject.device
     for _ in range(max(1, protocol.inference_warmup)):
-        model(images)
+        run(images)
     synchronize(device)
     barrier()
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < protocol.inference_iterations:
         start = time.perf_counter()
-        model(images)
+        run(images)
         synchronize(device)
         end = time.perf_counter()
         seconds.append(end - start)

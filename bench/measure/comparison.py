@@ -1,0 +1,115 @@
+"""Whether a backend computes what the network computes: its logits against fp32 eager's."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure.backends import Run, Source, plain
+from cifar.config import PRECISIONS
+from cifar.trainer import Trainer
+
+COMPARED_SAMPLES = 256
+"""Test images at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Floor:
+    """What a backend has to reach to count as running the same network."""
+
+    agreement: float
+    """Least share of images with the same top-1."""
+    difference: float
+    """Greatest difference of a logit, as a share of the reference's greatest logit."""
+
+
+EXACT = Floor(agreement=0.99, difference=0.01)
+"""For fp32: another order of summation moves logits by 1e-6 of the greatest, which turns only ties;
+reduced arithmetic behind an fp32 name moves them by more than 1e-3."""
+REDUCED = Floor(agreement=0.9, difference=0.25)
+"""For bf16, fp16 and tf32: rounding to 8 to 11 bits moves logits by about 1 % of the greatest in
+ResNet-20; an untrained net has near ties, and agrees on 97 to 100 % of the images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A backend's logits against the reference's."""
+
+    difference: float
+    """Maximum absolute difference of a logit."""
+    agreement: float
+    """Share of images with the same top-1."""
+    scale: float
+    """The reference's greatest absolute logit."""
+
+    @classmethod
+    def of(cls, logits: Tensor, reference: Tensor) -> "Comparison":
+        """Compare `[B, K]` with `[B, K]`."""
+        same = logits.argmax(1) == reference.argmax(1)
+        return cls(
+            difference=(logits - reference).abs().max().item(),
+            agreement=same.double().mean().item(),
+            scale=reference.abs().max().item(),
+        )
+
+    def fault(self, precision: str) -> str:
+        """Why the backend does not run this network; "" if it does."""
+        chosen = PRECISIONS[precision]
+        floor = REDUCED if chosen.autocast or chosen.tf32 else EXACT
+        if self.agreement < floor.agreement:
+            return (
+                f"wrong outputs: the same top-1 as fp32 eager on {self.agreement:.1%} of the "
+                f"images, {floor.agreement:.0%} are due"
+            )
+        if not self.difference <= floor.difference * self.scale:  # NaN is no less either
+            return (
+                f"wrong outputs: a logit differs by {self.difference:.3g} from fp32 eager's, whose "
+                f"greatest is {self.scale:.3g}"
+            )
+        return ""
+
+
+class Reference:
+    """Logits of the weights in fp32 eager, autocast and TF32 off, on the first test images."""
+
+    def __init__(self, trainer: Trainer, source: Source) -> None:
+        self._trainer = trainer
+        self._source = replace(source, precision="fp32")
+        self.samples = min(COMPARED_SAMPLES, len(trainer.test_images))
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """`[B, K]`; computed when first asked for, so that it warms nothing up before."""
+        with _without_tf32():
+            logits: Tensor = plain(self._source)(sample_images(self._trainer, self.samples))
+        return logits
+
+    def compare(self, run: Run, size: int) -> Comparison:
+        """Run a backend on the same images, in batches of `size`."""
+        starts = range(0, self.samples, size)
+        # Cloned: CUDA graphs write every result to the same place.
+        batches = [run(sample_images(self._trainer, size, start)).clone() for start in starts]
+        return Comparison.of(torch.cat(batches)[: self.samples], self.logits)
+
+
+def sample_images(trainer: Trainer, size: int, start: int = 0) -> Tensor:
+    """`size` normalised test images, `[size, C, H, W]`; from the first again after the last."""
+    samples = torch.arange(start, start + size, device=trainer.device) % len(trainer.test_images)
+    return trainer.test_images.batch(samples).images
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

@@ -1,0 +1,448 @@
+"""Inference: latency, cold start and outputs of every backend, with fakes and for real."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from training import ROOT, finish, make_trainer, reset_accelerate, start
+
+from bench.measure import backends, comparison, inference
+from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
+from bench.measure.comparison import Comparison, Reference, sample_images
+from bench.measure.inference import Trouble, measure_inference
+from bench.measure.subject import Subject
+from bench.record import Measurement
+from bench.spec import Protocol
+from cifar.config import RunConfig
+from cifar.errors import UnsupportedError
+
+PROTOCOL = Protocol(
+    inference_batch_sizes=(1, 8), inference_warmup=1, inference_iterations=4,
+    inference_backends=("exported",),
+)  # fmt: skip
+CPU = torch.device("cpu")
+HAS_ONNX = all(map(importlib.util.find_spec, ("onnxruntime", "onnx", "onnxscript")))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    reset_accelerate()
+
+
+def make_subject(protocol: Protocol = PROTOCOL, **config: object) -> Subject:
+    return Subject(make_trainer(**{"precision": "fp32", **config}), protocol)
+
+
+def source_of(subject: Subject, **changes: object) -> Source:
+    trainer = subject.trainer
+    trainer.module.eval()
+    source = Source(module=trainer.module, precision="fp32", device=trainer.device)
+    return replace(source, **changes)
+
+
+def fake(change: Callable[[Tensor], Tensor]) -> backends.Factory:
+    """The network in eager mode with its logits changed."""
+
+    def factory(source: Source, images: Tensor) -> Run:
+        run = plain(source)
+        return lambda batch: change(run(batch))
+
+    return factory
+
+
+def put(monkeypatch: pytest.MonkeyPatch, factory: backends.Factory) -> None:
+    monkeypatch.setitem(BACKENDS, "exported", factory)
+
+
+def find(found: list[Measurement], name: str, **labels: object) -> Measurement:
+    (one,) = [
+        each
+        for each in found
+        if each.name == name and {"backend": None, **each.labels}.items() >= labels.items()
+    ]
+    return one
+
+
+def test_every_backend_has_its_latency_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, fake(lambda logits: logits))
+    found = list(measure_inference(make_subject()))
+    for backend in (None, "exported"):
+        for size in (1, 8):
+            one = find(found, "inference_latency", backend=backend, batch_size=size)
+            assert (one.status, len(one.samples[0])) == ("ok", 4)
+    assert find(found, "output_agreement", backend="exported").samples == ((1.0,),)
+    assert find(found, "output_max_difference", backend="exported").value < 1e-5
+    assert find(found, "output_agreement", backend="exported").labels["samples"] == 50
+    assert not [each for each in found if each.name == "output_agreement" and not each.labels]
+
+
+def test_the_first_inference_holds_the_build_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 13.0, 13.5])
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: next(moments))
+    started = inference._begin(
+        fake(lambda logits: logits), source_of(make_subject()), torch.zeros(2, 3, 16, 16)
+    )
+    assert (started.build_seconds, started.first_seconds, started.batch_size) == (3.0, 3.5, 2)
+
+
+def test_the_first_inference_is_told_of_the_first_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, fake(lambda logits: logits))
+    found = list(measure_inference(make_subject()))
+    for backend in (None, "exported"):
+        first = find(found, "first_inference", backend=backend)
+        build = find(found, "inference_build", backend=backend)
+        assert (first.unit, first.labels["batch_size"]) == ("s", 1)
+        assert 0 < build.value < first.value
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda logits: -logits, "the same top-1 as fp32 eager on 0.0% of the images, 99% are due"),
+        (lambda logits: 1.5 * logits, "a logit differs by"),
+        (lambda logits: torch.full_like(logits, math.nan), "wrong outputs"),
+    ],
+)
+def test_a_fast_wrong_backend_is_seen(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    put(monkeypatch, fake(change))
+    found = list(measure_inference(make_subject()))
+    for size in (1, 8):
+        one = find(found, "inference_latency", backend="exported", batch_size=size)
+        assert (one.status, one.samples) == ("failed", ())
+        assert reason in one.reason
+        assert find(found, "inference_latency", backend=None, batch_size=size).status == "ok"
+
+
+def test_outputs_that_are_not_finite_leave_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, fake(lambda logits: torch.full_like(logits, math.nan)))
+    one = find(list(measure_inference(make_subject())), "output_max_difference", backend="exported")
+    assert (one.status, one.reason) == ("failed", "wrong outputs: a logit is not finite")
+
+
+def test_a_backend_that_is_wrong_at_one_size_keeps_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(monkeypatch, fake(lambda logits: -logits if len(logits) == 8 else logits))
+    found = list(measure_inference(make_subject()))
+    latency = [find(found, "inference_latency", backend="exported", batch_size=n) for n in (1, 8)]
+    assert [each.status for each in latency] == ["ok", "failed"]
+    assert find(found, "output_agreement", backend="exported").value == 0.0, "the worst is told"
+
+
+def test_what_is_missing_is_absent_and_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def missing(source: Source, images: Tensor) -> Run:
+        tried.append(len(images))
+        raise UnsupportedError("no such package")
+
+    put(monkeypatch, missing)
+    found = [e for e in measure_inference(make_subject()) if e.labels.get("backend")]
+    assert {(e.name, e.status, e.reason) for e in found} == {
+        ("inference_latency", "absent", "no such package")
+    }
+    assert (len(found), tried) == (2, [1])
+
+
+def test_what_breaks_is_failed_with_one_line_and_tried_at_every_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(source: Source, images: Tensor) -> Run:
+        if len(images) == 1:
+            raise RuntimeError("no kernel\nand a long trace")
+        return plain(source)
+
+    put(monkeypatch, broken)
+    found = list(measure_inference(make_subject()))
+    one = find(found, "inference_latency", backend="exported", batch_size=1)
+    assert (one.status, one.reason) == ("failed", "RuntimeError: no kernel")
+    assert find(found, "inference_latency", backend="exported", batch_size=8).status == "ok"
+    assert find(found, "first_inference", backend="exported").labels["batch_size"] == 8
+
+
+def test_what_breaks_the_cells_own_backend_breaks_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(source: Source, images: Tensor) -> Run:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setitem(BACKENDS, "eager", broken)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        list(measure_inference(make_subject()))
+
+
+def test_trouble_in_another_process_stops_this_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = make_subject()
+    source = source_of(subject)
+    candidate = inference.Candidate(
+        subject, source, "exported", Reference(subject.trainer, source), backend="exported"
+    )
+    monkeypatch.setattr(inference, "least", lambda code, device: min(code, 0))
+    assert candidate._agree(None) == Trouble(status="absent", reason="absent in another process")
+    mine = Trouble(status="absent", reason="mine")
+    assert candidate._agree(mine) == mine
+    monkeypatch.setattr(inference, "least", lambda code, device: code)
+    assert candidate._agree(None) is None
+
+
+def test_a_cell_that_trains_compiled_measures_compiled_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BACKENDS, "compiled", fake(lambda logits: logits))
+    monkeypatch.setattr("cifar.accelerator.check_compiler", lambda _: None)
+    protocol = replace(PROTOCOL, inference_backends=("compiled",))
+    found = list(measure_inference(make_subject(protocol, compile=True)))
+    assert {each.labels.get("backend") for each in found} == {None}
+    assert len([each for each in found if each.name == "inference_latency"]) == 2
+    assert find(found, "output_agreement").value == 1.0
+
+
+def test_bf16_eager_tells_its_difference_from_fp32() -> None:
+    subject = make_subject(replace(PROTOCOL, inference_backends=()), precision="bf16")
+    found = list(measure_inference(subject))
+    difference = find(found, "output_max_difference").value
+    trainer = subject.trainer
+    with torch.inference_mode():
+        images = sample_images(trainer, 50)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = type(trainer.module).forward(trainer.module, images).float()
+        exact = type(trainer.module).forward(trainer.module, images)
+    assert difference == (rounded - exact).abs().max().item()
+    assert difference > 0
+
+
+def test_comparison_by_hand() -> None:
+    reference = torch.tensor([[1.0, -2.0], [0.0, 4.0], [3.0, 1.0], [0.5, 0.0]])
+    logits = torch.tensor([[1.0, -2.5], [0.0, 4.0], [3.0, 1.0], [-0.25, 0.0]])
+    result = Comparison.of(logits, reference)
+    assert (result.difference, result.agreement, result.scale) == (0.75, 0.75, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "agreement", "difference", "wrong"),
+    [
+        ("fp32", 0.99, 0.01, False),
+        ("fp32", 0.98, 0.0, True),
+        ("fp32", 1.0, 0.02, True),
+        ("bf16", 0.9, 0.25, False),
+        ("tf32", 0.9, 0.02, False),
+        ("fp16", 0.89, 0.0, True),
+        ("bf16", 1.0, 0.3, True),
+    ],
+)
+def test_the_floor_depends_on_the_precision(
+    precision: str, agreement: float, difference: float, wrong: bool
+) -> None:
+    result = Comparison(difference=2 * difference, agreement=agreement, scale=2.0)
+    assert bool(result.fault(precision)) == wrong
+
+
+def test_the_same_images_are_compared_at_every_size() -> None:
+    subject = make_subject()
+    seen: list[Tensor] = []
+    with torch.inference_mode():
+        reference = Reference(subject.trainer, source_of(subject))
+        run = plain(source_of(subject))
+
+        def watched(images: Tensor) -> Tensor:
+            seen.append(images)
+            return run(images)
+
+        assert reference.compare(watched, 8).difference < 1e-5
+    assert [len(each) for each in seen] == [8] * 7
+    assert torch.equal(torch.cat(seen)[:50], sample_images(subject.trainer, 50))
+    assert torch.equal(seen[-1][2], seen[0][0]), "after the last image comes the first"
+
+
+def test_a_large_test_split_is_compared_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "COMPARED_SAMPLES", 20)
+    subject = make_subject()
+    reference = Reference(subject.trainer, source_of(subject))
+    assert reference.samples == len(reference.logits) == 20
+
+
+def test_the_reference_is_fp32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = make_subject(precision="bf16")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: list[tuple[torch.dtype, bool]] = []
+    inner = next(m for m in subject.trainer.module.modules() if isinstance(m, nn.Conv2d))
+    inner.register_forward_hook(
+        lambda _m, _i, out: seen.append((out.dtype, torch.backends.cudnn.allow_tf32))
+    )
+    Reference(subject.trainer, source_of(subject, precision="bf16")).logits  # noqa: B018
+    assert seen == [(torch.float32, False)]
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
+def test_the_plain_network_has_the_same_weights_and_no_wrapper() -> None:
+    subject = make_subject(precision="bf16")
+    module = subject.trainer.module
+    assert "forward" in module.__dict__, "Accelerate wraps it"
+    source = source_of(subject)
+    exact, rounded = plain(source), plain(replace(source, precision="bf16"))
+    assert "forward" not in exact.__dict__ and "forward" in module.__dict__
+    assert [p.data_ptr() for p in exact.parameters()] == [
+        p.data_ptr() for p in rounded.parameters()
+    ]
+    images = sample_images(subject.trainer, 4)
+    with torch.no_grad():
+        assert torch.equal(rounded(images), module(images))
+        assert not torch.equal(exact(images), module(images))
+        assert rounded(images).dtype == torch.float32
+
+
+def test_more_shapes_than_torch_keeps_are_compiled_and_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By default torch goes on in eager mode after 8 shapes of the same code."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(1)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, mode, **o: real(m, backend=count, **o))
+    monkeypatch.setattr(backends, "check_compiler", lambda _: None)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    source = Source(module=net, precision="fp32", device=CPU)
+    before = counters["stats"]["unique_graphs"]
+    with torch.inference_mode(), compiling_apart():
+        for size in range(2, 13):
+            images = torch.ones(size, 3, 2, 2)
+            run = BACKENDS["compiled"](source, images)
+            assert torch.allclose(run(images), net(images))
+    assert len(graphs) == 11
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("name", ["compiled", "exported"])
+def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    protocol = replace(PROTOCOL, inference_backends=(name,))
+    found = [e for e in measure_inference(make_subject(protocol)) if e.labels.get("backend")]
+    assert {each.status for each in found} == {"absent"}
+    assert "no-such-compiler" in found[0].reason
+
+
+def test_onnxruntime_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "onnx" or None)
+    with pytest.raises(UnsupportedError, match=r"^inference-backends: .*: onnx is not installed$"):
+        BACKENDS["onnxruntime"](source_of(make_subject()), torch.zeros(1, 3, 16, 16))
+
+
+def test_onnxruntime_refuses_a_reduced_precision() -> None:
+    source = source_of(make_subject(), precision="bf16")
+    with pytest.raises(UnsupportedError, match="precision: 'bf16'"):
+        BACKENDS["onnxruntime"](source, torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("tf32", "1")])
+def test_onnxruntime_on_a_gpu_uses_tf32_only_if_asked(precision: str, tf32: str) -> None:
+    source = Source(module=nn.Identity(), precision=precision, device=torch.device("cuda", 1))
+    assert backends._provider(source) == (
+        "CUDAExecutionProvider",
+        {"device_id": "1", "use_tf32": tf32},
+    )
+
+
+def test_cold_caches_are_empty_and_leave_nothing() -> None:
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with backends.cold_caches():
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
+ONE_SIDED = """
+import sys
+from training import make_trainer
+from bench.measure import backends
+from bench.measure.inference import measure_inference
+from bench.measure.subject import Subject
+from bench.spec import Protocol
+from cifar.distributed import leave
+
+trainer = make_trainer(precision="fp32")
+second = trainer.place.index == 1
+
+def factory(source, images):
+    if second and len(images) == 1:
+        raise RuntimeError("only here")
+    run = backends.plain(source)
+    return lambda batch: -run(batch) if second and len(images) == 2 else run(batch)
+
+backends.BACKENDS["exported"] = factory
+protocol = Protocol(
+    inference_batch_sizes=(1, 2, 4), inference_iterations=3, inference_backends=("exported",)
+)
+for each in measure_inference(Subject(trainer, protocol)):
+    if not second and each.labels.get("backend") and each.name == "inference_latency":
+        print(each.labels["batch_size"], each.status, len(each.samples), each.reason)
+leave()
+"""
+
+
+@pytest.mark.multiprocess
+def test_what_one_process_alone_meets_keeps_both_together(tmp_path: Path) -> None:
+    program = tmp_path / "one_sided.py"
+    program.write_text(ONE_SIDED)
+    config = ROOT / "launch" / "ddp.yaml"
+    process = start(
+        "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
+        "--main_process_port", 0, "--mixed_precision", "no", program,
+        environment={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    )  # fmt: skip
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert out.splitlines() == [
+        "1 failed 0 failed in another process",
+        "2 failed 0 failed in another process",
+        "4 ok 2 ",
+    ]
+
+
+def check_for_real(name: str, precision: str) -> None:
+    """Twice, because the second build finds other caches than the first, cold one."""
+    protocol = replace(PROTOCOL, inference_batch_sizes=(1, 2), inference_backends=(name,))
+    found = list(measure_inference(make_subject(protocol, precision=precision)))
+    mine = [each for each in found if each.labels.get("backend") == name]
+    assert {(each.status, each.reason) for each in mine} == {("ok", "")}
+    assert [each.name for each in mine] == [
+        "inference_latency", "inference_latency", "first_inference", "inference_build",
+        "output_max_difference", "output_agreement",
+    ]  # fmt: skip
+    assert find(mine, "output_agreement").value >= (0.99 if precision == "fp32" else 0.9)
+    assert 0 < find(mine, "output_max_difference").value < 0.1
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason="onnxruntime, onnx or onnxscript is not installed")
+def test_onnxruntime_runs_for_real() -> None:
+    check_for_real("onnxruntime", "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["compiled", "exported"])
+def test_compilers_run_for_real(name: str, precision: str) -> None:
+    check_for_real(name, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["compiled", "exported"])
+def test_compilers_run_on_a_gpu(name: str, precision: str) -> None:
+    protocol = replace(PROTOCOL, inference_batch_sizes=(1, 8), inference_backends=(name,))
+    trainer = make_trainer(run=RunConfig(), precision=precision)
+    found = list(measure_inference(Subject(trainer, protocol)))
+    mine = [each for each in found if each.labels.get("backend") == name]
+    assert {(each.status, each.reason) for each in mine} == {("ok", "")}
