@@ -20,7 +20,7 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 
 FREE_NAMES = """
     bench bench.__main__ bench.estimate bench.failure bench.job bench.launchers bench.options
-    bench.present bench.progress bench.record bench.record_file bench.rows bench.runs
+    bench.present bench.progress bench.record bench.record_file bench.repeats bench.rows bench.runs
     bench.save bench.spec
     bench.stats bench.suites bench.table
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
