@@ -123,7 +123,9 @@ def _measure(run: runs.Run, past: Sequence[Record]) -> int:
     print(_render(records, "terminal", sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if record.status not in ("ok", "unsupported")]
-    print(f"{len(records)} cells in {took}; records and logs are in {shown(run.folder)}")
+    skipped = len(run.plan.tasks) - len(records)
+    more = f" ({skipped} more were not needed)" if skipped else ""
+    print(f"{len(records)} cells in {took}{more}; records and logs are in {shown(run.folder)}")
     if broken:
         print(f"{len(broken)} did not finish; to try them again: {resume}")
     if disturbed := [record for record in records if not record.valid]:

@@ -9,7 +9,7 @@ from bench.frontier import Search, next_batch, probe
 from bench.job import Job
 from bench.launchers import launch
 from bench.present import present_environment
-from bench.progress import SuiteProgress
+from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
 from bench.runs import Launch, Present, Run, latest, measure, reusable, taken_up
 from bench.spec import Task
@@ -73,10 +73,10 @@ class _Searches:
         progress.start(number, task.cell.label, None)
         kept = self._old.get(task.key)
         if kept and reusable(kept, self._here(task), (*ANSWERS, "unsupported")):
-            progress.finish(kept, None, reused=True)
+            progress.finish(f"kept {outcome(kept)}", None)
             return kept
         record = measure(self._run, len(self._done) + 1, task, self._launch)
-        progress.finish(record, None)
+        progress.finish(outcome(record), None)
         return record
 
     def _launch(self, job: Job, folder: Path) -> Record:

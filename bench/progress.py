@@ -72,9 +72,9 @@ class SuiteProgress:
         else:
             print(self._line, end="", file=self._stream, flush=True)
 
-    def finish(self, record: Record, seconds_left: float | None, *, reused: bool = False) -> None:
-        """The cell that started last has this record; the ones after it may take that long."""
-        text = f" {'kept ' if reused else ''}{outcome(record)}"
+    def finish(self, text: str, seconds_left: float | None) -> None:
+        """That became of the cell that started last; the ones after it may take that long."""
+        text = f" {text}"
         if seconds_left:
             text += f", about {format_duration(seconds_left)} left"
         if self._bar is not None:

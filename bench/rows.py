@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from bench.record import DataFacts, Environment, Measurement, Record
 from bench.spec import Cell
-from bench.stats import percentile, spread
+from bench.stats import FEWEST, median_interval, percentile, ratio_interval, spread
 from cifar.errors import UserError
 from cifar.serialize import digest
 
@@ -62,8 +62,10 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
     Speeds and sizes are medians over the runs, fractions (top-1) means with `_std` and `_n`;
     `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks. `inference_throughput_b64` is
-    the samples/s of one device at that latency. `vs_fp32` is the ratio of
-    training throughput to the fp32 row that is otherwise equal.
+    the samples/s of one device at that latency. `vs_fp32` is the ratio of training throughput to
+    the fp32 row that is otherwise equal. Where a value differs between `bench.stats.FEWEST` runs or
+    more, `_low` and `_high` bound its median with 95 % confidence, of `_n` values: one per run, as
+    steps of one process are not independent.
 
     A row is `valid` if no finished run was disturbed, and None if none finished; `invalid_reason`
     tells what disturbed the last such run, and how many there are. Numbers come from all finished
@@ -79,6 +81,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
         mine, other = row.get("train_throughput"), reference.get("train_throughput")
         if isinstance(mine, float) and isinstance(other, float):
             row["vs_fp32"] = mine / other
+            if row is not reference:
+                row |= _ratio_bounds(_rates(group), _rates(groups[_identity(group[0], "fp32")]))
     return list(result.values())
 
 
@@ -121,6 +125,19 @@ def _validity(finished: Sequence[Record]) -> Row:
     if len(finished) > 1 and disturbed:
         reason = f"{len(disturbed)} of {len(finished)} runs: {reason}"
     return {"valid": not disturbed if finished else None, "invalid_reason": reason}
+
+
+def _rates(group: Sequence[Record]) -> list[float]:
+    """Training throughput of every finished run."""
+    rates = [record.value("train_throughput") for record in group if record.status == "ok"]
+    return [rate for rate in rates if rate is not None]
+
+
+def _ratio_bounds(rates: Sequence[float], reference: Sequence[float]) -> Row:
+    if min(len(rates), len(reference)) < FEWEST:
+        return {}
+    low, high = ratio_interval(rates, reference)
+    return {"vs_fp32_low": low, "vs_fp32_high": high}
 
 
 def _what(record: Record) -> Row:
@@ -226,6 +243,9 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
     row: Row = {key: middle}
     if key.startswith("inference_latency"):
         row[key.replace("latency", "throughput")] = 1 / middle
+    if len(values) >= FEWEST and min(values) < max(values):
+        low, high = median_interval(values)
+        row |= {f"{key}_low": low, f"{key}_high": high, f"{key}_n": len(values)}
     pooled = [value for item in measurements for rank in item.samples for value in rank]
     if first.unit != "samples/s" and any(len(rank) > 1 for rank in first.samples):
         row |= {f"{key}_p{percent}": percentile(pooled, percent) for percent in (50, 95, 99)}

@@ -7,6 +7,7 @@
 import contextlib
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,9 +19,10 @@ from bench.frontier import Search
 from bench.job import Fault, Job
 from bench.launchers import end_leftovers, launch
 from bench.present import present_environment
-from bench.progress import SuiteProgress
+from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
 from bench.record_file import append_record, read_records
+from bench.repeats import FINISHED, Standing, interleaved
 from bench.spec import Suite, Task, expand
 from cifar import files
 from cifar.errors import UserError
@@ -74,8 +76,10 @@ class Run:
         return self.folder / "cells" / f"{number:02d}-{task.slug}"
 
     def records(self) -> list[Record]:
-        """All records so far, oldest first; none if no process has finished."""
-        return read_records(self.records_file) if self.records_file.exists() else []
+        """All records so far, in the order of the plan; those of one task oldest first."""
+        records = read_records(self.records_file) if self.records_file.exists() else []
+        order = {task.key: number for number, task in enumerate(self.plan.tasks)}
+        return sorted(records, key=lambda record: order.get(record.key, len(order)))
 
 
 def check_writable(runs_dir: Path) -> None:
@@ -207,7 +211,7 @@ def taken_up(run: Run) -> Iterator[None]:
 
 
 def reusable(
-    record: Record, environment: Environment, statuses: Sequence[Status] = ("ok", "unsupported")
+    record: Record, environment: Environment, statuses: Sequence[Status] = FINISHED
 ) -> bool:
     """Whether a record of one of these statuses tells what measuring again, here and now, would."""
     return (
@@ -224,8 +228,10 @@ def execute(
     present: Present = present_environment,
     past: Sequence[Record] = (),
 ) -> list[Record]:
-    """Measure what has no record that can be used again; one record per task, in their order.
+    """Measure what has no record that can be used again; returns the records in the plan's order.
 
+    There is one per task, but none of a task that nobody needs as its cell is known well enough
+    (`Protocol.target_interval`). Tasks are measured in the order of `bench.repeats.interleaved`.
     Every record is on disk before the next process starts. `past` records serve to estimate
     durations; `present` tells what a worker of so many processes runs on now, and is asked only
     if there are records.
@@ -252,9 +258,9 @@ def measure(
 
 
 def missing(run: Run, *, present: Present = present_environment) -> list[Task]:
-    """The tasks that `execute` would measure."""
-    kept = _kept(run, present)
-    return [task for task in run.plan.tasks if task.key not in kept]
+    """The tasks that `execute` would measure, in its order; fewer if it comes to know enough."""
+    standing = _standing(run, present)
+    return [task for task in interleaved(run.plan.tasks) if standing.needs(task)]
 
 
 class _Execution:
@@ -263,44 +269,55 @@ class _Execution:
     def __init__(self, run: Run, launch: Launch, present: Present, past: Sequence[Record]) -> None:
         self._run = run
         self._launch = launch
-        self._kept = _kept(run, present)
+        self._standing = _standing(run, present)
         self._known = [*past, *run.records()]
+        self._order = interleaved(run.plan.tasks)
 
     def all(self) -> list[Record]:
-        tasks = self._run.plan.tasks
-        with SuiteProgress(len(tasks), sys.stderr) as progress:
-            return [self._one(number, progress) for number in range(1, len(tasks) + 1)]
+        found: dict[tuple[str, str, int], Record] = {}
+        with SuiteProgress(len(self._order), sys.stderr) as progress:
+            for position, task in enumerate(self._order):
+                if record := self._one(position, progress):
+                    found[task.key] = record
+        return [found[task.key] for task in self._run.plan.tasks if task.key in found]
 
-    def _one(self, number: int, progress: SuiteProgress) -> Record:
-        task = self._run.plan.tasks[number - 1]
+    def _one(self, position: int, progress: SuiteProgress) -> Record | None:
+        task = self._order[position]
         label = task.cell.label + (f" repeat {task.repeat}" if task.repeat else "")
-        progress.start(number, label, self._seconds_from(number))
-        if kept := self._kept.get(task.key):
-            progress.finish(kept, self._seconds_from(number + 1), reused=True)
+        progress.start(position + 1, label, self._seconds_from(position))
+        if kept := self._standing.kept.get(task.key):
+            progress.finish(f"kept {outcome(kept)}", self._seconds_from(position + 1))
             return kept
+        if (within := self._standing.known_within(task)) is not None:
+            text = f"not needed, known to within {within:.1%}"
+            progress.finish(text, self._seconds_from(position + 1))
+            return None
+        number = self._run.plan.tasks.index(task) + 1
         record = measure(self._run, number, task, self._launch)
         self._known.append(record)
-        progress.finish(record, self._seconds_from(number + 1))
+        self._standing.add(record)
+        progress.finish(outcome(record), self._seconds_from(position + 1))
         return record
 
-    def _seconds_from(self, number: int) -> float:
-        """Expected seconds for task `number` and those after it."""
+    def _seconds_from(self, position: int) -> float:
+        """Expected seconds for the task at `position` and those after it."""
+        needed = (task for task in self._order[position:] if self._standing.needs(task))
+        counts = Counter((task.cell, task.protocol) for task in needed)
         return sum(
-            estimate_seconds(task.cell, task.protocol, history=self._known)
-            for task in self._run.plan.tasks[number - 1 :]
-            if task.key not in self._kept
+            count * estimate_seconds(*which, history=self._known) for which, count in counts.items()
         )
 
 
-def _kept(run: Run, present: Present) -> dict[tuple[str, str, int], Record]:
-    """The records that can be used again; those of disturbed measurements cannot."""
+def _standing(run: Run, present: Present) -> Standing:
+    """What the run has, and what of it can be used again here and now; nothing disturbed can."""
     old = latest(run.records())
     counts = {record.cell.num_processes for record in old.values() if record.environment}
     environments = {count: present(count) for count in sorted(counts)}
-    return {
+    kept = {
         key: record
         for key, record in old.items()
         if record.environment
         and record.valid
         and reusable(record, environments[record.cell.num_processes])
     }
+    return Standing(old, kept)

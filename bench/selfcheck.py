@@ -19,7 +19,7 @@ from bench import runs
 from bench.estimate import estimate_seconds
 from bench.job import Fault, Job
 from bench.launchers import launch
-from bench.progress import SuiteProgress
+from bench.progress import SuiteProgress, outcome
 from bench.record import Record
 from bench.spec import Plan, Protocol, Suite, Task, grid
 from bench.stats import median_interval
@@ -138,7 +138,7 @@ class _Execution:
         self._progress.start(number, label, left * (len(self._costs) + 1))
         record = runs.measure(self._run, number, task, self._launch, fault)
         self._records.append(record)
-        self._progress.finish(record, 0.0)
+        self._progress.finish(outcome(record), 0.0)
         return record
 
 
@@ -192,9 +192,10 @@ def judge(name: str, differences: Sequence[float], true: float, *, slack: float)
     slack) to either side would hold almost anything, and proves nothing.
     """
     try:
-        added, low, high = median_interval(differences)
+        low, high = median_interval(differences)
     except ValueError as error:
         return Finding(name=name, verdict="too noisy", true=true, note=str(error))
+    added = statistics.median(differences)
     right = low <= true <= high or (true - slack <= low and high <= true + slack)
     verdict: Verdict = "seen" if right and (true == 0 or low > 0) else "not seen"
     if right and (high - low) / 2 > slack * WIDEST / TOLERANCE:

@@ -1,5 +1,6 @@
 """What is measured and how: cells, protocols, suites, and their expansion into tasks. No torch."""
 
+import functools
 import itertools
 import math
 import re
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast
 
+from bench.stats import FEWEST
 from cifar.config import (
     PRECISIONS,
     DataConfig,
@@ -18,6 +20,11 @@ from cifar.config import (
 )
 from cifar.recipes import get_recipe
 from cifar.serialize import NOT_IN_DIGEST, STRICT, digest
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(value: "Cell | Protocol") -> str:
+    return digest(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +55,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits over the contents."""
-        return digest(self)
+        return _digest(self)
 
     @property
     def precision(self) -> str:
@@ -117,7 +124,7 @@ class Protocol:
     """Fresh processes per cell; at most so many with `target_interval`."""
     target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)
     """Start no more processes of a cell once the 95 % interval of its training throughput reaches
-    no further from the median than this fraction of it."""
+    no further from the median than this fraction of it (see `bench.repeats`)."""
     train_samples: int = 0
     """Training budget in samples; 0: speed only."""
     inference_batch_sizes: tuple[int, ...] = (1, 256)
@@ -166,6 +173,12 @@ class Protocol:
             self.timed_seconds,
             "needs warm-up steps, whose pace tells how many fit",
         )
+        require(
+            self.target_interval is None or self.repeats > FEWEST,
+            "target-interval",
+            self.target_interval,
+            f"needs repeats, at most how many processes to start: {FEWEST + 1} or more",
+        )
         for name, known in (("metrics", METRICS), ("inference_backends", BACKENDS)):
             unknown = [each for each in getattr(self, name) if each not in known]
             require(
@@ -182,7 +195,7 @@ class Protocol:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits over what is measured; repeats and time limit do not enter."""
-        return digest(self)
+        return _digest(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,8 +240,7 @@ class Suite:
 def expand(suite: Suite) -> tuple[Task, ...]:
     """One task per cell, protocol and repeat, without duplicates.
 
-    The first repeats of all cells come before the second ones, so that a drifting machine does not
-    favour a cell.
+    The first repeats of all cells come before the second ones; see `bench.repeats.interleaved`.
 
     Raises:
         ConfigError: no cell at all, or a training budget smaller than two batches.

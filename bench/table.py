@@ -26,17 +26,19 @@ DASH = "\N{EN DASH}"
 """Not measured, or nothing to compare with."""
 
 
-def _digits(value: float) -> str:
-    """Three significant digits, and all those before the point."""
-    places = next((places for places, least in ((0, 100), (1, 10), (2, 1)) if value >= least), 3)
-    return f"{value:,.{places}f}"
+def _places(value: float) -> int:
+    """Behind the point, for three significant digits and all those before the point."""
+    return next((places for places, least in ((0, 100), (1, 10), (2, 1)) if value >= least), 3)
 
 
 def _mebibytes(value: float) -> str:
     return f"{value / 2**20:,.0f}"
 
 
-def _number(key: str, show: Callable[[float], str]) -> Callable[[Row], str]:
+Show = Callable[[Row], str]
+
+
+def _number(key: str, show: Callable[[float], str]) -> Show:
     def cell(row: Row) -> str:
         value = row.get(key)
         if isinstance(value, (int, float)):
@@ -46,7 +48,24 @@ def _number(key: str, show: Callable[[float], str]) -> Callable[[Row], str]:
     return cell
 
 
-def _text(key: str) -> Callable[[Row], str]:
+def _speed(key: str, *, scale: float = 1.0, unit: str = "", places: int | None = None) -> Show:
+    """A number, with the interval of its median if it has one: `412 [405, 418]`."""
+
+    def cell(row: Row) -> str:
+        value = row.get(key)
+        if not isinstance(value, (int, float)):
+            return _number(key, str)(row)
+        behind = _places(scale * value) if places is None else places
+        text = f"{scale * value:,.{behind}f}{unit}"
+        low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+        if isinstance(low, float) and isinstance(high, float):
+            text += f" [{scale * low:,.{behind}f}, {scale * high:,.{behind}f}]"
+        return text
+
+    return cell
+
+
+def _text(key: str) -> Show:
     def cell(row: Row) -> str:
         value = row[key]
         return f"{value:,}" if isinstance(value, int) else str(value or DASH)
@@ -86,7 +105,7 @@ class Column:
     """A column of the tables that people read."""
 
     heading: str
-    show: Callable[[Row], str]
+    show: Show
     numeric: bool = True
 
 
@@ -119,12 +138,12 @@ SIZES = (
 )
 
 SPEEDS = (
-    Column(heading="Train (images/s)", show=_number("train_throughput", _digits)),
+    Column(heading="Train (images/s)", show=_speed("train_throughput")),
     Column(
         heading="Peak memory (MiB)",
         show=_number("peak_memory_bytes", _mebibytes),
     ),
-    Column(heading="vs fp32", show=_number("vs_fp32", lambda value: f"{value:.2f}x")),
+    Column(heading="vs fp32", show=_speed("vs_fp32", unit="x", places=2)),
 )
 
 
@@ -154,7 +173,7 @@ def result_columns(table: Sequence[Row]) -> list[Column]:
     inference = [
         Column(
             heading=f"Inference b{size} (ms/sample)",
-            show=_number(f"inference_latency_b{size}", lambda value: _digits(1000 * value)),
+            show=_speed(f"inference_latency_b{size}", scale=1000),
         )
         for size in sizes
     ]
@@ -194,6 +213,9 @@ def _captions(table: Sequence[Row]) -> list[tuple[str, str]]:
         values = _distinct(table, key)
         if phrase and key not in ALWAYS and len(values) == 1:
             shared.append(_plural(phrase.format(values[0]), values[0]))
+    shown = r"(train_throughput|inference_latency_b\d+)_low"
+    if any(re.fullmatch(shown, key) for row in table for key in row):
+        lines.append(("[ ]", "95 % interval of the median over processes"))
     return [*lines, ("Cells", ", ".join(shared))]
 
 

@@ -23,9 +23,8 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from turns import ratio, take_turns
+from turns import middle, ratio, take_turns
 
-from bench.stats import median_interval
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.augment import get_augmentations
 from cifar.data.loader import DeviceImages, Normalization, TrainLoader
@@ -96,9 +95,7 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
         "bare_step_ms": statistics.median(bare) * 1e3,
         "ratio": ratio(bare, taken["trainer"]),
         "control": ratio(bare, taken["control"]),
-        "added_ms": median_interval(
-            [(t - b) * 1e3 for b, t in zip(bare, taken["trainer"], strict=True)]
-        ),
+        "added_ms": middle([(t - b) * 1e3 for b, t in zip(bare, taken["trainer"], strict=True)]),
     }
 
 

@@ -289,7 +289,7 @@ def test_resume_measures_anew_what_other_code_measured(tmp_path):
     name = runs.newest(tmp_path / "runs").id
     assert bench(tmp_path, "run", "--resume", name, FAKE_CODE="new").returncode == 0
     records = runs.newest(tmp_path / "runs").records()
-    assert [record.environment.code_digest for record in records] == ["old"] * 2 + ["new"] * 2
+    assert [record.environment.code_digest for record in records] == ["old", "new"] * 2
 
 
 def test_a_disturbed_cell_is_told_and_measured_again_on_resume(tmp_path):

@@ -21,8 +21,9 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 FREE_NAMES = """
     bench bench.__main__ bench.console bench.counters bench.estimate bench.failure bench.frontier
     bench.frontier_command bench.job bench.judge bench.launchers bench.nvml bench.options
-    bench.present bench.probes bench.progress bench.record bench.record_file bench.rows bench.runs
-    bench.save bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.validity
+    bench.present bench.probes bench.progress bench.record bench.record_file bench.repeats
+    bench.rows bench.runs bench.save bench.selfcheck bench.spec bench.stats bench.suites
+    bench.table bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
     cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench.repeats import interleaved
 from bench.spec import Cell, Plan, Protocol, Suite, Task, expand, grid, seeded
 from cifar.config import ModelConfig, Recipe, TrainConfig
 from cifar.errors import ConfigError
@@ -77,6 +78,10 @@ def test_digest_is_that_of_old_records():
         (lambda: Protocol(warmup_steps=-1), "warmup-steps: -1: give 0 or more"),
         (lambda: Protocol(train_samples=-1), "train-samples: -1: give 0 or more"),
         (lambda: Protocol(repeats=0), "repeats: 0: give 1 or more"),
+        (
+            lambda: Protocol(target_interval=0.01, repeats=6),
+            "target-interval: 0.01: needs repeats, at most how many processes to start: 7 or more",
+        ),
         (lambda: Protocol(timeout=0), "timeout: 0: give a positive number"),
         (lambda: Protocol(timeout=float("inf")), "timeout: inf: give a positive"),
         (lambda: Protocol(inference_seconds=float("nan")), "inference-seconds: nan: give a"),
@@ -96,7 +101,7 @@ def test_bad_input_is_one_line_that_names_field_and_value(make, message):
 
 
 def test_protocol_digest_ignores_repeats_and_time_limit():
-    assert Protocol(repeats=5, timeout=1.0).digest == Protocol().digest
+    assert Protocol(repeats=9, target_interval=0.1, timeout=1.0).digest == Protocol().digest
     assert Protocol(timed_steps=21).digest != Protocol().digest
     assert Protocol(allow_emulated=False).digest != Protocol().digest
 
@@ -105,6 +110,25 @@ def test_expand_runs_all_cells_before_it_repeats_any():
     one, two = make_cell(), make_cell(seed=1)
     tasks = expand(make_suite(Protocol(repeats=2), one, two))
     assert [(task.cell, task.repeat) for task in tasks] == [(one, 0), (two, 0), (one, 1), (two, 1)]
+
+
+def test_cells_are_measured_in_a_random_order_that_every_repeat_draws_anew():
+    cells = [make_cell(seed=seed) for seed in range(4)]
+    tasks = expand(make_suite(Protocol(repeats=400), *cells))
+    order = interleaved(tasks)
+    assert order == interleaved(tasks)
+    assert set(order) == set(tasks)
+    assert [task.repeat for task in order] == [task.repeat for task in tasks]
+    rounds = [order[start : start + 4] for start in range(0, len(order), 4)]
+    for cell in cells:
+        places = [[task.cell for task in each].index(cell) for each in rounds]
+        # 100 expected of each place: 70 is 3.5 standard deviations away.
+        assert all(70 <= places.count(place) <= 130 for place in range(4))
+
+
+def test_cells_that_are_not_repeated_are_measured_as_they_are_given():
+    tasks = expand(make_suite(Protocol(), *(make_cell(seed=seed) for seed in range(9))))
+    assert interleaved(tasks) == tasks
 
 
 def test_expand_removes_duplicates_but_not_other_protocols():

@@ -181,6 +181,69 @@ def test_percentiles_pool_the_runs():
     assert row["inference_latency_b1_p95"] == pytest.approx(0.48)
 
 
+def repeated(*rates, precision="fp32"):
+    cell = make_cell(precision=precision)
+    return [
+        make_record(cell, repeat=repeat, found=measurements(rate=rate))
+        for repeat, rate in enumerate(rates)
+    ]
+
+
+def test_six_runs_bound_their_median_and_five_do_not():
+    rates = (400.0, 410.0, 412.0, 413.0, 418.0, 430.0)
+    row = only(rows(repeated(*rates)))
+    # 0.357143 of the way from the extremes to their neighbours, see test_stats.
+    assert row["train_throughput"] == pytest.approx(412.5)
+    assert row["train_throughput_low"] == pytest.approx(403.571, abs=0.001)
+    assert row["train_throughput_high"] == pytest.approx(425.714, abs=0.001)
+    assert row["train_throughput_n"] == 6
+    # Every run has the same sizes and latencies: nothing varies.
+    assert [key for key in row if key.endswith("_low")] == ["train_throughput_low"]
+    few = only(rows(repeated(*rates[:5])))
+    assert few["runs"] == 5
+    assert not [key for key in few if key.endswith(("_low", "_high"))]
+
+
+def test_the_unit_of_an_interval_is_the_run_and_not_its_steps():
+    records = [
+        make_record(repeat=repeat, found=(latency(1, 0.001, 0.004 + repeat / 1000, 0.02),))
+        for repeat in range(6)
+    ]
+    row = only(rows(records))
+    assert row["inference_latency_b1_n"] == 6
+    assert row["inference_latency_b1_low"] == pytest.approx(0.004357, abs=1e-6)
+    assert row["inference_latency_b1_high"] == pytest.approx(0.008643, abs=1e-6)
+    assert row["inference_latency_b1_p95"] == pytest.approx(0.02)
+
+
+def test_intervals_have_the_digits_of_their_number_and_are_explained():
+    records = repeated(998.0, 999.0, 999.0, 1000.0, 1001.0, 1002.0)
+    records += [
+        replace(
+            record, measurements=(*record.measurements[:1], latency(1, 0.00995 + 1e-4 * number))
+        )
+        for number, record in enumerate(repeated(9, 9, 9, 10, 10, 10.0, precision="bf16"))
+    ]
+    text = render_terminal(rows(records), width=200)
+    assert "1,000 [998, 1,002]" in text
+    assert "9.50 [9.00, 10.00]" in text
+    assert "10.2 [10.0, 10.4]" in text
+    assert "[ ]: 95 % interval of the median over processes" in text
+    assert "[ ]" not in render_terminal(rows(repeated(1.0, 2.0)), width=200)
+
+
+def test_a_ratio_of_repeated_cells_has_an_interval():
+    slow, fast = (100.0, 101.0, 102.0, 103.0, 104.0, 105.0), (150.0, 151.0, 153.0, 154.0, 156.0)
+    table = rows([*repeated(*slow), *repeated(*fast, 157.0, precision="bf16")])
+    assert [row["vs_fp32"] for row in table] == [1.0, pytest.approx(153.5 / 102.5)]
+    assert "vs_fp32_low" not in table[0]
+    low, high = table[1]["vs_fp32_low"], table[1]["vs_fp32_high"]
+    assert 150 / 105 <= low < 153.5 / 102.5 < high <= 157 / 100
+    assert f"1.50x [{low:.2f}, {high:.2f}]" in render_terminal(table, width=200)
+    few = rows([*repeated(*slow), *repeated(*fast, precision="bf16")])
+    assert "vs_fp32_low" not in few[1]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,6 +1,7 @@
 """Contestants that take turns in one process, and the ratio of two of them."""
 
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from bench.stats import median_interval
@@ -27,9 +28,14 @@ def take_turns(
     return taken
 
 
+def middle(values: Sequence[float]) -> Interval:
+    """The median and its 95 % interval."""
+    return statistics.median(values), *median_interval(values)
+
+
 def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
     """Median over rounds of `above` / `below`, and its 95 % interval."""
-    return median_interval([a / b for a, b in zip(above, below, strict=True)])
+    return middle([a / b for a, b in zip(above, below, strict=True)])
 
 
 def is_known(interval: Interval, within: float) -> bool:
