@@ -1,4 +1,7 @@
-"""What NVML tells of a GPU: clock, heat, why it is slowed, who uses it. Needs nvidia-ml-py."""
+"""What NVML tells of a GPU: energy, clock, heat, why it is slowed, who uses it.
+
+Needs nvidia-ml-py.
+"""
 
 import importlib
 import math
@@ -74,6 +77,17 @@ class Gpu:
             slowed_by=self._ask(current),
             processes=None if running is None else tuple(each.pid for each in running),
         )
+
+    def millijoules(self) -> int:
+        """Energy that the board has drawn since the driver was loaded; Volta or newer.
+
+        Raises:
+            NvmlError: this GPU does not count it.
+        """
+        try:
+            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._nvml.NVMLError as error:
+            raise NvmlError(f"NVML: {error}") from None
 
     def _ask(self, query: Callable[..., Any], *words: Any) -> Any:
         """The answer, or None if this GPU or driver has none."""

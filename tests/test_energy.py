@@ -136,8 +136,8 @@ def test_a_gpu_is_found_by_its_uuid(install: Callable[[object], None]) -> None:
     ("nvml", "reason"),
     [
         (None, "no energy counter: the package nvidia-ml-py is not installed"),
-        (FakeNvml(driver=False), "no energy counter: NVML says: Driver Not Loaded"),
-        (FakeNvml(old=True), "no energy counter: NVML says: Not Supported"),
+        (FakeNvml(driver=False), "no energy counter: NVML: Driver Not Loaded"),
+        (FakeNvml(old=True), "no energy counter: NVML: Not Supported"),
     ],
 )
 def test_a_gpu_without_a_counter_says_why(
@@ -151,7 +151,7 @@ def test_a_part_of_a_gpu_has_no_counter(install: Callable[[object], None]) -> No
     nvml = FakeNvml()
     del nvml.millijoules[f"GPU-{UUID}"]
     install(nvml)
-    assert find_counter(GPU, counts_machine=True) == "no energy counter: NVML says: Not Found"
+    assert find_counter(GPU, counts_machine=True) == "no energy counter: NVML: Not Found"
 
 
 def test_other_devices_have_no_counter() -> None:
@@ -159,7 +159,7 @@ def test_other_devices_have_no_counter() -> None:
     assert reason == "no energy counter: none is known for a device of type meta"
 
 
-COUNTER = NvmlCounter(SimpleNamespace(), None)
+COUNTER = NvmlCounter(SimpleNamespace())
 
 
 def test_energy_of_one_process_by_hand() -> None:

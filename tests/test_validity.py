@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, make_trainer
+from training import ROOT, make_trainer, tiny_recipe
 
 from bench import counters, nvml, validity
 from bench.counters import Counters, read_counters
@@ -424,7 +424,7 @@ def test_a_warm_up_that_does_not_settle_is_a_reason(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training, "has_settled", lambda *_: False)
     monkeypatch.setattr(monitor.Monitor, "report", lambda _: ([], ["a goat"]))
     protocol = Protocol(warmup_steps=1, max_warmup_steps=3, timed_steps=2)
-    subject = Subject(make_trainer(), protocol)
+    subject = Subject(make_trainer(tiny_recipe(epochs=10)), protocol)
     list(training.measure_training(subject))
     expected = "warm-up: step time had not settled after 3 steps"
     assert subject.invalid == [expected, "a goat"]
@@ -446,7 +446,7 @@ def test_only_the_window_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Monitor, "__enter__", entered)
     monkeypatch.setattr(Monitor, "__exit__", left)
     names = [each.name for each in training.measure_training(subject)]
-    assert steps == [1, 3]
+    assert steps == [2, 4], "after the first step and the observed one"
     assert {watch.name for watch in CPU_WATCHES} <= set(names)
 
 

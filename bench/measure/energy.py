@@ -4,16 +4,15 @@ A GPU counts its own joules (NVML), a CPU those of its packages (RAPL). Where ne
 the energy is absent and says why.
 """
 
-import importlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from bench.measure.clock import synchronize
+from bench.nvml import Gpu, NvmlError
 from bench.record import Measurement
 from cifar.distributed import barrier, gather, least
 
@@ -48,12 +47,12 @@ class NvmlCounter:
     source = "nvml"
     update_seconds = 0.1
 
-    def __init__(self, nvml: ModuleType, handle: Any) -> None:
-        self._nvml, self._handle = nvml, handle
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
 
     def read(self) -> tuple[int, ...]:
         """Millijoules."""
-        return (int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)),)
+        return (self._gpu.millijoules(),)
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
         """Between two readings."""
@@ -102,16 +101,10 @@ def find_counter(
 def _nvml_counter(device: torch.device) -> Counter | str:
     """NVML numbers GPUs otherwise than CUDA, which may be shown only some: the UUID is the same."""
     try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
-        return "no energy counter: the package nvidia-ml-py is not installed"
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    try:
-        nvml.nvmlInit()
-        counter = NvmlCounter(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
+        counter = NvmlCounter(Gpu(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
         counter.read()
-    except nvml.NVMLError as error:
-        return f"no energy counter: NVML says: {error}"
+    except NvmlError as error:
+        return f"no energy counter: {error}"
     return counter
 
 
