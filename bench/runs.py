@@ -76,8 +76,13 @@ class Run:
         return self.folder / "cells" / f"{number:02d}-{task.slug}"
 
     def records(self) -> list[Record]:
-        """All records so far, in the order of the plan; those of one task oldest first."""
+        """All records so far, in the order of the plan; those of one task oldest first.
+
+        A search plans only where it starts: its probes come in the order in which they were made.
+        """
         records = read_records(self.records_file) if self.records_file.exists() else []
+        if self.plan.search is not None:
+            return records
         order = {task.key: number for number, task in enumerate(self.plan.tasks)}
         return sorted(records, key=lambda record: order.get(record.key, len(order)))
 

@@ -44,9 +44,10 @@ def test_contestants_take_turns_in_changing_order_until_it_is_enough() -> None:
 
 def test_a_ratio_by_hand() -> None:
     interval = ratio([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [1.0, 4.0, 2.0, 2.0, 2.0, 2.0])
-    assert interval == (3.5, 1.0, 6.0)  # of 2, 1, 3, 4, 5 and 6
-    assert is_known(interval, 2.5)
-    assert not is_known(interval, 2.4)
+    # Of 2, 1, 3, 4, 5 and 6.
+    assert interval == pytest.approx((3.5, 1.357143, 5.642857))
+    assert is_known(interval, 2.15)
+    assert not is_known(interval, 2.14)
 
 
 @pytest.fixture

@@ -150,7 +150,9 @@ def test_the_order_is_shuffled_and_folders_and_records_stay_in_the_plan_s(tmp_pa
     assert len(set(turns)) > 1
     assert [record.key for record in records] == [task.key for task in run.plan.tasks]
     assert run.records() == records
-    assert sorted(folders) == sorted(run.cell_folder(number) for number in range(1, 29))
+    assert sorted(folders) == sorted(
+        run.cell_folder(number, task) for number, task in enumerate(run.plan.tasks, 1)
+    )
     assert [row["model"] for row in rows(run.records())] == list(models)
 
 
