@@ -220,9 +220,11 @@ class Recipe:
     """Evaluate and save an exponential moving average of the weights; 0: off."""
     augment: tuple[str, ...] = ("crop", "flip")
     """Augmentations, in order; `--augment` alone: none."""
+    crop_padding: int = 4
+    """Black pixels around an image before `crop` cuts its size out at a random place."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size"):
+        for name in ("epochs", "global_batch_size", "crop_padding"):
             value = getattr(self, name)
             require(value >= 1, option_name(name), value, "give 1 or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "give a positive number")

@@ -15,7 +15,14 @@ def default() -> Recipe:
     three epochs of an easy variant of `shapes` (one seed each). Expected: 0.94 with ResNet-20
     after 3 epochs of `shapes`. Cost: 500,000 images on CIFAR-10.
     """
-    return Recipe(name="default", lr=0.1, schedule="one-cycle", global_batch_size=64)
+    return Recipe(
+        name="default",
+        lr=0.15,
+        schedule="one-cycle",
+        global_batch_size=64,
+        crop_padding=2,
+        ema_decay=0.995,
+    )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {recipe.__name__: recipe for recipe in (default,)}

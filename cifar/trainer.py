@@ -111,7 +111,7 @@ class Trainer:
 
         self.loader = TrainLoader(
             on_device(dataset.train),
-            get_augmentations(recipe.augment),
+            get_augmentations(recipe),
             per_device_batch_size=per_device,
             accumulation_steps=self.config.accumulation_steps,
             place=self.place,

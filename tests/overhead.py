@@ -106,9 +106,7 @@ def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
     size = args.batch_size
     loaders = {
         "plain": TrainLoader(images, (), per_device_batch_size=size),
-        "augmented": TrainLoader(
-            images, get_augmentations(("crop", "flip")), per_device_batch_size=size
-        ),
+        "augmented": TrainLoader(images, get_augmentations(Recipe()), per_device_batch_size=size),
     }
     taken: dict[str, list[float]] = {name: [] for name in loaders}
     for pair in range(args.pairs + args.warmup):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from cifar.config import AUGMENTATIONS
-from cifar.data.augment import CROP_PADDING, crop, flip, get_augmentations
+from cifar.config import AUGMENTATIONS, Recipe
+from cifar.data.augment import crop, flip, get_augmentations
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 from cifar.data.loader import DeviceImages, Normalization, Place, TrainLoader, eval_batches
@@ -19,13 +19,17 @@ def random_images(n: int = 20, channels: int = 3, height: int = 8, width: int = 
     )
 
 
-def test_crop_equals_its_definition() -> None:
+@pytest.mark.parametrize("padding", [2, 4])
+def test_crop_equals_its_definition(padding: int) -> None:
     images = random_images()
     draws = EpochDraws(5, 1, len(images), CPU).of(torch.arange(len(images)))
-    top, left = draws.integers("crop.top", 9), draws.integers("crop.left", 9)
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (CROP_PADDING,) * 2, (CROP_PADDING,) * 2))
+    shifts = 2 * padding + 1
+    top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
     expected = [padded[i, :, t : t + 8, x : x + 12] for i, (t, x) in enumerate(zip(top, left))]
-    assert np.array_equal(crop(images, draws).numpy(), np.stack(expected))
+    (cut,) = get_augmentations(Recipe(augment=("crop",), crop_padding=padding))
+    assert np.array_equal(cut(images, draws).numpy(), np.stack(expected))
+    assert np.array_equal(crop(images, draws, padding).numpy(), np.stack(expected))
     assert len(set(zip(top.tolist(), left.tolist()))) > 5
 
 
@@ -41,7 +45,7 @@ def test_flip_equals_its_definition() -> None:
 def test_every_augmentation_that_a_recipe_may_name_exists() -> None:
     images = random_images()
     draws = EpochDraws(0, 0, len(images), CPU).of(torch.arange(len(images)))
-    for augmentation in get_augmentations(AUGMENTATIONS):
+    for augmentation in get_augmentations(Recipe(augment=AUGMENTATIONS)):
         out = augmentation(images, draws)
         assert out.shape == images.shape and out.dtype == torch.uint8
 
@@ -78,7 +82,7 @@ def make_loader(
     images = DeviceImages(train, Normalization.of(train), CPU, **options)
     return TrainLoader(
         images,
-        get_augmentations(("crop", "flip")),
+        get_augmentations(Recipe()),
         per_device_batch_size=global_batch // place.count // accumulation,
         accumulation_steps=accumulation,
         place=place,
@@ -151,6 +155,6 @@ def test_gpu_batches_equal_cpu_batches() -> None:
     batches = []
     for device in (CPU, torch.device("cuda")):
         images = DeviceImages(train, Normalization.of(train), device)
-        loader = TrainLoader(images, get_augmentations(("crop", "flip")), per_device_batch_size=96)
+        loader = TrainLoader(images, get_augmentations(Recipe()), per_device_batch_size=96)
         batches.append([batch.images.cpu() for batch in loader.micro_batches(1)])
     assert torch.allclose(batches[0][0], batches[1][0], atol=1e-6)

@@ -140,7 +140,7 @@ def test_images_that_pil_does_not_know_are_absent(loader: FakeLoader) -> None:
 def test_an_augmentation_without_a_counterpart_is_absent(
     monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
 ) -> None:
-    monkeypatch.setattr(pipeline, "_counterparts", lambda _: {"crop": None})
+    monkeypatch.setattr(pipeline, "_counterparts", lambda *_: {"crop": None})
     found = measure(make_trainer())["dataloader"]
     assert found.status == "absent"
     assert found.reason.endswith("no flip")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.subject import Subject
 from bench.record import Label, Measurement
-from cifar.data.augment import CROP_PADDING
+from cifar.config import Recipe
 from cifar.distributed import barrier, least
 from cifar.errors import CifarError
 from cifar.process import available_cores
@@ -101,7 +101,8 @@ def _why_not(trainer: Trainer) -> str:
     _, channels, height, width = trainer.dataset.train.images.shape
     if channels not in (1, 3):
         return f"PIL has no images of {channels} channels"
-    unknown = set(trainer.config.recipe.augment) - _counterparts((height, width)).keys()
+    recipe = trainer.config.recipe
+    unknown = set(recipe.augment) - _counterparts(recipe, (height, width)).keys()
     return f"torchvision's part has no {', '.join(sorted(unknown))}" if unknown else ""
 
 
@@ -205,7 +206,7 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
     images = split.images[chosen].transpose(0, 2, 3, 1)
     if images.shape[-1] == 1:
         images = images[..., 0]
-    counterparts = _counterparts(images.shape[1:3])
+    counterparts = _counterparts(trainer.config.recipe, images.shape[1:3])
     transform = transforms.Compose(
         [
             *(counterparts[name] for name in trainer.config.recipe.augment),
@@ -216,11 +217,11 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
     return PilImages(np.ascontiguousarray(images), split.labels[chosen], transform)
 
 
-def _counterparts(size: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
+def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
     """torchvision's transforms of PIL images of this height and width, by our names."""
     from torchvision import transforms
 
     return {
-        "crop": transforms.RandomCrop(size, padding=CROP_PADDING),
+        "crop": transforms.RandomCrop(size, padding=recipe.crop_padding),
         "flip": transforms.RandomHorizontalFlip(),
     }

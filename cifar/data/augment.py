@@ -4,25 +4,27 @@ They run on the device that holds the images, one decision per sample. Rows are 
 `index_select`, which copies whole rows: on a CPU several times faster than advanced indexing.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from cifar.config import AUGMENTATIONS
+from cifar.config import AUGMENTATIONS, Recipe
 from cifar.data.draws import SampleDraws
 
 Augmentation = Callable[[Tensor, SampleDraws], Tensor]
 
-CROP_PADDING = 4
 
+def crop(images: Tensor, draws: SampleDraws, padding: int = 4) -> Tensor:
+    """Pad by black pixels and cut the original size at a random place.
 
-def crop(images: Tensor, draws: SampleDraws) -> Tensor:
-    """Pad by 4 black pixels and cut the original size at a random place (He et al. 2015)."""
+    By 4 pixels in He et al. 2015 (https://arxiv.org/abs/1512.03385).
+    """
     n, channels, height, width = images.shape
-    padded = F.pad(images, (CROP_PADDING,) * 4)
-    shifts = 2 * CROP_PADDING + 1
+    padded = F.pad(images, (padding,) * 4)
+    shifts = 2 * padding + 1
     top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
     return take_windows(padded, top, left, height, width).view(n, channels, height, width)
 
@@ -50,10 +52,11 @@ def flip(images: Tensor, draws: SampleDraws) -> Tensor:
     return either.index_select(0, chosen)
 
 
-_FUNCTIONS: dict[str, Augmentation] = {"crop": crop, "flip": flip}
-
-
-def get_augmentations(names: tuple[str, ...]) -> tuple[Augmentation, ...]:
-    """The functions of these names, in their order."""
-    assert tuple(_FUNCTIONS) == AUGMENTATIONS
-    return tuple(_FUNCTIONS[name] for name in names)
+def get_augmentations(recipe: Recipe) -> tuple[Augmentation, ...]:
+    """The functions that a recipe names, in its order."""
+    functions: dict[str, Augmentation] = {
+        "crop": functools.partial(crop, padding=recipe.crop_padding),
+        "flip": flip,
+    }
+    assert tuple(functions) == AUGMENTATIONS
+    return tuple(functions[name] for name in recipe.augment)
