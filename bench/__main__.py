@@ -178,13 +178,13 @@ def _render(
     sort: str | None = None,
     chosen: str | None = None,
 ) -> str:
-    from bench import frontier, rows, table
+    from bench import columns, frontier, rows, selection, table
 
     lines = rows.rows(records)
     if chosen is not None:
-        lines = rows.filter_rows(lines, rows.parse_filter(chosen))
+        lines = selection.filter_rows(lines, selection.parse_filter(chosen))
     if sort is not None:
-        lines = rows.sort_rows(lines, sort)
+        lines = selection.sort_rows(lines, sort)
     if form == "csv":
         return table.render_csv(lines)
     markdown = form == "markdown"
@@ -192,7 +192,7 @@ def _render(
     probes = [record for record in records if record.suite == frontier.SUITE]
     if not probes or chosen is not None or sort is not None:
         return render(lines)
-    return f"{render(lines)}\n{render(frontier.frontier(probes), table.frontier_columns)}"
+    return f"{render(lines)}\n{render(frontier.frontier(probes), columns.frontier_columns)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

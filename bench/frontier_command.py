@@ -12,6 +12,7 @@ import psutil
 import tyro
 
 from bench import probes, runs
+from bench.columns import frontier_columns
 from bench.console import show_plan, shown, stoppable
 from bench.estimate import format_duration
 from bench.frontier import RESOLUTION, START, SUITE, Search, frontier, plan_search, probe_protocol
@@ -28,7 +29,7 @@ from bench.options import (
 from bench.present import present_environment
 from bench.record import Environment
 from bench.spec import Plan, Suite, Task, expand, grid
-from bench.table import frontier_columns, render_terminal
+from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import DataConfig, parse_data, require
 from cifar.recipes import get_recipe

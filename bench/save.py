@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench.columns import frontier_columns
 from bench.frontier import frontier
 from bench.record import Record
 from bench.record_file import read_records
 from bench.rows import rows
 from bench.runs import Run, latest
-from bench.table import frontier_columns, render_markdown
+from bench.table import render_markdown
 from cifar.errors import UserError
 from cifar.files import write_atomic
 from cifar.serialize import to_json

@@ -18,6 +18,7 @@ from test_table import DATA, ENVIRONMENT, check_golden, scalar
 
 from bench import frontier_command, probes, runs
 from bench.__main__ import main
+from bench.columns import DASH, frontier_columns
 from bench.frontier import SUITE, Search, frontier, next_batch, plan_search, probe, probe_protocol
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.job import Job
@@ -25,7 +26,7 @@ from bench.record import Measurement, Record
 from bench.runs import Run
 from bench.save import save
 from bench.spec import Plan, Protocol, Suite, Task, grid
-from bench.table import DASH, frontier_columns, render_markdown, render_terminal
+from bench.table import render_markdown, render_terminal
 from cifar.errors import ConfigError, UserError
 
 MIB = 2**20

@@ -19,15 +19,15 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.console bench.counters bench.estimate bench.failure bench.frontier
-    bench.frontier_command bench.job bench.judge bench.launchers bench.nvml bench.options
-    bench.present bench.probes bench.progress bench.record bench.record_file bench.repeats
-    bench.rows bench.runs bench.save bench.selfcheck bench.spec bench.stats bench.suites
-    bench.table bench.validity
-    cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.errors cifar.files cifar.process
-    cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
-    cifar.data cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz
-    cifar.data.shapes cifar.data.sources cifar.data.unpickle
+    bench bench.__main__ bench.columns bench.console bench.counters bench.estimate bench.failure
+    bench.frontier bench.frontier_command bench.job bench.judge bench.launchers bench.nvml
+    bench.options bench.present bench.probes bench.progress bench.record bench.record_file
+    bench.repeats bench.rows bench.runs bench.save bench.selection bench.selfcheck bench.spec
+    bench.stats bench.suites bench.table bench.validity
+    cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.data cifar.data.dataset
+    cifar.data.download cifar.data.folder cifar.data.npz cifar.data.shapes cifar.data.sources
+    cifar.data.unpickle cifar.errors cifar.files cifar.process cifar.progress cifar.recipes
+    cifar.run_folder cifar.serialize cifar.signals
     launch
 """
 TORCH_NAMES = """
@@ -36,16 +36,16 @@ TORCH_NAMES = """
     bench.measure.energy bench.measure.inference bench.measure.memory bench.measure.monitor
     bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
     bench.measure.utilization bench.observe bench.worker
-    cifar.accelerator cifar.checkpoint cifar.distributed cifar.evaluation cifar.meter cifar.optim
-    cifar.run cifar.scoring cifar.trainer
-    cifar.data.augment cifar.data.draws cifar.data.loader
-    cifar.models cifar.models.resnet cifar.models.summary
+    cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.loader
+    cifar.distributed cifar.evaluation cifar.meter cifar.models cifar.models.resnet
+    cifar.models.summary cifar.optim cifar.run cifar.scoring cifar.trainer
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
 CHAINS = (
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
-    "bench.spec bench.record bench.rows bench.table bench.save",
+    "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
+    "bench.rows bench.selection bench.__main__",
     "bench.rows bench.frontier bench.runs bench.probes bench.frontier_command bench.__main__",
     "bench.spec bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",

@@ -14,9 +14,9 @@ from bench.__main__ import _measure
 from bench.job import Job
 from bench.record import Measurement, Record
 from bench.repeats import Repeats
+from bench.rows import rows
 from bench.runs import Run
 from bench.spec import Plan, Protocol, Suite, Task, grid
-from bench.table import rows
 
 CLOSE = [100.0, 101.0, 99.0, 100.0, 101.0, 99.0, 100.0, 100.0, 100.0]
 """Their interval reaches 1 % from the median at most, with any six or more of them."""

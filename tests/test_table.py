@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench.record import DataFacts, Environment, Measurement, Record
-from bench.rows import filter_rows, parse_filter, rows, sort_rows
+from bench.rows import rows
+from bench.selection import filter_rows, parse_filter, sort_rows
 from bench.spec import Cell, Protocol, grid
 from bench.table import render_csv, render_markdown, render_terminal
 from cifar.config import Recipe
