@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from bench.record import DataFacts, Environment, Measurement, Record
 from bench.spec import Cell
-from bench.stats import FEWEST, median_interval, percentile, ratio_interval, spread
+from bench.stats import FEWEST, median_interval, percentile, ratio_interval, spread, straggler_ratio
 from cifar.serialize import digest
 
 Row = dict[str, str | int | float | None]
@@ -59,7 +59,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """One row per cell (seeds together), protocol, environment and data set, in order of arrival.
 
     Speeds and sizes are medians over the runs, fractions (top-1) means with `_std` and `_n`;
-    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks. `inference_throughput_b64` is
+    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks; `_straggler_ratio` tells how
+    much longer steps last than with all ranks at the average pace. `inference_throughput_b64` is
     the samples/s of one device at that latency. `vs_fp32` is the ratio of training throughput to
     the fp32 row that is otherwise equal. Where a value differs between `bench.stats.FEWEST` runs or
     more, `_low` and `_high` bound its median with 95 % confidence, of `_n` values: one per run, as
@@ -244,6 +245,9 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
     if len(values) >= FEWEST and min(values) < max(values):
         low, high = median_interval(values)
         row |= {f"{key}_low": low, f"{key}_high": high, f"{key}_n": len(values)}
+    if first.unit == "samples/s" and len(first.samples) > 1:
+        ratios = [straggler_ratio(item.samples) for item in measurements if item.status == "ok"]
+        row[f"{key}_straggler_ratio"] = statistics.median(ratios)
     pooled = [value for item in measurements for rank in item.samples for value in rank]
     if first.unit != "samples/s" and any(len(rank) > 1 for rank in first.samples):
         row |= {f"{key}_p{percent}": percentile(pooled, percent) for percent in (50, 95, 99)}

@@ -62,11 +62,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
-def iqr(values: Sequence[float]) -> float:
-    """Interquartile range: 75th minus 25th percentile."""
-    return percentile(values, 75) - percentile(values, 25)
-
-
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation with n - 1 in the denominator; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None

@@ -171,6 +171,18 @@ def test_seeds_and_repeats_share_a_row():
     assert "92.00 ± 2.00 (n=3)" in render_markdown([row])
 
 
+def test_a_row_tells_its_straggler():
+    ranks = ((0.1, 0.1), (0.4, 0.4), (0.1, 0.1), (0.1, 0.1))
+    rate = Measurement(
+        name="train_throughput", unit="samples/s", better="higher",
+        samples=ranks, labels={"samples_per_step": 512},
+    )  # fmt: skip
+    row = only(rows([make_record(found=(rate,))]))
+    assert row["train_throughput"] == pytest.approx(1280.0), "two steps of 0.4 s"
+    assert row["train_throughput_straggler_ratio"] == pytest.approx(0.8 / 0.35)
+    assert "train_throughput_straggler_ratio" not in only(rows([make_record()]))
+
+
 def test_percentiles_pool_the_runs():
     records = [
         make_record(repeat=repeat, found=(latency(1, *samples),))
