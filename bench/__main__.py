@@ -29,6 +29,7 @@ from bench.options import (
 )
 from bench.record import Record
 from bench.record_file import TornLineWarning, read_records
+from bench.repeats import interleaved
 from bench.spec import Task, expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
@@ -67,7 +68,7 @@ def run_list(argv: list[str]) -> int:
     options = parse(
         ListOptions, argv, prog="bench list", description="List the suites and what they cost here."
     )
-    past = runs.history(Path(options.runs_dir))
+    past = runs.history(runs_folder(options.runs_dir))
     width = max(map(len, SUITES))
     for name, make in SUITES.items():
         suite = make()
@@ -102,7 +103,7 @@ def run_run(argv: list[str]) -> int:
         tasks = expand(suite)
         _check(tasks)
         if options.dry_run:
-            return show_plan(tasks, past)
+            return show_plan(interleaved(tasks), past)
         runs.check_writable(folder)
         run = runs.create(suite, folder, argv)
     return _measure(run, past)
@@ -159,7 +160,7 @@ def run_table(argv: list[str]) -> int:
         description="Print the tables of runs or record files. "
         "Example: bench table --sort train --filter precision=bf16 --format markdown",
     )
-    folder = Path(options.runs_dir)
+    folder = runs_folder(options.runs_dir)
     records = []
     for name in options.source or (runs.newest(folder).id,):
         is_file = Path(name).is_file() or name.endswith(".jsonl")
@@ -218,7 +219,8 @@ def run_save(argv: list[str]) -> int:
     )
     from bench.save import save, uncommitted
 
-    run = runs.find(options.run, Path(options.runs_dir))
+    run = runs.find(options.run, runs_folder(options.runs_dir))
+    selfcheck.refuse(run)
     for path in save(run, Path(options.results_dir)):
         print(shown(path))
     if note := uncommitted(runs.latest(run.records()).values()):
@@ -249,7 +251,7 @@ def run_selfcheck(argv: list[str]) -> int:
         description="Show that costs of known size and a wrong number format are seen. "
         "Example: bench selfcheck",
     )
-    folder = Path(options.runs_dir).expanduser().absolute()
+    folder = runs_folder(options.runs_dir)
     runs.check_writable(folder)
     run = runs.create(selfcheck.suite(options.max_rounds), folder, argv)
     with stoppable():

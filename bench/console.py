@@ -21,14 +21,26 @@ def expected_seconds(tasks: Sequence[Task], past: Sequence[Record]) -> float:
 
 def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
     """Print what would be started, and the time it would take; returns the exit code."""
+    seconds = {
+        cell: estimate_seconds(*cell, history=past)
+        for cell in {(task.cell, task.protocol) for task in tasks}
+    }
     for number, task in enumerate(tasks, 1):
-        seconds = estimate_seconds(task.cell, task.protocol, history=past)
-        print(f"[{number}/{len(tasks)}] {task.cell.label}  about {format_duration(seconds)}")
+        about = format_duration(seconds[task.cell, task.protocol])
+        repeat = f" repeat {task.repeat}" if task.repeat else ""
+        print(f"[{number}/{len(tasks)}] {task.cell.label}{repeat}  about {about}")
         added = environment_for(task.cell, {})
         settings = " ".join(f"{name}={value}" for name, value in added.items())
         print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
-    print(f"{len(tasks)} cells, about {format_duration(expected_seconds(tasks, past))}")
+    total = sum(seconds[task.cell, task.protocol] for task in tasks)
+    print(f"{counted(tasks)}, about {format_duration(total)}")
     return 0
+
+
+def counted(tasks: Sequence[Task]) -> str:
+    """How many cells, and processes if those are more: `2 cells`, `2 cells in 14 processes`."""
+    cells = len({task.key[:2] for task in tasks})
+    return f"{cells} cells" + (f" in {len(tasks)} processes" if len(tasks) > cells else "")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ ASSUMED_FLOPS = 1e11
 """FLOP/s until a record of this machine says otherwise: two slow CPU cores in fp32."""
 BUILD_SECONDS = 30.0
 """To compile or export for inference, for one batch size."""
+FURTHER_SECONDS = 15.0
+"""Of each further metric, roughly."""
 TRAINING_COST = 3
 """Forward and backward pass in forward passes: the backward pass has two products per layer."""
 IMAGE_SIZE = (32, 32)
@@ -58,9 +60,11 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
-    steps = 1 + 2 * protocol.warmup_steps + protocol.timed_steps
+    timed = protocol.timed_steps if protocol.timed_seconds is None else 0
+    steps = 1 + 2 * protocol.warmup_steps + timed
     trained = steps * train.recipe.global_batch_size + protocol.train_samples
-    seconds = TRAINING_COST * forward * trained
+    seconds = TRAINING_COST * forward * trained + (protocol.timed_seconds or 0.0)
+    seconds += FURTHER_SECONDS * len(protocol.metrics)
     if protocol.train_samples:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
     seconds += _inference_seconds(forward, protocol)

@@ -9,8 +9,10 @@ Failure = Literal["failed", "oom"]
 
 _OUT_OF_MEMORY = re.compile(
     r"^(?:[\w.]*(?:OutOfMemoryError|MemoryError)\b|what\(\):\s+std::bad_alloc)"
-    r"|\b(?:CUDA|HIP|XPU)(?: error:)? out of memory|DefaultCPUAllocator: (?:can't|not enough)"
-    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|\b(?:CUDA|HIP|XPU)(?:(?: driver)? error:)? out of memory"
+    r"|Triton Error \[\w+\]: out of memory|[Cc]uda failure(?: \d+)? '?out of memory"
+    r"|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|_(?:DEVICE|HOST)_ALLOCATION_FAILED"
     r"|Cannot allocate memory|oom-kill|Out of memory: Killed"
 )
 _NO_ROOM_FOR_ONEDNN = re.compile(

@@ -43,7 +43,7 @@ class InjectedFault:
             synchronize(trainer.device)
 
     def install(self, trainer: Trainer) -> None:
-        """Get ready: a wrong format holds from now on, in training and inference alike."""
+        """Get ready: a wrong format holds from now on in training."""
         if self.fault.kind == "wrong-dtype":
             autocast = torch.autocast(trainer.device.type, torch.bfloat16)
             trainer.module.forward = autocast(trainer.module.forward)

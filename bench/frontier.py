@@ -99,8 +99,8 @@ def next_batch(fits: Mapping[int, bool], search: Search) -> int | None:
 
 
 def probe_protocol(timeout: float | None = None) -> Protocol:
-    """How a probe is measured: four steps and no inference, within `timeout` seconds."""
-    protocol = Protocol(warmup_steps=1, max_warmup_steps=1, timed_steps=2, inference_batch_sizes=())
+    """How a probe is measured: five steps and no inference, within `timeout` seconds."""
+    protocol = Protocol(warmup_steps=0, timed_steps=2, inference_batch_sizes=())
     return protocol if timeout is None else replace(protocol, timeout=timeout)
 
 

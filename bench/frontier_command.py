@@ -32,6 +32,7 @@ from bench.spec import Plan, Suite, Task, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import DataConfig, parse_data, require
+from cifar.errors import UserError
 from cifar.recipes import get_recipe
 
 arg = tyro.conf.arg
@@ -115,6 +116,8 @@ def run_frontier(argv: list[str]) -> int:
     if options.resume is not None:
         check_resume(options, SEARCH_OPTIONS)
         run = runs.find(options.resume, folder)
+        if run.plan.search is None:
+            raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench run")
         _check(run.plan.tasks)
         return show_plan(run.plan.tasks, runs.history(folder)) if options.dry_run else _measure(run)
     suite, search = build_searches(options)
@@ -176,7 +179,8 @@ def _memory_limit(
 ) -> int | None:
     """In bytes: what was asked; else none on GPUs and a share of what is available on CPUs."""
     if mebibytes is not None:
-        require(mebibytes >= 1, "memory-limit", mebibytes, "give 1 MiB or more")
+        most = present(processes).memory_bytes // 2**20
+        require(1 <= mebibytes <= most, "memory-limit", mebibytes, f"give 1 to {most} MiB")
         return mebibytes * 2**20
     if present(processes).gpu_count:
         return None

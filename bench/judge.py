@@ -68,6 +68,8 @@ def _asked(cell: Cell, effective: Labels) -> Labels:
         asked["wrapper"] = "DistributedDataParallel"
     if train.compile:
         hidden = [name for name in KERNEL if effective.get(name) == UNOBSERVED]
+        if not train.channels_last:  # Inductor lays convolutions out as it likes
+            hidden += ["input_channels_last", "weight_channels_last"]
         asked = {name: value for name, value in asked.items() if name not in hidden}
     return asked
 

@@ -5,7 +5,6 @@ Needs nvidia-ml-py.
 
 import importlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,18 +62,16 @@ class Gpu:
 
     def state(self) -> GpuState:
         """As it is now."""
-        nvml = self._nvml
-        megahertz = self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM)
-        degrees = self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
-        current = (
-            getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
-            or nvml.nvmlDeviceGetCurrentClocksThrottleReasons  # its name before driver 535
-        )
-        running = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses)
+        megahertz = self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM)
+        degrees = self._ask("nvmlDeviceGetTemperature", self._nvml.NVML_TEMPERATURE_GPU)
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # its name before driver 535
+            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        running = self._ask("nvmlDeviceGetComputeRunningProcesses")
         return GpuState(
             clock_hz=math.nan if megahertz is None else megahertz * 1e6,
             temperature=math.nan if degrees is None else float(degrees),
-            slowed_by=self._ask(current),
+            slowed_by=reasons,
             processes=None if running is None else tuple(each.pid for each in running),
         )
 
@@ -89,11 +86,11 @@ class Gpu:
         except self._nvml.NVMLError as error:
             raise NvmlError(f"NVML: {error}") from None
 
-    def _ask(self, query: Callable[..., Any], *words: Any) -> Any:
-        """The answer, or None if this GPU or driver has none."""
+    def _ask(self, query: str, *words: Any) -> Any:
+        """The answer, or None if this GPU, its driver or the binding has none."""
         try:
-            return query(self._handle, *words)
-        except self._nvml.NVMLError:
+            return getattr(self._nvml, query)(self._handle, *words)
+        except (AttributeError, self._nvml.NVMLError):
             return None
 
 

@@ -13,7 +13,6 @@ from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
 from bench.runs import Launch, Present, Run, latest, measure, reusable, taken_up
 from bench.spec import Task
-from cifar.errors import UserError
 
 ANSWERS: tuple[Status, ...] = ("ok", "oom")
 """The statuses that tell whether a batch fits; any other one ends its search."""
@@ -32,11 +31,9 @@ def execute(
     search.
 
     Raises:
-        UserError: the run is none of a memory frontier, another process runs it, or its folder
-            cannot be written.
+        UserError: another process runs the run, or its folder cannot be written.
     """
-    if run.plan.search is None:
-        raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench run")
+    assert run.plan.search is not None, "the run of a memory frontier"
     with taken_up(run):
         return _Searches(run, run.plan.search, launch, present).all()
 

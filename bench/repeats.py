@@ -34,7 +34,9 @@ class Repeats:
     """The training throughput of every cell's finished processes, one value each.
 
     Only records that are ok and valid count. A cell's seeds are cells of their own here, although
-    they share a row in tables.
+    they share a row in tables. Stopping once the interval happens to be narrow costs coverage:
+    simulated for a target of 1 % and processes that spread by 1 to 2 %, the interval of those that
+    were started holds the true median in 92 to 94 % of the cases instead of 95 %.
     """
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
@@ -75,7 +77,11 @@ class Standing:
     def __init__(self, latest: Mapping[Key, Record], kept: Mapping[Key, Record]) -> None:
         self.kept = kept
         self._repeats = Repeats(kept.values())
-        self._broken = {key for key, record in latest.items() if record.status not in FINISHED}
+        self._broken = {
+            key
+            for key, record in latest.items()
+            if record.status not in FINISHED or not record.valid
+        }
 
     def add(self, record: Record) -> None:
         """A task was measured."""

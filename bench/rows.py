@@ -58,7 +58,7 @@ def _completed(records: Iterable[Record]) -> list[Record]:
 def rows(records: Iterable[Record]) -> list[Row]:
     """One row per cell (seeds together), protocol, environment and data set, in order of arrival.
 
-    Speeds and sizes are medians over the runs, fractions (top-1) means with `_std` and `_n`;
+    Speeds and sizes are medians over the runs, top-1 and top-5 means over seeds with `_std`, `_n`;
     `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks; `_straggler_ratio` tells how
     much longer steps last than with all ranks at the average pace. `inference_throughput_b64` is
     the samples/s of one device at that latency. `vs_fp32` is the ratio of training throughput to
@@ -109,13 +109,32 @@ def _row(group: Sequence[Record]) -> Row:
         **_validity(finished),
         "vs_fp32": None,
     }
-    by_key: dict[str, list[Measurement]] = {}
+    by_key: dict[str, list[tuple[int, Measurement]]] = {}
     for record in finished:
         for measurement in record.measurements:
-            by_key.setdefault(_metric_key(measurement), []).append(measurement)
-    for key, measurements in by_key.items():
-        row |= _summary(key, measurements)
+            seeded = record.cell.train.seed, measurement
+            by_key.setdefault(_metric_key(measurement), []).append(seeded)
+    for key, found in by_key.items():
+        row |= _scores(key, found) if key in SCORES else _summary(key, [each for _, each in found])
     return row
+
+
+SCORES = ("top1", "top5")
+"""Measurements of trained weights, of which the unit is the seed."""
+
+
+def _scores(key: str, found: Iterable[tuple[int, Measurement]]) -> Row:
+    """Mean over seeds, deviation and number of them; repeats of a seed are averaged first."""
+    by_seed: dict[int, list[float]] = {}
+    status = "absent"
+    for seed, measurement in found:
+        status = measurement.status
+        if (value := measurement.value) is not None:
+            by_seed.setdefault(seed, []).append(value)
+    means = [statistics.fmean(values) for values in by_seed.values()]
+    if not means:
+        return {key: None, f"{key}_status": status}
+    return {key: statistics.fmean(means), f"{key}_std": spread(means), f"{key}_n": len(means)}
 
 
 def _validity(finished: Sequence[Record]) -> Row:
@@ -232,12 +251,6 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
     if not values:
         return {key: None, f"{key}_status": measurements[0].status}
     first = measurements[0]
-    if first.unit == "fraction":
-        return {
-            key: statistics.fmean(values),
-            f"{key}_std": spread(values),
-            f"{key}_n": len(values),
-        }
     middle = float(statistics.median(values))
     row: Row = {key: middle}
     if key.startswith("inference_latency"):

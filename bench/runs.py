@@ -168,11 +168,11 @@ def newest(runs_dir: Path) -> Run:
 
 
 def history(runs_dir: Path) -> list[Record]:
-    """The records of the newest runs; a run that cannot be read teaches nothing."""
+    """The valid records of the newest runs; a run that cannot be read teaches nothing."""
     records: list[Record] = []
     for name in run_names(runs_dir)[-REMEMBERED_RUNS:]:
         with contextlib.suppress(UserError, OSError):
-            records += find(name, runs_dir).records()
+            records += [record for record in find(name, runs_dir).records() if record.valid]
     return records
 
 

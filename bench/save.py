@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.columns import frontier_columns
+from bench.frontier import SUITE as FRONTIER
 from bench.frontier import frontier
 from bench.record import Record
 from bench.record_file import read_records
@@ -18,7 +19,8 @@ from cifar.serialize import to_json
 def save(run: Run, results_dir: Path) -> list[Path]:
     """Add a run's records to the results and render their table; returns the files written.
 
-    Of every key the latest record is kept, and takes the place of a stored one of that key.
+    The latest records of a cell take the place of all that are stored of it, whichever repeats
+    those are: a run of fewer repeats would else be mixed with an older one.
 
     Raises:
         UserError: the run has no record that says what it ran on, or a file cannot be read or
@@ -30,9 +32,11 @@ def save(run: Run, results_dir: Path) -> list[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = read_records(path) if path.exists() else []
-            merged = latest([*stored, *records]).values()
+            anew = {record.key[:2] for record in records}
+            merged = [*(each for each in stored if each.key[:2] not in anew), *records]
             write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
-            write_atomic(path.with_suffix(".md"), f"# {run.plan.suite}\n\n{_table(run, merged)}\n")
+            text = f"# {run.plan.suite}\n\n{table(run.plan.suite, merged)}\n"
+            write_atomic(path.with_suffix(".md"), text)
         except OSError as error:
             raise UserError(
                 f"results-dir: {str(results_dir)!r}: cannot be written ({error.strerror}); "
@@ -42,10 +46,11 @@ def save(run: Run, results_dir: Path) -> list[Path]:
     return written
 
 
-def _table(run: Run, records: Iterable[Record]) -> str:
-    if run.plan.search is None:
-        return render_markdown(rows(records)).rstrip()
-    return render_markdown(frontier(records), frontier_columns).rstrip()
+def table(suite: str, records: Iterable[Record]) -> str:
+    """The Markdown of a suite's records."""
+    if suite == FRONTIER:
+        return render_markdown(frontier(records), frontier_columns).rstrip()
+    return render_markdown(rows(records)).rstrip()
 
 
 def _by_hardware(run: Run) -> dict[str, list[Record]]:

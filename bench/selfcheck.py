@@ -91,9 +91,12 @@ def suite(max_rounds: int = MAX_ROUNDS) -> Suite:
 
 
 def refuse(run: runs.Run) -> None:
-    """Raise a UserError for a run that `bench run --resume` would go on with without its faults."""
+    """Raise a UserError for a run whose records are worth nothing without the faults put in."""
     if run.plan.suite == SUITE:
-        raise UserError(f"run: {run.id!r}: a self-check is not resumed; start bench selfcheck anew")
+        raise UserError(
+            f"run: {run.id!r}: a self-check is neither resumed nor saved; "
+            "start bench selfcheck anew"
+        )
 
 
 def execute(run: runs.Run, *, launch: Launch = launch) -> list[Finding]:
@@ -102,7 +105,7 @@ def execute(run: runs.Run, *, launch: Launch = launch) -> list[Finding]:
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
     """
-    with runs.locked(run):
+    with runs.taken_up(run):
         return _Execution(run, launch).all()
 
 

@@ -180,10 +180,26 @@ class Protocol:
             f"needs repeats, at most how many processes to start: {FEWEST + 1} or more",
         )
         for name, known in (("metrics", METRICS), ("inference_backends", BACKENDS)):
-            unknown = [each for each in getattr(self, name) if each not in known]
+            given = getattr(self, name)
             require(
-                not unknown, option_name(name), ",".join(unknown), f"choose from {', '.join(known)}"
+                set(given) <= set(known) and len(set(given)) == len(given),
+                option_name(name),
+                ",".join(given),
+                f"choose from {', '.join(known)}, each once",
             )
+            object.__setattr__(self, name, tuple(each for each in known if each in given))
+        require(
+            self.max_warmup_steps >= 2 * self.warmup_steps,
+            "warmup-steps",
+            self.warmup_steps,
+            f"give at most {self.max_warmup_steps // 2}: two spans within {self.max_warmup_steps}",
+        )
+        require(
+            self.timed_seconds is None or self.timed_seconds < self.timeout,
+            "timed-seconds",
+            self.timed_seconds,
+            f"give less than the timeout of {self.timeout:g}",
+        )
         sizes = self.inference_batch_sizes
         require(
             all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
@@ -258,11 +274,13 @@ def expand(suite: Suite) -> tuple[Task, ...]:
 
 def _check_budget(cell: Cell, protocol: Protocol) -> None:
     batch, budget = cell.train.recipe.global_batch_size, protocol.train_samples
+    least = 4 + 2 * protocol.warmup_steps
     require(
-        budget == 0 or budget >= 2 * batch,
+        budget == 0 or budget >= least * batch,
         "train-samples",
         budget,
-        f"give 0 (speed only) or at least two batches of {batch}, the first is not timed",
+        f"give 0 (speed only) or at least {least * batch}, for the first step, twice "
+        f"{protocol.warmup_steps} of warm-up, a timed one and the two around it, of {batch} each",
     )
 
 

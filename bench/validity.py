@@ -34,7 +34,12 @@ COLLECTING = 0.01
 GPU_OTHERS = 0
 """Other processes that compute on this GPU: kernels of two take turns."""
 GPU_SLOWED = 0
-"""Whether the GPU was slowed down before or after the window: any cause lowers its clock."""
+"""Whether heat or a fault slowed the GPU down before or after the window. Its power limit is only
+recorded: many GPUs run at it under any load, steadily."""
+CLOCK_DROP = 0.05
+"""Fraction of the GPU's clock, from before the window to after it: more than it wavers by."""
+CROWDED = 0.8
+"""Fraction of the cores in use above which a GPU's process, which needs one, may have to wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +58,14 @@ class Window:
     own: float
     """CPU seconds of this rank and its children."""
     throttled: float
-    """Seconds, over all cores."""
+    """Seconds that any core was held back."""
     cooled: float
     major_faults: float
     switches: float
     collecting: float
     """Seconds."""
+    on_gpu: float = 0.0
+    """1 if this rank computes on a GPU."""
     gpu_others: float = math.nan
     gpu_thermal: float = math.nan
     """This and the next three: 1 if it slowed the GPU before or after the window, else 0."""
@@ -106,14 +113,17 @@ class Watch:
     """CPU seconds that it must come to besides."""
     says: str = ""
     """The reason, formatted with `value` and `window`."""
+    only_if: Callable[[Window], bool] = lambda _: True
+    """Whether it matters in this window at all."""
     better: Literal["lower", "none"] = "lower"
     unknown: str = ""
     """Why a machine may not tell it."""
 
     def disturbs(self, window: Window) -> bool:
-        """Whether the value is above the limit."""
+        """Whether the value is above the limit, and matters."""
         value = self.value(window)
-        return value > self.limit and not value * window.capacity < self.least
+        enough = not value * window.capacity < self.least
+        return value > self.limit and enough and self.only_if(window)
 
 
 _NO_STAT = "this system has no /proc/stat, or the window was shorter than its ticks"
@@ -126,6 +136,7 @@ CPU_WATCHES = (
         limit=OTHER_CPU,
         least=TICKS,
         says="other processes used {window.other_cores:.2f} of {window.cores:.0f} cores",
+        only_if=lambda window: not window.on_gpu or window.fraction(window.busy) > CROWDED,
         unknown=_NO_STAT,
     ),
     Watch(
@@ -140,7 +151,7 @@ CPU_WATCHES = (
     Watch(
         name="window_cpu_throttled",
         unit="fraction",
-        value=lambda window: window.throttled / (window.seconds * window.cores),
+        value=lambda window: window.throttled / window.seconds,
         limit=THROTTLED,
         says="a CPU quota held the threads back for {value:.1%} of the time",
         unknown="no control group of this process has a CPU quota",
@@ -195,8 +206,14 @@ GPU_WATCHES = (
         name="window_gpu_power_cap",
         unit="1",
         value=lambda window: window.gpu_power_cap,
-        limit=GPU_SLOWED,
-        says="the power limit slowed the GPU down",
+        unknown=_NOT_TOLD,
+    ),
+    Watch(
+        name="window_gpu_clock_drop",
+        unit="fraction",
+        value=lambda window: 1 - window.gpu_clock_after / window.gpu_clock_before,
+        limit=CLOCK_DROP,
+        says="the GPU's clock fell by {value:.0%} in the window",
         unknown=_NOT_TOLD,
     ),
     Watch(

@@ -59,6 +59,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 """ImageNet's ResNets with a CIFAR stem (3x3, stride 1, no max-pool), and He et al.'s CIFAR ones."""
 
 
+MOST_CHANNELS = 65_536
+"""Of a first stage, so that a slip is told from a wide network."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A network to build.
@@ -89,7 +93,12 @@ class ModelConfig:
         require(self.name in ARCHITECTURES, "model", self.name, f"choose one of {known}")
         if self.width == self.architecture.width:
             object.__setattr__(self, "width", None)
-        require(self.width is None or self.width > 0, "width", self.width, "give 1 or more")
+        require(
+            self.width is None or 0 < self.width <= MOST_CHANNELS,
+            "width",
+            self.width,
+            f"give 1 to {MOST_CHANNELS}",
+        )
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "give 0 <= p < 1")
         require(self.num_classes > 1, "num-classes", self.num_classes, "give 2 or more")
         require(self.in_channels > 0, "in-channels", self.in_channels, "give 1 or more")
@@ -224,7 +233,13 @@ class Recipe:
     """Black pixels around an image before `crop` cuts its size out at a random place."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "crop_padding"):
+        require(
+            1 <= self.crop_padding <= MOST_PADDING,
+            "crop-padding",
+            self.crop_padding,
+            f"give 1 to {MOST_PADDING}",
+        )
+        for name in ("epochs", "global_batch_size"):
             value = getattr(self, name)
             require(value >= 1, option_name(name), value, "give 1 or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "give a positive number")
@@ -257,6 +272,8 @@ class Recipe:
         )
 
 
+MOST_PADDING = 64
+"""Pixels: more would show little but the padding."""
 OPTION_NAMES = {
     "global_batch_size": "batch-size",
     "accumulation_steps": "accumulation",
@@ -300,6 +317,12 @@ class TrainConfig:
             "compile-mode",
             self.compile_mode,
             "needs --compile",
+        )
+        require(  # CUDA graphs would overwrite the gradients of the micro-batch before
+            self.compile_mode == "default" or self.accumulation_steps == 1,
+            "compile-mode",
+            self.compile_mode,
+            "not with --accumulation, use default",
         )
 
     def per_device_batch_size(self, num_processes: int) -> int:

@@ -23,7 +23,7 @@ def test_a_table_is_what_its_records_say(path, tmp_path):
     records = read_records(path)
     assert records
     run = SimpleNamespace(
-        id="committed", plan=SimpleNamespace(suite=path.stem, search=None), records=lambda: records
+        id="committed", plan=SimpleNamespace(suite=path.stem), records=lambda: records
     )
     written = [file.relative_to(tmp_path) for file in save(run, tmp_path)]
     kept = path.with_suffix(".md")

@@ -27,7 +27,7 @@ from bench.runs import Run
 from bench.save import save
 from bench.spec import Plan, Protocol, Suite, Task, grid
 from bench.table import render_markdown, render_terminal
-from cifar.errors import ConfigError, UserError
+from cifar.errors import ConfigError
 
 MIB = 2**20
 
@@ -218,13 +218,17 @@ def test_runs_and_frontiers_are_told_apart(tmp_path, monkeypatch, capsys) -> Non
     cells = grid(["resnet20"], ["fp32"])
     plans = (Plan(protocol=Protocol(), cells=cells),)
     plain = runs.create(Suite(name="quick", description="", plans=plans), tmp_path / "runs")
-    with pytest.raises(UserError, match="is no memory frontier; give it to bench run"):
-        probes.execute(plain, launch=FakeLaunch(1), present=present_of())
+    monkeypatch.chdir(tmp_path)
+    assert main(["frontier", "--resume", plain.id]) == 2
+    assert "is no memory frontier; give it to bench run" in capsys.readouterr().err
     mine = make_run(tmp_path / "runs")
     assert runs.find(mine.id, tmp_path / "runs").plan.search == SEARCH
-    monkeypatch.chdir(tmp_path)
     assert main(["run", "--resume", mine.id]) == 2
     assert "is a memory frontier; give it to bench frontier" in capsys.readouterr().err
+
+
+def test_a_probe_has_no_warm_up_that_could_not_settle() -> None:
+    assert probe_protocol().warmup_steps == 0
 
 
 # --- Rows and tables ---
@@ -312,7 +316,7 @@ BAD = {
     "recipe: 'nope': choose one of": [*LIMITED, "--recipe", "nope"],
     "data: missing.npz": [*LIMITED, "--data", "npz:missing.npz"],
     "num-processes: 0: give 1 or more": [*LIMITED, "--num-processes", "0"],
-    "memory-limit: 0: give 1 MiB or more": [*LIMITED[:-1], "0"],
+    "memory-limit: 0: give 1 to ": [*LIMITED[:-1], "0"],
     "--memory-limit": [*LIMITED[:-1], "much"],
     "start: 0: give 1 or more": [*LIMITED, "--start", "0"],
     "largest: 0: give at least 8": [*LIMITED, "--largest", "7"],

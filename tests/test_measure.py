@@ -286,7 +286,8 @@ def test_git_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.multiprocess
 def test_two_processes_leave_one_record_with_samples_of_both(npz: Path, tmp_path: Path) -> None:
     options = ["--models", "resnet20-w4", "--precisions", "fp32", "-b", "16"]
-    options += ["--num-processes", "2", "--data", f"npz:{npz}", "--train-samples", "64"]
+    options += ["--num-processes", "2", "--data", f"npz:{npz}", "--train-samples", "96"]
+    options += ["--warmup-steps", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "bench", "run", *options, "--runs-dir", str(tmp_path / "runs")],
         env=worker_environment(2, os.environ),

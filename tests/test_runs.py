@@ -307,6 +307,15 @@ def test_saving_adds_and_replaces_by_key(tmp_path: Path, run: Run) -> None:
     assert sorted(path.name for path in files[0].parent.iterdir()) == ["quick.jsonl", "quick.md"]
 
 
+def test_a_saved_run_replaces_all_repeats_of_its_cells(tmp_path: Path) -> None:
+    for repeats in (3, 2):
+        run = runs.create(make_suite(("resnet20",), repeats=repeats), tmp_path / "runs")
+        runs.execute(run, launch=FakeLaunch(), present=present_of())
+        files = save(run, tmp_path / "results")
+    assert [record.repeat for record in read_records(files[0])] == [0, 1]
+    assert {record.run_id for record in read_records(files[0])} == {run.id}
+
+
 def test_a_record_that_died_early_goes_with_its_run(tmp_path: Path, run: Run) -> None:
     good, early = (record_of(Job(task=task), run_id=run.id) for task in run.plan.tasks)
     append_record(run.records_file, good)

@@ -232,7 +232,7 @@ def test_a_process_that_fails_ends_it_at_once(jobs, monkeypatch, capsys):
 def test_a_self_check_is_not_resumed_without_its_faults(jobs, capsys):
     main(["selfcheck"])
     assert main(["run", "--resume", runs.newest(Path("runs")).id]) == 2
-    assert "a self-check is not resumed" in capsys.readouterr().err
+    assert "a self-check is neither resumed nor saved" in capsys.readouterr().err
 
 
 # --- What a worker is told ---

@@ -31,13 +31,11 @@ def test_label_says_all_that_differs():
         channels_last=True,
         compile=True,
         compile_mode="max-autotune",
-        accumulation_steps=4,
         seed=1,
     )
     cell = Cell(train=train, num_processes=2, launcher="fsdp")
-    assert cell.label == (
-        "resnet18-w16 bf16 channels-last compile-max-autotune b128 acc4 x2 fsdp seed1"
-    )
+    assert cell.label == "resnet18-w16 bf16 channels-last compile-max-autotune b128 x2 fsdp seed1"
+    assert make_cell(accumulation_steps=4).label == "resnet18 fp32 b128 acc4"
     assert re.fullmatch(r"[A-Za-z0-9._-]+", cell.slug)
 
 
@@ -88,8 +86,16 @@ def test_digest_is_that_of_old_records():
         (lambda: Protocol(inference_batch_sizes=(0,)), "inference-batch-sizes: (0,): give"),
         (lambda: Protocol(inference_batch_sizes=(8, 8)), "inference-batch-sizes: (8, 8): give"),
         (
-            lambda: expand(make_suite(Protocol(train_samples=127), make_cell())),
-            "train-samples: 127: give 0 (speed only) or at least two batches of 128",
+            lambda: expand(make_suite(Protocol(train_samples=1791), make_cell())),
+            "train-samples: 1791: give 0 (speed only) or at least 1792, for the first step",
+        ),
+        (lambda: Protocol(warmup_steps=16), "warmup-steps: 16: give at most 15"),
+        (lambda: Protocol(timed_seconds=1800.0), "timed-seconds: 1800.0: give less than"),
+        (lambda: Protocol(metrics=("anatomy", "nope")), "metrics: 'anatomy,nope': choose from"),
+        (
+            lambda: Protocol(inference_backends=("compiled", "compiled")),
+            "inference-backends: 'compiled,compiled': choose from compiled, exported, onnxruntime, "
+            "each once",
         ),
         (lambda: expand(make_suite(Protocol())), "suite: 'test': has no cells"),
     ],
@@ -131,6 +137,13 @@ def test_cells_that_are_not_repeated_are_measured_as_they_are_given():
     assert interleaved(tasks) == tasks
 
 
+def test_the_order_of_metrics_does_not_matter():
+    one, other = (
+        Protocol(metrics=each) for each in (("pipeline", "anatomy"), ("anatomy", "pipeline"))
+    )
+    assert one == other and one.digest == other.digest
+
+
 def test_expand_removes_duplicates_but_not_other_protocols():
     suite = Suite(
         name="test",
@@ -138,11 +151,11 @@ def test_expand_removes_duplicates_but_not_other_protocols():
         plans=(
             Plan(protocol=Protocol(), cells=(make_cell(), make_cell())),
             Plan(protocol=Protocol(timeout=5.0), cells=(make_cell(),)),
-            Plan(protocol=Protocol(train_samples=256), cells=(make_cell(),)),
+            Plan(protocol=Protocol(train_samples=2560), cells=(make_cell(),)),
         ),
     )
     tasks = expand(suite)
-    assert [task.protocol.train_samples for task in tasks] == [0, 256]
+    assert [task.protocol.train_samples for task in tasks] == [0, 2560]
     assert len({task.slug for task in tasks}) == 2
 
 

@@ -119,13 +119,16 @@ OTHERS = "other processes used 1.00 of 2 cores"
     [
         ({"busy": 4.0}, OTHERS),
         ({"stolen": 0.2}, "the hypervisor gave 5.0% of the CPU time to other guests"),
-        ({"throttled": 0.4}, "a CPU quota held the threads back for 10.0% of the time"),
+        ({"throttled": 0.4}, "a CPU quota held the threads back for 20.0% of the time"),
         ({"cooled": 2.0}, "heat slowed the CPU down (2 events)"),
         ({"major_faults": 11.0}, "11 pages of memory were read from a disk"),
         ({"collecting": 0.1}, "Python collected garbage for 5.0% of the time"),
         ({"gpu_others": 1.0}, "1 other process(es) used the GPU"),
         ({"gpu_thermal": 1.0}, "heat slowed the GPU down (at 61 degrees Celsius)"),
-        ({"gpu_power_cap": 1.0}, "the power limit slowed the GPU down"),
+        (
+            {"gpu_clock_before": 2e9, "gpu_clock_after": 1.8e9},
+            "the GPU's clock fell by 10% in the window",
+        ),
         ({"gpu_power_brake": 1.0}, "the power supply made the GPU slow down"),
         ({"gpu_slowdown": 1.0}, "the GPU's hardware halved its clock"),
     ],
@@ -147,6 +150,20 @@ def test_what_is_not_counted_is_not_a_disturbance() -> None:
     assert judge((*CPU_WATCHES, *GPU_WATCHES), windows) == []
 
 
+def test_neighbours_of_a_gpu_s_process_matter_only_on_crowded_cores() -> None:
+    beside = replace(QUIET, on_gpu=1.0, busy=3.0)  # 3 of 4 CPU seconds, one of them by others
+    assert judge(CPU_WATCHES, together([astuple(beside)])) == []
+    (reason,) = judge(CPU_WATCHES, together([astuple(replace(beside, busy=3.6))]))
+    assert reason == "other processes used 0.80 of 2 cores"
+
+
+def test_the_power_limit_is_recorded_and_not_judged() -> None:
+    capped = together([astuple(replace(QUIET, gpu_power_cap=1.0))])
+    assert judge(GPU_WATCHES, capped) == []
+    found = {each.name: each for each in measure(GPU_WATCHES, capped)}
+    assert found["window_gpu_power_cap"].samples == ((1.0,),)
+
+
 def test_a_few_ticks_of_a_short_window_are_not_judged() -> None:
     short = {"seconds": 0.02, "own": 0.02}
     rounding = replace(QUIET, **short, capacity=0.04, busy=0.04, stolen=0.01)
@@ -158,7 +175,7 @@ def test_numbers_are_fractions_of_what_there_was() -> None:
     found = {each.name: each for each in measure(CPU_WATCHES, together([astuple(window)]))}
     assert found["window_other_cpu"].samples == ((0.25,),)
     assert found["window_steal"].samples == ((pytest.approx(0.05),),)
-    assert found["window_cpu_throttled"].samples == ((pytest.approx(0.1),),)
+    assert found["window_cpu_throttled"].samples == ((pytest.approx(0.2),),)
     assert found["window_garbage_collection"].samples == ((0.25,),)
     assert found["window_involuntary_switches"].samples == ((900.0,),)
     assert {found[name].unit for name in ("window_other_cpu", "window_steal")} == {"fraction"}

@@ -93,10 +93,14 @@ def exported(source: Source, images: Tensor) -> Run:
     https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 
     Raises:
-        UnsupportedError: no compiler; C++ is needed on every device.
+        UnsupportedError: no compiler, C++ on every device, or no CUDA toolkit for a GPU.
     """
     for device in (torch.device("cpu"), source.device):
         check_compiler(device)
+    from torch.utils.cpp_extension import CUDA_HOME  # imports setuptools
+
+    if source.device.type == "cuda" and CUDA_HOME is None:
+        raise UnsupportedError("inference-backends: exported: no CUDA toolkit; set CUDA_HOME")
     program = torch.export.export(plain(source), (images,))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         package = torch._inductor.aoti_compile_and_package(
@@ -168,6 +172,8 @@ def _bound(session: Any, device: torch.device) -> Run:
             (binding.bind_output, "logits", logits),
         ):
             bind(name, *place, "float32", tuple(tensor.shape), tensor.data_ptr())
+        if device.type == "cuda":  # the session's stream does not wait for torch's
+            torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
         return logits
 

@@ -112,6 +112,7 @@ class Monitor:
             major_faults=counted.major_faults,
             switches=counted.switches,
             collecting=self._collector.seconds,
+            on_gpu=float(self._device.type == "cuda"),
             **gpu_fields(self._states),
         )
 

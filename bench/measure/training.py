@@ -24,6 +24,10 @@ WARM_TOLERANCE = 0.05
 """How far the medians of two neighbouring spans of the warm-up may differ, as a fraction."""
 
 
+UNWAITED = 1.5
+"""How many steps of a GPU at most take the time of one that is waited for."""
+
+
 def planned_steps(protocol: Protocol, batch_size: int) -> int:
     """Optimiser steps that a worker's trainer is made for."""
     return protocol.train_samples // batch_size or UNBOUNDED_STEPS
@@ -41,9 +45,11 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     reset_peak_memory(subject.device)
     first_step = _first_step(subject)
     warm, settled = _warm_up(subject)
+    if subject.device.type == "cuda":  # kernels were tried out in the first step, which takes more
+        reset_peak_memory(subject.device)
     subject.witness.before_window()
     count = _window_steps(subject, warm)
-    with energy, Monitor(subject.device) as monitor:
+    with Monitor(subject.device) as monitor, energy:
         seconds = _timed_steps(subject, count)
     subject.witness.after_window(count)
     batch = trainer.loader.global_batch_size
@@ -95,10 +101,14 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _warm_up(subject: Subject) -> tuple[list[float], bool]:
-    """Step until the time of a step has settled on every rank, or the cap; seconds, and which."""
+    """Step until the time of a step has settled on every rank, or the cap; seconds, and which.
+
+    Where a training budget is short, the window gets what the least warm-up leaves of it.
+    """
     trainer, protocol = subject.trainer, subject.protocol
-    left = trainer.total_steps - trainer.step - protocol.timed_steps - OBSERVED_STEPS
-    cap = max(0, min(protocol.max_warmup_steps, left))
+    left = trainer.total_steps - trainer.step - OBSERVED_STEPS
+    room = max(left - protocol.timed_steps, min(2 * protocol.warmup_steps, left - 1))
+    cap = max(0, min(protocol.max_warmup_steps, room))
     seconds: list[float] = []
     while not (settled := settled_everywhere(subject, seconds)) and len(seconds) < cap:
         seconds.append(seconds_of_a_step(subject))
@@ -129,6 +139,8 @@ def _window_steps(subject: Subject, warm: Sequence[float]) -> int:
     steps = protocol.timed_steps
     if protocol.timed_seconds is not None and warm:
         typical = statistics.median(warm[-protocol.warmup_steps :])
+        if subject.device.type == "cuda":
+            typical /= UNWAITED  # a step of the window is not waited for
         steps = least(math.ceil(protocol.timed_seconds / typical), subject.device)
     return max(1, min(steps, trainer.total_steps - trainer.step - 1))
 
