@@ -22,15 +22,14 @@ from bench.frontier_command import run_frontier
 from bench.options import (
     RunOptions,
     build_suite,
-    check_data,
-    check_devices,
+    check,
     check_resume,
     runs_folder,
 )
 from bench.record import Record
 from bench.record_file import TornLineWarning, read_records
 from bench.repeats import interleaved
-from bench.spec import Task, expand
+from bench.spec import expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
@@ -95,24 +94,18 @@ def run_run(argv: list[str]) -> int:
         selfcheck.refuse(run)
         if run.plan.search is not None:
             raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
-        _check(run.plan.tasks)
+        check(run.plan.tasks)
         if options.dry_run:
             return show_plan(runs.missing(run), past)
     else:
         suite = build_suite(options)
         tasks = expand(suite)
-        _check(tasks)
+        check(tasks)
         if options.dry_run:
             return show_plan(interleaved(tasks), past)
         runs.check_writable(folder)
         run = runs.create(suite, folder, argv)
     return _measure(run, past)
-
-
-def _check(tasks: Sequence[Task]) -> None:
-    """Refuse what no process needs to be started for."""
-    check_data(tasks)
-    check_devices(tasks)
 
 
 def _measure(run: runs.Run, past: Sequence[Record]) -> int:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,15 +20,14 @@ from bench.launchers import get_launcher
 from bench.options import (
     CommaList,
     Flag,
-    check_data,
-    check_devices,
+    check,
     check_resume,
     runs_folder,
     train_size,
 )
 from bench.present import present_environment
 from bench.record import Environment
-from bench.spec import Plan, Suite, Task, expand, grid
+from bench.spec import Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import DataConfig, parse_data, require
@@ -118,21 +117,15 @@ def run_frontier(argv: list[str]) -> int:
         run = runs.find(options.resume, folder)
         if run.plan.search is None:
             raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench run")
-        _check(run.plan.tasks)
+        check(run.plan.tasks)
         return show_plan(run.plan.tasks, runs.history(folder)) if options.dry_run else _measure(run)
     suite, search = build_searches(options)
     tasks = expand(suite)
-    _check(tasks)
+    check(tasks)
     if options.dry_run:
         return show_plan(tasks, runs.history(folder))
     runs.check_writable(folder)
     return _measure(runs.create(suite, folder, argv, search=search))
-
-
-def _check(tasks: Sequence[Task]) -> None:
-    """Refuse what no process needs to be started for."""
-    check_data(tasks)
-    check_devices(tasks)
 
 
 def build_searches(

@@ -1,6 +1,6 @@
 """The options of `bench run`, and the suite that they ask for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,6 +195,12 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
             f"{name.replace('_', '-')}: {shown}: not with --resume, which does what the run was "
             "started for; leave it out"
         )
+
+
+def check(tasks: Sequence[Task]) -> None:
+    """Refuse what no process needs to be started for; see `check_data` and `check_devices`."""
+    check_data(tasks)
+    check_devices(tasks)
 
 
 def check_data(tasks: Iterable[Task]) -> None:

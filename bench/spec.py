@@ -146,6 +146,19 @@ class Protocol:
     """Seconds after which the cell's processes are ended."""
 
     def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_together()
+        for name, known in (("metrics", METRICS), ("inference_backends", BACKENDS)):
+            given = getattr(self, name)
+            require(
+                set(given) <= set(known) and len(set(given)) == len(given),
+                option_name(name),
+                ",".join(given),
+                f"choose from {', '.join(known)}, each once",
+            )
+            object.__setattr__(self, name, tuple(each for each in known if each in given))
+
+    def _check_ranges(self) -> None:
         for name, least in (
             ("warmup_steps", 0),
             ("max_warmup_steps", 0),
@@ -167,6 +180,15 @@ class Protocol:
                 value,
                 "give a positive number",
             )
+        sizes = self.inference_batch_sizes
+        require(
+            all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
+            "inference-batch-sizes",
+            sizes,
+            "give different sizes of 1 or more",
+        )
+
+    def _check_together(self) -> None:
         require(
             self.timed_seconds is None or self.warmup_steps > 0,
             "timed-seconds",
@@ -179,15 +201,6 @@ class Protocol:
             self.target_interval,
             f"needs repeats, at most how many processes to start: {FEWEST + 1} or more",
         )
-        for name, known in (("metrics", METRICS), ("inference_backends", BACKENDS)):
-            given = getattr(self, name)
-            require(
-                set(given) <= set(known) and len(set(given)) == len(given),
-                option_name(name),
-                ",".join(given),
-                f"choose from {', '.join(known)}, each once",
-            )
-            object.__setattr__(self, name, tuple(each for each in known if each in given))
         require(
             self.max_warmup_steps >= 2 * self.warmup_steps,
             "warmup-steps",
@@ -199,13 +212,6 @@ class Protocol:
             "timed-seconds",
             self.timed_seconds,
             f"give less than the timeout of {self.timeout:g}",
-        )
-        sizes = self.inference_batch_sizes
-        require(
-            all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
-            "inference-batch-sizes",
-            sizes,
-            "give different sizes of 1 or more",
         )
 
     @property
