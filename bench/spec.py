@@ -259,14 +259,21 @@ class Suite:
     plans: tuple[Plan, ...]
 
 
+MOST_TASKS = 10_000
+"""Of one run: at ten seconds each they take more than a day."""
+
+
 def expand(suite: Suite) -> tuple[Task, ...]:
     """One task per cell, protocol and repeat, without duplicates.
 
     The first repeats of all cells come before the second ones; see `bench.repeats.interleaved`.
 
     Raises:
-        ConfigError: no cell at all, or a training budget smaller than two batches.
+        ConfigError: no cell at all, too many tasks, or a training budget smaller than two batches.
     """
+    count = sum(len(plan.cells) * plan.protocol.repeats for plan in suite.plans)
+    remedy = f"are more than {MOST_TASKS}; give fewer models, precisions, seeds or repeats"
+    require(count <= MOST_TASKS, "processes", count, remedy)
     tasks: dict[tuple[str, str, int], Task] = {}
     for plan in suite.plans:
         for cell in plan.cells:
@@ -292,7 +299,7 @@ def _check_budget(cell: Cell, protocol: Protocol) -> None:
 
 def seeded(cells: Sequence[Cell], seeds: int) -> tuple[Cell, ...]:
     """Every cell at seeds 0, 1, ..., `seeds` - 1."""
-    require(seeds >= 1, "seeds", seeds, "give 1 or more")
+    require(1 <= seeds <= MOST_TASKS, "seeds", seeds, f"give 1 to {MOST_TASKS}")
     return tuple(
         replace(cell, train=replace(cell.train, seed=seed))
         for cell in cells

@@ -35,9 +35,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     if config.compile:
         check_compiler(device)
     precision = PRECISIONS[name]
-    # The legacy switches: Inductor in torch 2.11-2.15 still reads them and they set the new ones.
-    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
-    torch.backends.cudnn.allow_tf32 = precision.tf32
+    allow_tf32(precision.tf32)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision.mixed_precision,
@@ -49,6 +47,17 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     assert accelerator.mixed_precision == precision.mixed_precision
     check_processes(accelerator, run.num_processes)
     return accelerator, name
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let fp32 matrix products and convolutions of a GPU compute in TensorFloat-32, or not.
+
+    Inductor in torch 2.11-2.15 reads the legacy switches for most kernels and `fp32_precision` of
+    all of cuDNN for its convolution templates; the legacy ones leave that unset.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def check_launch(environ: Mapping[str, str]) -> None:

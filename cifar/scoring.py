@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from cifar.accelerator import check_supported
+from cifar.accelerator import allow_tf32, check_supported
 from cifar.checkpoint import ModelCard, load_into, load_weights
 from cifar.config import PRECISIONS, DataConfig, parse_data
 from cifar.data.loader import DeviceImages, Place, eval_batches
@@ -48,8 +48,7 @@ def score(
     name = precision or card.precision
     check_supported(name, device)
     formats = PRECISIONS[name]
-    torch.backends.cuda.matmul.allow_tf32 = formats.tf32
-    torch.backends.cudnn.allow_tf32 = formats.tf32
+    allow_tf32(formats.tf32)
     module = build_model(card.model).to(device).eval()
     load_into(module, weights, str(path))
     if card.channels_last:

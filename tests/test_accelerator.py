@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from training import make_trainer, tiny_recipe
 
 from cifar.accelerator import (
+    allow_tf32,
     check_compiler,
     check_launch,
     check_processes,
@@ -158,3 +160,14 @@ def test_tf32_is_off_unless_asked_for(precision: str) -> None:
     make_trainer(tiny_recipe(), precision=precision)
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("allowed", "numbers"), [(True, "tf32"), (False, "ieee")])
+def test_every_switch_says_the_same_of_tf32(allowed: bool, numbers: str) -> None:
+    """Inductor's templates read `cudnn.fp32_precision`, its other kernels the legacy switches."""
+    allow_tf32(not allowed)
+    allow_tf32(allowed)
+    cudnn: Any = torch.backends.cudnn
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+    assert cudnn.fp32_precision == cudnn.conv.fp32_precision == numbers
+    allow_tf32(False)

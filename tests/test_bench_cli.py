@@ -71,7 +71,7 @@ BAD = {
     "batch-size: 20000: shapes has 10000 images": [*CELLS, "-b", "20000"],
     "batch-size: 10: does not divide over 3 processes": [*CELLS, "-b", "10", "--num-processes=3"],
     "num-processes: 0: give 1 or more": ["run", "quick", "--num-processes", "0"],
-    "seeds: 0: give 1 or more": ["run", "quick", "--seeds", "0"],
+    "seeds: 0: give 1 to 10000": ["run", "quick", "--seeds", "0"],
     "repeats: 0: give 1 or more": ["run", "quick", "--repeats", "0"],
     "timeout: 0.0: give a positive number": ["run", "quick", "--timeout", "0"],
     "train-samples: 5: give 0 (speed only)": ["run", "quick", "--train-samples", "5"],

@@ -20,6 +20,7 @@ from bench.measure.inference import Trouble, measure_inference
 from bench.measure.subject import Subject
 from bench.record import Measurement
 from bench.spec import Protocol
+from cifar.accelerator import allow_tf32
 from cifar.config import RunConfig
 from cifar.errors import UnsupportedError
 
@@ -269,9 +270,10 @@ def test_a_large_test_split_is_compared_in_part(monkeypatch: pytest.MonkeyPatch)
     assert reference.samples == len(reference.logits) == 20
 
 
-def test_the_reference_is_fp32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_is_fp32_without_tf32() -> None:
     subject = make_subject(precision="bf16")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    subject.trainer.config = replace(subject.trainer.config, precision="tf32")
+    allow_tf32(True)
     seen: list[tuple[torch.dtype, bool]] = []
     inner = next(m for m in subject.trainer.module.modules() if isinstance(m, nn.Conv2d))
     inner.register_forward_hook(
@@ -280,6 +282,7 @@ def test_the_reference_is_fp32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> 
     Reference(subject.trainer, source_of(subject, precision="bf16")).logits  # noqa: B018
     assert seen == [(torch.float32, False)]
     assert torch.backends.cudnn.allow_tf32 is True
+    allow_tf32(False)
 
 
 def test_the_plain_network_has_the_same_weights_and_no_wrapper() -> None:

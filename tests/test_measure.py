@@ -173,6 +173,8 @@ def test_compile_seconds_by_hand() -> None:
     first = Measurement(name="first_step", unit="s", better="lower", samples=((30.0,), (3.0,)))
     cold = cold_seconds([steps, first])
     assert cold.samples == ((28.0,), (0.0,))
+    warm = replace(first, name="warmup_step", samples=((2.0, 7.0, 9.0), (4.5, 1.0, 9.0)))
+    assert cold_seconds([steps, first, warm]).samples == ((33.0,), (0.5,)), "two further steps"
     assert break_even(cold, [[1.0, 1.0], [2.0, 2.0]], [[2.5], [9.0]]).value == 4, "28 / (9 - 2)"
     slower = break_even(cold, [[2.0]], [[1.5]])
     assert slower.status == "absent" and "0.5 s longer" in slower.reason

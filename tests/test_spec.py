@@ -71,7 +71,7 @@ def test_digest_is_that_of_old_records():
         (lambda: grid(["resnet19"], ["fp32"]), "model: 'resnet19': choose one of"),
         (lambda: replace(make_cell(), num_processes=0), "num-processes: 0: give 1 or more"),
         (lambda: replace(make_cell(), num_processes=3), "nearest that does: 126 or 129"),
-        (lambda: grid(["resnet18"], ["fp32"], seeds=0), "seeds: 0: give 1 or more"),
+        (lambda: grid(["resnet18"], ["fp32"], seeds=0), "seeds: 0: give 1 to 10000"),
         (lambda: Protocol(timed_steps=0), "timed-steps: 0: give 1 or more"),
         (lambda: Protocol(warmup_steps=-1), "warmup-steps: -1: give 0 or more"),
         (lambda: Protocol(train_samples=-1), "train-samples: -1: give 0 or more"),
@@ -98,6 +98,10 @@ def test_digest_is_that_of_old_records():
             "each once",
         ),
         (lambda: expand(make_suite(Protocol())), "suite: 'test': has no cells"),
+        (
+            lambda: expand(make_suite(Protocol(repeats=10_001), make_cell())),
+            "processes: 10001: are more than 10000; give fewer",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_field_and_value(make, message):

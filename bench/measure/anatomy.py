@@ -178,7 +178,8 @@ def _marked(owner: object, name: str, part: str, timeline: Timeline) -> Iterator
 def set_aside(trainer: Trainer) -> Iterator[None]:
     """Let the block take steps of training, synced or not; afterwards the trainer is as it was.
 
-    Every process takes up its own copies again, so weights that were equal are equal again.
+    Every process takes up its own copies again, so weights that were equal are equal again. State
+    that an optimiser makes in its first step is set back to the zeros it starts from.
     """
     kept = {name: tensor.clone() for name, tensor in _live_tensors(trainer).items()}
     step, meter, training = trainer.step, trainer.meter, trainer.module.training
@@ -190,7 +191,7 @@ def set_aside(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         for name, tensor in _live_tensors(trainer).items():
-            tensor.copy_(kept[name])
+            tensor.copy_(kept[name]) if name in kept else tensor.zero_()
         trainer.step, trainer.meter = step, meter
         trainer.module.train(training)
         if trainer.average:

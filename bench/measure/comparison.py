@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.measure.backends import Run, Source, plain
+from cifar.accelerator import allow_tf32
 from cifar.config import PRECISIONS
 from cifar.trainer import Trainer
 
@@ -84,7 +84,7 @@ class Reference:
     @cached_property
     def logits(self) -> Tensor:
         """`[B, K]`; computed when first asked for, so that it warms nothing up before."""
-        with _without_tf32():
+        with _without_tf32(self._trainer):
             logits: Tensor = plain(self._source)(sample_images(self._trainer, self.samples))
         return logits
 
@@ -103,13 +103,10 @@ def sample_images(trainer: Trainer, size: int, start: int = 0) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
+def _without_tf32(trainer: Trainer) -> Iterator[None]:
+    assert trainer.config.precision is not None, "a trainer has resolved it"
+    allow_tf32(False)
     try:
-        for switch in switches:
-            switch.allow_tf32 = False
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+        allow_tf32(PRECISIONS[trainer.config.precision].tf32)

@@ -15,6 +15,8 @@ from bench.record import Measurement
 
 PAIRS = 5
 """Eager and compiled steps that take turns."""
+CAPTURE_STEPS = 2
+"""Further steps that may belong to it: CUDA graphs warm up in one and are captured in one."""
 
 
 def measure_compilation(subject: Subject) -> Iterable[Measurement]:
@@ -54,14 +56,15 @@ def _take_turns(subject: Subject) -> tuple[list[float], list[float]]:
 
 
 def cold_seconds(taken: Sequence[Measurement]) -> Measurement:
-    """The first step's seconds less those of a step in the timed window, by rank."""
+    """What the first steps took longer than the timed window's median step, summed, by rank."""
     found = {each.name: each for each in taken}
-    steps, first = found["train_throughput"], found["first_step"]
-    cost = tuple(
-        (max(0.0, began[0] - statistics.median(rank)),)
-        for began, rank in zip(first.samples, steps.samples, strict=True)
-    )
-    return Measurement(name="compile_seconds", unit="s", better="lower", samples=cost)
+    began, warm = found["first_step"], found.get("warmup_step")
+    cost = []
+    for rank, window in enumerate(found["train_throughput"].samples):
+        first = [*began.samples[rank], *(warm.samples[rank][:CAPTURE_STEPS] if warm else ())]
+        typical = statistics.median(window)
+        cost.append((math.fsum(max(0.0, seconds - typical) for seconds in first),))
+    return Measurement(name="compile_seconds", unit="s", better="lower", samples=tuple(cost))
 
 
 def break_even(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from bench.measure.anatomy import set_aside
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
 from bench.measure.memory import peak_memory, reset_peak_memory
@@ -41,6 +42,8 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     """
     trainer = subject.trainer
     energy = _energy_meter(subject)
+    if subject.device.type == "cuda":
+        _wake_up(subject)
     energy.watch_idle()
     reset_peak_memory(subject.device)
     first_step = _first_step(subject)
@@ -74,6 +77,20 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
 def _energy_meter(subject: Subject) -> EnergyMeter:
     first = subject.trainer.accelerator.is_local_main_process
     return EnergyMeter(subject.device, find_counter(subject.device, counts_machine=first))
+
+
+def _wake_up(subject: Subject) -> None:
+    """Take an eager step and undo it: kernels load and clocks rise before idle power is watched.
+
+    The first step then holds compilation, but not the loading of the libraries.
+    """
+    trainer = subject.trainer
+    with set_aside(trainer):
+        model, trainer.model = trainer.model, trainer.wrapped
+        try:
+            trainer.train_step()
+        finally:
+            trainer.model = model
 
 
 def _first_step(subject: Subject) -> float:
