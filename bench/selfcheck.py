@@ -32,10 +32,10 @@ FAULTS: dict[str, Fault | None] = {
     "sleep": Fault(kind="sleep", seconds=0.05),
     "matmul": Fault(kind="matmul", seconds=0.05),
 }
-"""The processes of a round by name. A twentieth of a second is about a step of the cell on two slow
+"""The processes of a round by name. A twentieth of a second is twice a step of the cell on two slow
 CPU cores; a GPU's step is shorter still, so the cost stands well above the noise."""
 WRONG_DTYPE = Fault(kind="wrong-dtype")
-MODEL, BATCH_SIZE = "resnet20", 16
+MODEL, BATCH_SIZE = "resnet20-w8", 16
 MIN_ROUNDS = 6
 """The fewest that give a 95 % interval of a median."""
 MAX_ROUNDS = 12
@@ -54,7 +54,8 @@ class Finding:
     """What became of one fault; seconds per step, None where it has none.
 
     `added`, `low` and `high` are the median and the 95 % interval over rounds of the faulty
-    process's median step less the plain one's; `true` is the cost as measured by itself.
+    process's median step less the plain one's; `true` is the cost as measured by itself, the median
+    over rounds, from which each round's own is set off.
     """
 
     name: str
@@ -160,24 +161,27 @@ def true_seconds(record: Record) -> float:
 
 
 def judge_costs(rounds: Sequence[Round]) -> list[Finding]:
-    """What every kind of process adds to the plain ones of the same round; the control adds 0."""
+    """What every kind of process adds to the plain ones of the same round; the control adds 0.
+
+    A cost differs from process to process, and with the speed of a shared machine: what a process
+    seems to add is compared with what the cost took by itself in that same process.
+    """
     broken = [record for each in rounds for record in each.values() if record.status != "ok"]
     if broken:
         note = f"{broken[0].status}: {broken[0].reason}"
         return [Finding(name=name, verdict="failed", note=note) for name in _measured_names()]
-    truths = {
-        name: statistics.median(true_seconds(each[name]) for each in rounds)
+    costs = {
+        name: [true_seconds(each[name]) if fault else 0.0 for each in rounds]
         for name, fault in FAULTS.items()
-        if fault
     }
-    slack = TOLERANCE * min(truths.values())
-    plain = [step_seconds(each["plain"]) for each in rounds]
+    slack = TOLERANCE * min(statistics.median(costs[name]) for name in FAULTS if FAULTS[name])
     findings = []
     for name in _measured_names():
+        true = statistics.median(costs[name])
         differences = [
-            step_seconds(each[name]) - base for each, base in zip(rounds, plain, strict=True)
+            step_seconds(each[name]) - step_seconds(each["plain"]) - own + true
+            for each, own in zip(rounds, costs[name], strict=True)
         ]
-        true = truths.get(name, 0.0)
         findings.append(judge(name, differences, true, slack=TOLERANCE * true or slack))
     return findings
 

@@ -39,13 +39,13 @@ def timed(*seconds):
     return Measurement(name="fault_seconds", unit="s", better="none", samples=(seconds,))
 
 
-def record(job, added=COST, plain=PLAIN):
+def record(job, added=COST, plain=PLAIN, cost=COST):
     """What a worker with this fault would write if a cost added `added` seconds to every step."""
     fault = job.fault
     if fault and fault.kind == "wrong-dtype":
         return record_of(job, status="failed", reason="compute_dtype: bfloat16 where float32")
     seconds = plain + (added if fault else 0.0)
-    costs = (timed(COST, COST, 9.0), timed(COST, COST)) if fault else ()
+    costs = (timed(cost, cost, 9.0), timed(cost, cost)) if fault else ()
     return record_of(job, measurements=(rate((seconds, seconds, 7.0)), *costs))
 
 
@@ -126,6 +126,17 @@ def test_every_cost_is_judged_against_the_plain_process_of_its_own_round():
             job = Job(task=TASK, fault=FAULTS[name])
             each[name] = record(job, plain=PLAIN * (1 + number))
     assert verdicts(judge_costs(drifting)) == dict.fromkeys(("control", "sleep", "matmul"), "seen")
+
+
+def test_a_cost_is_judged_against_what_it_took_in_its_own_process():
+    drifting = rounds()
+    for number, each in enumerate(drifting):
+        job, cost = Job(task=TASK, fault=FAULTS["matmul"]), COST * (1 + number)
+        each["matmul"] = record(job, added=cost, cost=cost)
+    (found,) = [each for each in judge_costs(drifting) if each.name == "matmul"]
+    true = COST * (1 + (MIN_ROUNDS - 1) / 2)
+    assert (found.verdict, found.true, found.ratio) == ("seen", true, pytest.approx(1.0))
+    assert found.high - found.low == pytest.approx(0.0)
 
 
 def test_a_cost_that_does_not_reach_the_window_is_not_seen():
