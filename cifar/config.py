@@ -230,7 +230,9 @@ class Recipe:
     augment: tuple[str, ...] = ("crop", "flip")
     """Augmentations, in order; `--augment` alone: none."""
     crop_padding: int = 4
-    """Black pixels around an image before `crop` cuts its size out at a random place."""
+    """Pixels around an image before `crop` cuts its size out at a random place."""
+    crop_fill: Literal["black", "reflect"] = "black"
+    """What these pixels are: black, or the image mirrored at its edges."""
 
     def __post_init__(self) -> None:
         require(
@@ -280,7 +282,7 @@ OPTION_NAMES = {
     "model.name": "model",
 }
 """Command-line names of fields where they differ."""
-AUGMENTATIONS = ("crop", "flip")
+AUGMENTATIONS = ("crop", "flip", "alternating-flip")
 """Names of the functions in `cifar.data.augment`."""
 
 

@@ -1,10 +1,12 @@
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_dataset
 
 from cifar.config import AUGMENTATIONS, Recipe
-from cifar.data.augment import crop, flip, get_augmentations
+from cifar.data.augment import alternating_flip, crop, flip, get_augmentations, reflect
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 from cifar.data.loader import DeviceImages, Normalization, Place, TrainLoader, eval_batches
@@ -19,17 +21,22 @@ def random_images(n: int = 20, channels: int = 3, height: int = 8, width: int = 
     )
 
 
-@pytest.mark.parametrize("padding", [2, 4])
-def test_crop_equals_its_definition(padding: int) -> None:
+@pytest.mark.parametrize(
+    ("padding", "fill", "mode"),
+    [(2, "black", "constant"), (4, "black", "constant"), (2, "reflect", "reflect")],
+)
+def test_crop_equals_its_definition(
+    padding: int, fill: Literal["black", "reflect"], mode: Any
+) -> None:
     images = random_images()
     draws = EpochDraws(5, 1, len(images), CPU).of(torch.arange(len(images)))
     shifts = 2 * padding + 1
     top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2), mode)
     expected = [padded[i, :, t : t + 8, x : x + 12] for i, (t, x) in enumerate(zip(top, left))]
-    (cut,) = get_augmentations(Recipe(augment=("crop",), crop_padding=padding))
+    (cut,) = get_augmentations(Recipe(augment=("crop",), crop_padding=padding, crop_fill=fill))
     assert np.array_equal(cut(images, draws).numpy(), np.stack(expected))
-    assert np.array_equal(crop(images, draws, padding).numpy(), np.stack(expected))
+    assert np.array_equal(crop(images, draws, padding, fill).numpy(), np.stack(expected))
     assert len(set(zip(top.tolist(), left.tolist()))) > 5
 
 
@@ -40,6 +47,29 @@ def test_flip_equals_its_definition() -> None:
     expected = [image.flip(-1) if yes else image for image, yes in zip(images, flipped)]
     assert torch.equal(flip(images, draws), torch.stack(expected))
     assert 0 < sum(flipped) < len(images)
+
+
+def test_an_alternating_flip_shows_both_ways_in_any_two_epochs() -> None:
+    images = random_images()
+    mirrored = []
+    for epoch in range(4):
+        draws = EpochDraws(5, epoch, len(images), CPU).of(torch.arange(len(images)))
+        out = alternating_flip(images, draws)
+        mirrored.append([torch.equal(a, b.flip(-1)) for a, b in zip(out, images)])
+        assert torch.equal(out.sort(-1).values, images.sort(-1).values)
+    assert 0 < sum(mirrored[0]) < len(images)
+    assert mirrored[1] == [not each for each in mirrored[0]]
+    assert mirrored[2:] == mirrored[:2]
+
+
+@pytest.mark.parametrize("padding", [1, 3, 9])
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (2, 3), (1, 1)])
+def test_reflect_equals_numpy_s_also_where_padding_is_wider(
+    padding: int, height: int, width: int
+) -> None:
+    images = random_images(2, 3, height, width)
+    sides = ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2)
+    assert np.array_equal(reflect(images, padding).numpy(), np.pad(images, sides, "reflect"))
 
 
 def test_every_augmentation_that_a_recipe_may_name_exists() -> None:

@@ -218,10 +218,15 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
 
 
 def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
-    """torchvision's transforms of PIL images of this height and width, by our names."""
+    """torchvision's transforms of PIL images of this height and width, by our names.
+
+    It has no alternating flip; a random one costs the same.
+    """
     from torchvision import transforms
 
+    mode = "reflect" if recipe.crop_fill == "reflect" else "constant"
     return {
-        "crop": transforms.RandomCrop(size, padding=recipe.crop_padding),
+        "crop": transforms.RandomCrop(size, padding=recipe.crop_padding, padding_mode=mode),
         "flip": transforms.RandomHorizontalFlip(),
+        "alternating-flip": transforms.RandomHorizontalFlip(),
     }

@@ -17,16 +17,30 @@ from cifar.data.draws import SampleDraws
 Augmentation = Callable[[Tensor, SampleDraws], Tensor]
 
 
-def crop(images: Tensor, draws: SampleDraws, padding: int = 4) -> Tensor:
-    """Pad by black pixels and cut the original size at a random place.
+def crop(images: Tensor, draws: SampleDraws, padding: int = 4, fill: str = "black") -> Tensor:
+    """Pad by black pixels or the image's mirror image, and cut the original size at a random place.
 
-    By 4 pixels in He et al. 2015 (https://arxiv.org/abs/1512.03385).
+    By 4 black pixels in He et al. 2015 (https://arxiv.org/abs/1512.03385), by 2 mirrored ones in
+    airbench (https://arxiv.org/abs/2404.00498).
     """
     n, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
+    padded = reflect(images, padding) if fill == "reflect" else F.pad(images, (padding,) * 4)
     shifts = 2 * padding + 1
     top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
     return take_windows(padded, top, left, height, width).view(n, channels, height, width)
+
+
+def reflect(images: Tensor, padding: int) -> Tensor:
+    """Surround `[B, C, H, W]` by `padding` mirrored pixels; the edge itself is not repeated.
+
+    As `F.pad(mode="reflect")`, but padding may be wider than the image.
+    """
+    for dim in (-2, -1):
+        size = images.shape[dim]
+        period = max(1, 2 * (size - 1))
+        place = torch.arange(-padding, size + padding, device=images.device) % period
+        images = images.index_select(dim, torch.minimum(place, period - place))
+    return images
 
 
 def take_windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
@@ -46,17 +60,31 @@ def take_windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: 
 
 def flip(images: Tensor, draws: SampleDraws) -> Tensor:
     """Mirror left-right with probability 1/2."""
+    return _mirror(images, draws.integers("flip", 2))
+
+
+def alternating_flip(images: Tensor, draws: SampleDraws) -> Tensor:
+    """Mirror left-right in every second epoch, beginning with a random half of the images.
+
+    So every two epochs show each image both ways, which half of random flips do not.
+    Source: Jordan 2024, airbench (https://arxiv.org/abs/2404.00498).
+    """
+    return _mirror(images, (draws.lasting_integers("alternating-flip", 2) + draws.epoch) % 2)
+
+
+def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror the images whose entry in `mirrored`, `[B]` of 0 and 1, is 1."""
     n = len(images)
     either = torch.cat((images, images.flip(-1)))
-    chosen = torch.arange(n, device=images.device) + n * draws.integers("flip", 2)
-    return either.index_select(0, chosen)
+    return either.index_select(0, torch.arange(n, device=images.device) + n * mirrored)
 
 
 def get_augmentations(recipe: Recipe) -> tuple[Augmentation, ...]:
     """The functions that a recipe names, in its order."""
     functions: dict[str, Augmentation] = {
-        "crop": functools.partial(crop, padding=recipe.crop_padding),
+        "crop": functools.partial(crop, padding=recipe.crop_padding, fill=recipe.crop_fill),
         "flip": flip,
+        "alternating-flip": alternating_flip,
     }
     assert tuple(functions) == AUGMENTATIONS
     return tuple(functions[name] for name in recipe.augment)

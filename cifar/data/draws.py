@@ -34,16 +34,17 @@ class EpochDraws:
     """The draws of every sample in one epoch, made for all samples when first asked for."""
 
     def __init__(self, seed: int, epoch: int, count: int, device: torch.device) -> None:
-        self._coordinates = (seed, epoch)
+        self.epoch = epoch
+        self._seed = seed
         self._count = count
         self._device = device
         self._made: dict[str, Tensor] = {}
 
-    def hashed(self, name: str) -> Tensor:
-        """`[count]` int64 in [0, 2**32)."""
+    def hashed(self, name: str, *, lasting: bool = False) -> Tensor:
+        """`[count]` int64 in [0, 2**32); `lasting` ones are the same in every epoch."""
         if name not in self._made:
-            seed, epoch = self._coordinates
-            self._made[name] = hash_samples(seed, epoch, name, self._count, self._device)
+            epoch = 0 if lasting else self.epoch
+            self._made[name] = hash_samples(self._seed, epoch, name, self._count, self._device)
         return self._made[name]
 
     def order(self) -> Tensor:
@@ -62,9 +63,19 @@ class SampleDraws:
         self._epoch = epoch
         self._samples = samples
 
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 0."""
+        return self._epoch.epoch
+
     def integers(self, name: str, high: int) -> Tensor:
         """Uniform integers in [0, high), `[B]` int64; high up to 2**31."""
         return (self._epoch.hashed(name).index_select(0, self._samples) * high) >> 32
+
+    def lasting_integers(self, name: str, high: int) -> Tensor:
+        """Like `integers`, but a sample draws the same in every epoch; names are used for one."""
+        hashed = self._epoch.hashed(name, lasting=True).index_select(0, self._samples)
+        return (hashed * high) >> 32
 
     def uniform(self, name: str) -> Tensor:
         """Uniform numbers in [0, 1) on a grid of 2**-24, `[B]` float32."""
