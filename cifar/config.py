@@ -219,10 +219,11 @@ class Recipe:
     """L2 penalty (SGD) or decoupled decay (AdamW)."""
     decay_norm_and_bias: bool = True
     """Apply the weight decay to BatchNorm parameters and biases as well."""
-    schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
-    """Learning rate after the warm-up; one-cycle rises for 30 % of the steps, then falls."""
+    schedule: Literal["cosine", "one-cycle", "triangle", "constant"] = "cosine"
+    """Learning rate after the warm-up; one-cycle rises for 30 % of the steps and falls as a cosine,
+    triangle rises for 10 % and falls in a line."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0 (cosine, constant); one-cycle has its own."""
+    """Linear warm-up from 0 (cosine, constant); one-cycle and triangle have their own."""
     label_smoothing: float = 0.0
     """Probability mass spread over all classes."""
     ema_decay: float = 0.0
@@ -249,12 +250,16 @@ class Recipe:
             value = getattr(self, name)
             require(0 <= value < math.inf, option_name(name), value, "give 0 or more")
         require(
-            self.warmup_epochs <= (0 if self.schedule == "one-cycle" else self.epochs),
+            self.warmup_epochs == 0 or self.schedule in ("cosine", "constant"),
             "warmup-epochs",
             self.warmup_epochs,
-            "one-cycle has its own warm-up, use another --schedule"
-            if self.schedule == "one-cycle"
-            else "give at most the epochs",
+            f"{self.schedule} has its own warm-up, use another --schedule",
+        )
+        require(
+            self.warmup_epochs <= self.epochs,
+            "warmup-epochs",
+            self.warmup_epochs,
+            "give at most the epochs",
         )
         for name in ("momentum", "label_smoothing", "ema_decay"):
             value = getattr(self, name)

@@ -35,7 +35,12 @@ def test_one_cycle_rises_for_three_tenths_of_the_steps_then_falls_as_a_cosine() 
     assert found == pytest.approx([1 / 3, 2 / 3, 1.0, *falling])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "constant"])
+def test_triangle_rises_for_a_tenth_of_the_steps_then_falls_in_a_line() -> None:
+    found = rates(20, 5, schedule="triangle")
+    assert found == pytest.approx([1 / 2, 1.0, *(1 - step / 18 for step in range(18))])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "triangle", "constant"])
 @pytest.mark.parametrize("total", [1, 2, 3, 1000])
 def test_every_learning_rate_is_positive_and_at_most_the_highest(schedule: str, total: int) -> None:
     found = rates(total, total, schedule=schedule)
@@ -43,7 +48,9 @@ def test_every_learning_rate_is_positive_and_at_most_the_highest(schedule: str, 
     assert max(found) == 1.0 or total < 4
 
 
-@pytest.mark.parametrize("fields", [{"schedule": "one-cycle"}, {"epochs": 1}])
+@pytest.mark.parametrize(
+    "fields", [{"schedule": "one-cycle"}, {"schedule": "triangle"}, {"epochs": 1}]
+)
 def test_a_warmup_that_would_be_ignored_or_never_end_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"warmup-epochs: 2\.0"):
         Recipe(**{"schedule": "cosine", "warmup_epochs": 2.0, **fields})
