@@ -6,11 +6,14 @@ PYTHON ?= python3
 ARGS ?=
 
 # Of pip's settings only those that say where packages come from are kept; a target folder, a user
-# installation or other constraints would end up in another environment than the pinned one.
-PIP_SOURCES := PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST PIP_CERT \
-	PIP_CLIENT_CERT PIP_PROXY PIP_CACHE_DIR PIP_RETRIES PIP_DEFAULT_TIMEOUT PIP_TIMEOUT
+# installation or other constraints would end up in another environment than the pinned one. A
+# configuration file is kept for its sources too; --user in it would not install into .venv.
+PIP_SOURCES := PIP_CONFIG_FILE PIP_NO_INDEX PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS \
+	PIP_TRUSTED_HOST PIP_KEYRING_PROVIDER PIP_CERT PIP_CLIENT_CERT PIP_PROXY PIP_CACHE_DIR \
+	PIP_RETRIES PIP_DEFAULT_TIMEOUT PIP_TIMEOUT
 unexport PYTHONHOME PYTHONPATH $(filter-out $(PIP_SOURCES),$(filter PIP_%,$(.VARIABLES)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_USER := 0
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help

@@ -17,8 +17,18 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import DataOption, ModelConfig, RunConfig, TrainConfig
+from cifar.config import (
+    DataOption,
+    ModelConfig,
+    PrecisionName,
+    Recipe,
+    RunConfig,
+    TrainConfig,
+    option_name,
+    require,
+)
 from cifar.errors import ConfigError
+from cifar.files import user_path
 from cifar.process import ensure_environment
 from cifar.recipes import get_recipe
 
@@ -47,23 +57,54 @@ class TrainOptions:
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Continue the run in this folder from its newest checkpoint."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run to resume."""
+        return None if self.resume is None else user_path(self.resume, "resume")
+
+
+TYPICAL_LR = {"sgd": 0.1, "adamw": 0.001}
+"""Learning rates that train ResNets with BatchNorm, to begin with."""
+
 
 def read_train_options(argv: list[str]) -> TrainOptions:
     """The options, starting from the run to resume or else from the recipe that is named."""
     resume = _value_of("--resume", argv)
     if resume is not None:
-        stored = run_folder.read_config(Path(resume))
+        stored = run_folder.read_config(user_path(resume, "resume"))
         start = TrainOptions(train=stored.train, run=stored.run)
     else:
         recipe = get_recipe(_value_of("--recipe", argv) or "default")
         start = TrainOptions(train=TrainConfig(recipe=recipe), run=RunConfig())
-    return parse(
+    options = parse(
         TrainOptions,
         argv,
         prog="cifar train",
         description="Train a model; the run's folder receives configuration, metrics, checkpoints "
         "and final weights.",
         default=start,
+    )
+    if resume is None:
+        _check_changes(start.train.recipe, options.train.recipe, argv)
+    return options
+
+
+def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
+    """Raise a ConfigError if a change to the named recipe is of no use without another one."""
+    for field in ("crop_padding", "crop_fill"):
+        value = getattr(recipe, field)
+        require(
+            "crop" in recipe.augment or value == getattr(named, field),
+            option_name(field),
+            value,
+            "nothing is cropped; add crop to --augment",
+        )
+    require(
+        recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,
+        "optimizer",
+        recipe.optimizer,
+        f"the learning rate of recipe {named.name}, {named.lr:g}, is for {named.optimizer}; give "
+        f"one with --lr, such as --lr {TYPICAL_LR[recipe.optimizer]:g}",
     )
 
 
@@ -81,8 +122,8 @@ def _value_of(option: str, argv: list[str]) -> str | None:
 def run_train(argv: list[str]) -> int:
     """`cifar train`."""
     options = read_train_options(argv)
-    if options.resume is not None:
-        stored = run_folder.read_config(Path(options.resume))
+    if options.folder is not None:
+        stored = run_folder.read_config(options.folder)
         run_folder.check_same(stored, options.train, options.run)
     ensure_environment()
     with _owned_folder(options) as folder:
@@ -110,10 +151,9 @@ def _owned_folder(options: TrainOptions) -> Iterator[Path | None]:
 
     The others read a run to resume; of a new one they know no folder.
     """
-    if options.resume is not None:
-        folder = Path(options.resume)
-        with run_folder.resumed(folder) if _is_first() else contextlib.nullcontext():
-            yield folder
+    if options.folder is not None:
+        with run_folder.resumed(options.folder) if _is_first() else contextlib.nullcontext():
+            yield options.folder
     elif _is_first():
         with run_folder.created(options.train, options.run.output_dir) as new:
             yield new
@@ -126,14 +166,14 @@ class EvaluateOptions:
     """Options of `cifar evaluate`."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run, a checkpoint folder or a model.safetensors."""
+    """A run, a checkpoint folder, or the model.safetensors or ema.safetensors in one."""
     data: DataOption | None = None
-    """Images to evaluate on; the embedded shapes or CIFAR, as the weights were trained, if none."""
+    """Images to evaluate on; those that the weights were trained on when not given."""
     split: Literal["test", "train"] = "test"
     """Which of its splits."""
     batch_size: Annotated[int, arg(aliases=("-b",))] = 500
     """Images per forward pass."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    precision: PrecisionName | None = None
     """Number format; the one the weights were trained in when not given."""
     cpu: bool = False
     """Run on the CPU although there is a GPU."""
@@ -154,8 +194,8 @@ def run_evaluate(argv: list[str]) -> int:
     ensure_environment()
     from cifar.scoring import render, score
 
-    card, result = score(
-        Path(options.checkpoint),
+    scored = score(
+        user_path(options.checkpoint, "checkpoint"),
         options.data,
         split=options.split,
         batch_size=options.batch_size,
@@ -163,9 +203,9 @@ def run_evaluate(argv: list[str]) -> int:
         cpu=options.cpu,
     )
     if options.json:
-        print(json.dumps({**dataclasses.asdict(result), "classes": card.classes}))
+        print(json.dumps(scored.to_dict()))
     else:
-        render(card, result)
+        render(scored)
     return 0
 
 
@@ -228,7 +268,8 @@ def run_download(argv: list[str]) -> int:
     from cifar.data.download import download
     from cifar.data.sources import default_data_dir
 
-    directory = Path(options.directory) if options.directory else default_data_dir()
+    asked = options.directory
+    directory = user_path(asked, "directory") if asked else default_data_dir()
     print(download(options.name, directory))
     return 0
 

@@ -7,53 +7,85 @@ renamed. A reader therefore sees a complete checkpoint or none, and a flipped bi
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cifar.config import ModelConfig
+from cifar.config import TrainConfig, require
 from cifar.data.loader import Normalization
-from cifar.errors import CheckpointError
+from cifar.errors import CheckpointError, ConfigError
 from cifar.files import sync_folder
+from cifar.meter import MeterState
 from cifar.serialize import STRICT, from_json, to_json
 
 Tensors = dict[str, Tensor]
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+_CARD = "model.json"
+_STATE = "state.json"
+_WEIGHTS = "model.safetensors"
+_AVERAGE = "ema.safetensors"
 _TEMPORARY = ".writing-"
 _PREFIX = "step-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
-    """All that is needed to use weights: what they are, what they were trained on and how."""
+    """All that is needed to use weights: what they are, what they were trained on and how.
+
+    `config` is resolved: it names the precision, and its model the classes and channels of the
+    data. `averaged`: whether `model.safetensors` beside the card holds the moving average of the
+    weights, as it does in `final` of a run with one; a checkpoint has that in `ema.safetensors`.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
-    model: ModelConfig
+    config: TrainConfig
+    averaged: bool
     dataset: str
     fingerprint: str
     classes: tuple[str, ...]
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    precision: str
-    channels_last: bool
-    recipe: str
     step: int
     samples_seen: int
+
+    def __post_init__(self) -> None:
+        require(self.config.precision is not None, "config.precision", None, "must be resolved")
 
     @property
     def normalization(self) -> Normalization:
         """What the network's input was normalised with."""
         return Normalization(mean=self.mean, std=self.std)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """A checkpoint's `state.json`: what the rest of the run depends on beside the tensors.
+
+    `epoch_seconds`: of the present epoch, spent in training so far.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    format: Literal[1]
+    step: int
+    total_steps: int
+    fingerprint: str
+    meter: MeterState
+    ema_updates: int
+    scaler: dict[str, int | float] | None
+    epoch_seconds: float
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
@@ -112,16 +144,39 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 def write_checkpoint(
-    folder: Path, tensors: dict[str, Tensors], card: ModelCard, state: dict[str, Any]
+    folder: Path, tensors: dict[str, Tensors], card: ModelCard, state: TrainState | None = None
 ) -> None:
-    """Write groups of tensors (`model`, `optimizer`, ...), the card and the trainer's counters."""
+    """Write groups of tensors (`model`, `optimizer`, ...), the card and what else is to go on."""
     files = {
         f"{group}.safetensors": save({k: v.detach().cpu().contiguous() for k, v in some.items()})
         for group, some in tensors.items()
     }
-    files["model.json"] = to_json(card, indent=2).encode()
-    files["state.json"] = json.dumps(state, indent=2, allow_nan=False).encode()
+    files[_CARD] = to_json(card, indent=2).encode()
+    if state is not None:
+        files[_STATE] = to_json(state, indent=2).encode()
     write_folder(folder, files)
+
+
+def read_card(files: dict[str, bytes], where: Path) -> ModelCard:
+    """What the weights are; raises CheckpointError as `read_state` does."""
+    return _read_json(ModelCard, files, _CARD, where)
+
+
+def read_state(files: dict[str, bytes], where: Path) -> TrainState:
+    """The trainer's counters; raises CheckpointError if absent or not of this version."""
+    return _read_json(TrainState, files, _STATE, where)
+
+
+def _read_json(cls: type[T], files: dict[str, bytes], name: str, where: Path) -> T:
+    if name not in files:
+        raise CheckpointError(f"checkpoint: {where}: has no {name}")
+    try:
+        return from_json(cls, files[name], source=name)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint: {where}: {error}; not of a format that this version reads, use the one "
+            "that wrote it"
+        ) from None
 
 
 def read_tensors(files: dict[str, bytes], group: str, where: Path) -> Tensors:
@@ -142,12 +197,17 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in root.glob(f"{_PREFIX}*") if path.is_dir())
+    named = (path for path in root.glob(f"{_PREFIX}*") if re.fullmatch("[0-9]{9}", _number(path)))
+    return sorted(path for path in named if path.is_dir())
 
 
 def step_of(folder: Path) -> int:
     """The step that the name of a checkpoint's folder gives."""
-    return int(folder.name.removeprefix(_PREFIX))
+    return int(_number(folder))
+
+
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix(_PREFIX)
 
 
 def newest_whole(
@@ -178,27 +238,42 @@ def prune(newest: Path, keep: int) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
 
 
-def load_weights(path: Path) -> tuple[ModelCard, Tensors]:
-    """Read the weights to evaluate, and what they are, from a run or a checkpoint.
+def find_weights(path: Path) -> Path:
+    """The file of weights that `path` means.
 
-    `path` is a run (its final weights, or else its newest checkpoint), a checkpoint folder or the
-    `model.safetensors` in one. An average of the weights takes precedence over the weights.
+    A file is taken as named. Of a run its final weights are meant, or else its newest checkpoint;
+    in a folder an average of the weights takes precedence over the weights.
 
     Raises:
-        CheckpointError: nothing there, or it is damaged.
+        CheckpointError: nothing there, or a file that holds no weights.
     """
-    folder = path.parent if path.name == "model.safetensors" else path
-    candidates = [folder, folder / "final", *reversed(list_checkpoints(folder / "checkpoints"))]
+    if path.suffix == ".safetensors":
+        if path.name not in (_AVERAGE, _WEIGHTS):
+            raise CheckpointError(
+                f"checkpoint: {path}: no weights of a model; name {_WEIGHTS} or {_AVERAGE}"
+            )
+        candidates = [path.parent]
+    else:
+        candidates = [path, path / "final", *reversed(list_checkpoints(path / "checkpoints"))]
     found = next((each for each in candidates if (each / MANIFEST).is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"checkpoint: {path}: no weights there; give a run, a checkpoint or model.safetensors"
+            f"checkpoint: {path}: no weights there; give a run, a checkpoint or {_WEIGHTS} in one"
         )
-    files = read_folder(found)
-    if "model.json" not in files:
-        raise CheckpointError(f"checkpoint: {found}: has no model.json")
-    card = from_json(ModelCard, files["model.json"], source=str(found / "model.json"))
-    return card, read_tensors(files, "ema" if "ema.safetensors" in files else "model", found)
+    if path.suffix == ".safetensors":
+        return path
+    return found / (_AVERAGE if (found / _AVERAGE).is_file() else _WEIGHTS)
+
+
+def load_weights(path: Path) -> tuple[ModelCard, Tensors]:
+    """Read the weights that `path` means (see `find_weights`), and what they are.
+
+    Raises:
+        CheckpointError: nothing there, it is damaged, or its card is of another version.
+    """
+    file = find_weights(path)
+    files = read_folder(file.parent)
+    return read_card(files, file.parent), read_tensors(files, file.stem, file.parent)
 
 
 def load_into(module: torch.nn.Module, weights: Tensors, where: str) -> None:
@@ -207,7 +282,15 @@ def load_into(module: torch.nn.Module, weights: Tensors, where: str) -> None:
     Raises:
         CheckpointError: they are of another model; names the first difference.
     """
-    own = module.state_dict()
+    check_same_shapes(module.state_dict(), weights, where)
+    module.load_state_dict(weights)
+
+
+def check_same_shapes(own: Tensors, weights: Tensors, where: str) -> None:
+    """Raise a CheckpointError that names the first tensor that only one has or whose shape differs.
+
+    `where` says in the message what is read.
+    """
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own or own[name].shape != weights[name].shape:
             have = list(weights[name].shape) if name in weights else "absent"
@@ -215,4 +298,3 @@ def load_into(module: torch.nn.Module, weights: Tensors, where: str) -> None:
             raise CheckpointError(
                 f"checkpoint: {where}: weights of another model: {name} is {have}, must be {need}"
             )
-    module.load_state_dict(weights)

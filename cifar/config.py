@@ -1,6 +1,6 @@
 """What is trained and how: model, recipe, data, precision and run. No torch in here.
 
-A new depth is a row in `ARCHITECTURES`, a new precision a row in `PRECISIONS`.
+A new depth is a row in `ARCHITECTURES`, a new precision one in `PRECISIONS` and `PrecisionName`.
 """
 
 import math
@@ -133,6 +133,9 @@ class Precision:
     tf32: bool = False
     loss_scaling: bool = False
 
+
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
+"""The keys of `PRECISIONS`, as options and configurations accept them."""
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision(mixed_precision="no"),
@@ -277,6 +280,18 @@ class Recipe:
             unknown[0] if unknown else None,
             f"choose from {', '.join(AUGMENTATIONS)}",
         )
+        require(
+            len(set(self.augment)) == len(self.augment),
+            "augment",
+            " ".join(self.augment),
+            "name each augmentation once",
+        )
+        require(
+            not {"flip", "alternating-flip"} <= set(self.augment),
+            "augment",
+            " ".join(self.augment),
+            "flip and alternating-flip together mirror at random again; choose one",
+        )
 
 
 MOST_PADDING = 64
@@ -301,7 +316,7 @@ class TrainConfig:
     recipe: Recipe = Recipe()
     data: DataOption = DataConfig()
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    precision: PrecisionName | None = None
     """Number format; when not given, what Accelerate was launched with (fp32 unless told)."""
     channels_last: bool = False
     """Keep images and convolution weights in NHWC order."""

@@ -6,7 +6,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cifar.errors import ConfigError
+
 LOCK = ".lock"
+
+
+def user_path(text: str, name: str) -> Path:
+    """A path as a user wrote it: `~` and `~user` stand for home folders.
+
+    Raises:
+        ConfigError: no such user; calls the option `name`.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}: {text!r}: no such user; write the path without ~") from None
 
 
 def write_atomic(path: Path, text: str) -> None:

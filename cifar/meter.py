@@ -4,11 +4,13 @@ Reading a number from a GPU waits for all work before it; so nothing is read in 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cifar.distributed import reduce_max, reduce_sum
+from cifar.serialize import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,20 @@ class Health:
     bad_step: int | None
     skipped_in_a_row: int
     signal: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeterState:
+    """A meter's counters over all processes, as a checkpoint holds them.
+
+    `sums`: loss, correct predictions and samples of the present epoch; `skips`: skipped fp16 steps
+    in total, in a row just now, and in the longest row.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    sums: tuple[float, float, float]
+    skips: tuple[int, int, int]
 
 
 class Meter:
@@ -88,15 +104,14 @@ class Meter:
         """Start a new epoch."""
         self._sums.zero_()
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> MeterState:
         """The counters over all processes, for a checkpoint; a collective call."""
-        return {
-            "sums": reduce_sum(self._sums.clone()).tolist(),
-            "skips": [float(count) for count in self._skips.tolist()],
-        }
+        loss, correct, samples = reduce_sum(self._sums.clone()).tolist()
+        total, in_a_row, longest = self._skips.tolist()
+        return MeterState(sums=(loss, correct, samples), skips=(total, in_a_row, longest))
 
-    def load(self, state: dict[str, list[float]], *, first: bool) -> None:
+    def load(self, state: MeterState, *, first: bool) -> None:
         """Take up a checkpoint's counters; the sums go to the first process alone."""
         if first:
-            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        self._skips.copy_(torch.tensor(state["skips"]).long())
+            self._sums.copy_(torch.tensor(state.sums, dtype=torch.float64))
+        self._skips.copy_(torch.tensor(state.skips))

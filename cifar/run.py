@@ -1,22 +1,23 @@
 """A training run from start or checkpoint to final weights: loop, signals, files, progress."""
 
 import contextlib
-import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cifar import checkpoint, run_folder
+from cifar.accelerator import is_emulated
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.progress import TrainingProgress
+from cifar.serialize import contents
 from cifar.signals import StopSignals
 from cifar.trainer import Trainer
 
@@ -32,6 +33,7 @@ def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: b
         Stopped: by a signal, after saving.
     """
     trainer = Trainer(config, run, load_dataset(config.data))
+    _tell_of_emulation(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
         session = Session(trainer, folder, signals)
         if resume:
@@ -41,6 +43,17 @@ def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: b
         result = session.fit()
     leave()
     return result
+
+
+def _tell_of_emulation(trainer: Trainer) -> None:
+    name = trainer.config.precision
+    if trainer.is_main and name is not None and is_emulated(name, trainer.device):
+        print(
+            f"note: precision: {name}: this {trainer.device.type} has no instructions for it and "
+            "is many times slower than with --precision fp32",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextlib.contextmanager
@@ -63,7 +76,6 @@ class Session:
         self.folder = folder if trainer.is_main else None
         self._signals = signals
         self._seconds = 0.0
-        self._epoch_due = False
         self._since = time.monotonic()
         self._evaluation: Evaluation | None = None
         self._progress = TrainingProgress(
@@ -74,21 +86,21 @@ class Session:
         )
 
     def fit(self) -> Evaluation:
-        """Train the remaining steps; every epoch ends with an evaluation and a checkpoint."""
+        """Train the remaining steps; every epoch ends with a checkpoint and an evaluation."""
         trainer = self.trainer
         with self._progress as progress:
             progress.say(self._headline())
             progress.start_at(trainer.step)
             self._since = time.monotonic()
-            if self._epoch_due:
+            if trainer.step and self._epoch_is_over():  # its checkpoint precedes its evaluation
                 self._end_epoch()
             while trainer.step < trainer.total_steps:
                 trainer.train_step()
                 self._after_step()
                 progress.update(trainer.step)
-            result = self._evaluation or trainer.evaluate()
             self._write_final()
-        return result
+        assert self._evaluation is not None, "the last step ends an epoch"
+        return self._evaluation
 
     def _headline(self) -> str:
         trainer, config = self.trainer, self.trainer.config
@@ -100,32 +112,45 @@ class Session:
             + (f", in {self.root}" if self.root else "")
         )
 
+    def _epoch_is_over(self) -> bool:
+        return self.trainer.step % self.trainer.loader.steps_per_epoch == 0
+
     def _after_step(self) -> None:
         trainer, every = self.trainer, self.trainer.run.save_every
-        epoch_ends = (
-            trainer.step % trainer.loader.steps_per_epoch == 0
-            or trainer.step == trainer.total_steps
-        )
+        epoch_ends = self._epoch_is_over()
         saves = epoch_ends or (every is not None and trainer.step % every == 0)
         alone = trainer.place.count == 1
         stop = 0
         if saves or trainer.step % trainer.check_every == 0 or (alone and self._signals.received):
             stop = trainer.check(self._signals.received)
-        if epoch_ends and not stop:
-            self._end_epoch()
         if saves or stop:
-            self._save(epoch_due=epoch_ends and bool(stop))
+            self._save()
         if stop:
-            barrier()  # a launcher ends the others as soon as one is gone, also while it writes
-            where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
-            raise Stopped(stop, f"stopped by signal {stop} after step {trainer.step}{where}")
+            self._stop(stop)
+        if epoch_ends:
+            self._end_epoch()
+        elif saves:
+            self._prune()
+
+    def _stop(self, signal: int) -> None:
+        """Leave together with all processes, which have agreed on it and saved."""
+        barrier()  # a launcher ends the others as soon as one is gone, also while it writes
+        where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
+        raise Stopped(signal, f"stopped by signal {signal} after step {self.trainer.step}{where}")
+
+    def _stop_if_asked(self) -> None:
+        if stop := self.trainer.check(self._signals.received):
+            self._stop(stop)
 
     def _end_epoch(self) -> None:
+        """Evaluate the weights just saved and write the epoch's line."""
         trainer = self.trainer
         self._seconds += time.monotonic() - self._since
         metrics = trainer.meter.train_metrics()
-        result = self._evaluation = trainer.evaluate()
+        result = self._evaluation = trainer.evaluate(self._stop_if_asked)
         if not math.isfinite(result.loss):
+            if self.folder:
+                checkpoint.remove_folder(self._checkpoint_folder())
             raise TrainingError(
                 f"loss: not finite on the test images after step {trainer.step}: training stopped; "
                 "the last good checkpoint is kept; lower --lr or change --precision"
@@ -148,28 +173,38 @@ class Session:
         trainer.meter.reset()
         if self.folder:
             run_folder.append_metrics(self.folder, line)
+        self._prune()
         self._progress.epoch(line)
         self._seconds, self._since = 0.0, time.monotonic()
 
-    def _save(self, *, epoch_due: bool = False) -> None:
-        """Write a checkpoint; `epoch_due`: the epoch is over, its evaluation is still to come."""
+    def _checkpoint_folder(self) -> Path:
+        assert self.root is not None
+        return checkpoint.checkpoint_folder(self.root / "checkpoints", self.trainer.step)
+
+    def _save(self) -> None:
+        """Write a checkpoint; at the end of an epoch its evaluation is still to come."""
         self._seconds += time.monotonic() - self._since
-        tensors, counters = self.trainer.state()
-        counters |= {"epoch_seconds": self._seconds, "epoch_due": epoch_due}
+        tensors, state = self.trainer.state(self._seconds)
         if self.folder:
-            root = self.folder / "checkpoints"
-            folder = checkpoint.checkpoint_folder(root, self.trainer.step)
+            folder = self._checkpoint_folder()
             with _writing(folder):
-                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
-                checkpoint.prune(folder, self.trainer.run.keep_checkpoints)
+                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), state)
         self._since = time.monotonic()
+
+    def _prune(self) -> None:
+        """Delete old checkpoints, once the newest is known to be good."""
+        if self.folder:
+            folder = self._checkpoint_folder()
+            with _writing(folder):
+                checkpoint.prune(folder, self.trainer.run.keep_checkpoints)
 
     def _write_final(self) -> None:
         if self.folder:
             tensors = {"model": self.trainer.eval_weights()}
-            folder, counters = self.folder / "final", {"step": self.trainer.step}
+            folder = self.folder / "final"
             with _writing(folder):
-                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), counters)
+                card = self.trainer.card(averaged=self.trainer.average is not None)
+                checkpoint.write_checkpoint(folder, tensors, card)
         barrier()
 
     def resume(self) -> None:
@@ -179,15 +214,23 @@ class Session:
             CheckpointError: there is no whole checkpoint, or it does not fit this run.
         """
         assert self.root is not None
+        trainer = self.trainer
         where, files = self._newest_checkpoint(self.root / "checkpoints")
-        groups = [name.removesuffix(".safetensors") for name in files if name.endswith("tensors")]
+        state, card = checkpoint.read_state(files, where), checkpoint.read_card(files, where)
+        own = trainer.card()
+        same_images = card.fingerprint == own.fingerprint  # else that is what there is to say
+        if same_images and contents(card.config) != contents(own.config):
+            raise CheckpointError(
+                f"checkpoint: {where}: of another configuration than {run_folder.CONFIG} of its "
+                "run; put back the one it was started with"
+            )
+        groups = trainer.tensor_groups
         tensors = {group: checkpoint.read_tensors(files, group, where) for group in groups}
-        counters: dict[str, Any] = json.loads(files["state.json"])
-        self.trainer.load_state(tensors, counters)
-        self._seconds, self._epoch_due = counters["epoch_seconds"], counters["epoch_due"]
+        trainer.load_state(tensors, state)
+        self._seconds = state.epoch_seconds
         if self.folder:
-            # An epoch that is due gets its line anew, also where the last attempt died after it.
-            run_folder.rewind_metrics(self.folder, self.trainer.step - self._epoch_due)
+            # The line of an epoch that is just over is written anew.
+            run_folder.rewind_metrics(self.folder, trainer.step - self._epoch_is_over())
 
     def _newest_checkpoint(self, root: Path) -> tuple[Path, dict[str, bytes]]:
         """Chosen by the first process, for the others may see the folder differently."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
 from cifar.errors import CheckpointError, CifarError, ConfigError
-from cifar.files import LOCK, locked, write_atomic
+from cifar.files import LOCK, locked, user_path, write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_json
 
 CONFIG = "config.json"
@@ -34,25 +34,19 @@ class StoredConfig:
 def created(config: TrainConfig, asked: str | None) -> Iterator[Path]:
     """The folder of a new run, the one asked for or else runs/train/<model>-<data>-<UTC time>.
 
-    While entered no other process can train there. The folder is removed again if the run ends
-    before it starts to train.
+    While entered no other process can train there. If the run ends before it starts to train, the
+    folder is removed again, unless it was there before.
 
     Raises:
         ConfigError: the folder holds something already, or cannot be written.
     """
     if asked is not None:
-        choices = iter([Path(asked)])
+        choices = iter([user_path(asked, "output-dir")])
     else:
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         choices = _names(f"{config.model.label}-{config.data.source}-{moment}")
     with contextlib.ExitStack() as stack:
-        folder = _first_free(choices, stack)
-        try:
-            yield folder
-        finally:
-            if not (folder / CONFIG).exists():
-                (folder / LOCK).unlink()
-                folder.rmdir()
+        yield _first_free(choices, stack)
 
 
 def _names(name: str) -> Iterator[Path]:
@@ -63,16 +57,14 @@ def _names(name: str) -> Iterator[Path]:
 
 
 def _first_free(choices: Iterator[Path], stack: contextlib.ExitStack) -> Path:
-    """Make and lock the first folder that holds nothing, until `stack` is closed."""
+    """Take the first folder that holds nothing, until `stack` is closed."""
     folder = Path()
     for folder in choices:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if all(path.name == LOCK for path in folder.iterdir()):
-                stack.enter_context(locked(folder))
-                return folder
+            stack.enter_context(_taken(folder))
+            return folder
         except (FileExistsError, BlockingIOError):
-            continue  # a file of that name, or another run that has just started there
+            continue  # it holds something, or another run has just started there
         except OSError as error:
             raise ConfigError(
                 f"output-dir: '{folder}': cannot be written ({error.strerror}); choose another"
@@ -80,6 +72,49 @@ def _first_free(choices: Iterator[Path], stack: contextlib.ExitStack) -> Path:
     raise ConfigError(
         f"output-dir: '{folder}': no empty folder; choose another, or continue with --resume"
     )
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[None]:
+    """Make and lock a folder; what this has made goes again if no run has started there.
+
+    Raises:
+        FileExistsError: it is a file or holds something.
+        BlockingIOError: another process has locked it.
+        OSError: it cannot be written.
+    """
+    made = _make(folder)
+    try:
+        _check_empty(folder)
+        with locked(folder):
+            _check_empty(folder)  # another run may have come and gone until now
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if not (folder / CONFIG).exists():
+                        (folder / LOCK).unlink()
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # something is in it: a run
+                folder.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Whether the folder was not there before; raises FileExistsError for a file."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise a FileExistsError if a folder holds more than the lock of a run that never started."""
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise FileExistsError(folder)
 
 
 @contextlib.contextmanager
@@ -165,11 +200,28 @@ def append_metrics(folder: Path, line: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines so far, one per epoch; a torn last line is left out."""
+    """The lines so far, one per epoch; a torn last line is left out.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     path = folder / METRICS
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    return [
+        _metrics_line(line, f"{path}: line {number}")
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1)
+    ]
+
+
+def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise CheckpointError(f"{where}: not the metrics of an epoch; correct it or take it out")
+    return found
 
 
 def rewind_metrics(folder: Path, step: int) -> None:

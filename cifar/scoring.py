@@ -1,17 +1,47 @@
 """Scoring saved weights on a data set, outside of training."""
 
+import dataclasses
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cifar.accelerator import allow_tf32, check_supported
-from cifar.checkpoint import ModelCard, load_into, load_weights
-from cifar.config import PRECISIONS, DataConfig, parse_data
+from cifar.checkpoint import ModelCard, find_weights, load_into, load_weights
+from cifar.config import PRECISIONS, DataConfig
+from cifar.data.dataset import Dataset
 from cifar.data.loader import DeviceImages, Place, eval_batches
 from cifar.data.sources import load_dataset
-from cifar.errors import ConfigError, DataError
+from cifar.errors import DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.models import build_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """Weights, what they are, and what they score; `precision` is the one they were scored in."""
+
+    weights: Path
+    card: ModelCard
+    precision: str
+    evaluation: Evaluation
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the weights are a moving average."""
+        return self.card.averaged or self.weights.stem == "ema"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **dataclasses.asdict(self.evaluation),
+            "classes": self.card.classes,
+            "weights": str(self.weights),
+            "averaged": self.averaged,
+            "precision": self.precision,
+        }
 
 
 def score(
@@ -22,38 +52,32 @@ def score(
     batch_size: int,
     precision: str | None,
     cpu: bool,
-) -> tuple[ModelCard, Evaluation]:
+) -> Scored:
     """Evaluate a checkpoint with the normalisation it was trained with.
 
-    Data and precision are those it was trained with where None.
+    Data and precision are those it was trained with where None. Of a data set with other images
+    than that a line on stderr tells.
 
     Raises:
         CheckpointError: no weights there, or damaged.
         DataError: the data set's classes or channels are not the model's.
     """
-    card, weights = load_weights(path)
-    dataset = load_dataset(data or _trained_on(card))
-    if dataset.classes != card.classes:
-        raise DataError(
-            f"data: {dataset.name}: its classes ({_few(dataset.classes)}) are not those of the "
-            f"checkpoint, {card.dataset} ({_few(card.classes)}); choose other images with --data"
-        )
+    file = find_weights(path)
+    card, weights = load_weights(file)
+    dataset = _load(data, card)
     images = dataset.test if split == "test" else dataset.train
-    if images.images.shape[1] != card.model.in_channels:
-        raise DataError(
-            f"data: {dataset.name}: {images.images.shape[1]} channels, the checkpoint has "
-            f"{card.model.in_channels}"
-        )
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    name = precision or card.precision
+    name = precision or card.config.precision
+    assert name is not None, "a card's is resolved"
     check_supported(name, device)
     formats = PRECISIONS[name]
     allow_tf32(formats.tf32)
-    module = build_model(card.model).to(device).eval()
-    load_into(module, weights, str(path))
-    if card.channels_last:
+    module = build_model(card.config.model).to(device).eval()
+    load_into(module, weights, str(file))
+    nhwc = card.config.channels_last
+    if nhwc:
         module = module.to(memory_format=torch.channels_last)
-    on_device = DeviceImages(images, card.normalization, device, channels_last=card.channels_last)
+    on_device = DeviceImages(images, card.normalization, device, channels_last=nhwc)
     autocast = getattr(torch, formats.autocast) if formats.autocast else torch.float32
     with torch.autocast(device.type, autocast, enabled=formats.autocast is not None):
         result = evaluate(
@@ -62,7 +86,37 @@ def score(
             num_classes=len(card.classes),
             device=device,
         )
-    return card, result
+    return Scored(weights=file, card=card, precision=name, evaluation=result)
+
+
+def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
+    """The data set given, or the one the weights were trained on, if it suits them."""
+    try:
+        dataset = load_dataset(data or card.config.data)
+    except UserError as error:
+        if data is not None:
+            raise
+        raise DataError(
+            f"{error} (the weights were trained on it; or name another --data)"
+        ) from None
+    if dataset.classes != card.classes:
+        raise DataError(
+            f"data: {dataset.name}: its classes ({_few(dataset.classes)}) are not those of the "
+            f"checkpoint, {card.dataset} ({_few(card.classes)}); choose other images with --data"
+        )
+    channels = dataset.train.images.shape[1]
+    if channels != card.config.model.in_channels:
+        raise DataError(
+            f"data: {dataset.name}: {channels} channels, the checkpoint has "
+            f"{card.config.model.in_channels}"
+        )
+    if dataset.fingerprint() != card.fingerprint:
+        print(
+            f"note: data: {dataset.name}: not the data set the weights were trained with, "
+            f"{card.dataset} (fingerprint {card.fingerprint})",
+            file=sys.stderr,
+        )
+    return dataset
 
 
 def _few(names: tuple[str, ...]) -> str:
@@ -73,27 +127,23 @@ MATRIX_CLASSES = 12
 """Most classes whose confusion matrix fits the width of a terminal."""
 
 
-def _trained_on(card: ModelCard) -> DataConfig:
-    if card.dataset not in ("shapes", "cifar10", "cifar100"):
-        raise ConfigError(
-            f"data: the checkpoint was trained on {card.dataset}; say where with --data"
-        )
-    return parse_data(card.dataset)
-
-
-def render(card: ModelCard, result: Evaluation) -> None:
+def render(scored: Scored) -> None:
     """Print the scores, the accuracy of each class and, if it fits, the confusion matrix."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    card, result = scored.card, scored.evaluation
     console = Console()
     console.print(
-        f"{card.model.label}, trained on {escape(card.dataset)} for {card.samples_seen:,} images "
-        f"in {card.precision}\ntop-1 {result.top1:.2%}  top-5 {result.top5:.2%}  "
+        f"{card.config.model.label}, trained on {escape(card.dataset)} for "
+        f"{card.samples_seen:,} images in {card.config.precision}, scored in {scored.precision}\n"
+        f"{'moving average of the weights' if scored.averaged else 'weights'}: "
+        f"{escape(str(scored.weights))}\ntop-1 {result.top1:.2%}  top-5 {result.top5:.2%}  "
         f"loss {result.loss:.4f}  on {result.samples:,} images",
         highlight=False,
+        soft_wrap=True,
     )
     fits = len(card.classes) <= MATRIX_CLASSES
     title = "Accuracy of each true class" + (" and how often each was predicted for it" * fits)

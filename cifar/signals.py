@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,16 +13,29 @@ ECHO_SECONDS = 1.0
 """A launcher passes on the Ctrl-C that the terminal has sent to all processes of the job already;
 within this time after the first signal another one is taken for that."""
 
+_END = 0
+"""Is no signal's number."""
+
 
 class StopSignals:
-    """While entered, `received` is the number of the first stopping signal, else 0."""
+    """While entered, `received` is the number of the first stopping signal, else 0.
+
+    Python runs handlers on the main thread, and not while that sits in C, as in a collective call
+    whose peer is gone. So a thread counts the signals, by what the handler in C writes to a pipe.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe = (-1, -1)
+        self._wakeup_before = -1
+        self._thread = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
 
     def __enter__(self) -> "StopSignals":
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._thread.start()
         self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
@@ -33,9 +47,21 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._pipe[1], bytes([_END]))
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > ECHO_SECONDS:
-            os._exit(128 + number)
+        self.received = self.received or number
+
+    def _watch(self) -> None:
+        first: float | None = None
+        while (number := os.read(self._pipe[0], 1)[0]) != _END:
+            if number not in STOPPING:
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > ECHO_SECONDS:
+                os._exit(128 + number)

@@ -7,15 +7,15 @@ see `ComputeLoss` and `Update`.
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cifar.accelerator import start_accelerator
-from cifar.checkpoint import ModelCard, Tensors, load_into
+from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.augment import get_augmentations
 from cifar.data.dataset import Dataset, Split
@@ -238,8 +238,11 @@ class Trainer:
         return health.signal
 
     @torch.no_grad()
-    def evaluate(self) -> Evaluation:
-        """Score the test split with the published weights and this run's precision and layout."""
+    def evaluate(self, between_batches: Callable[[], object] = lambda: None) -> Evaluation:
+        """Score the test split with the published weights and this run's precision and layout.
+
+        `between_batches` is called equally often on all processes, so it may be a collective call.
+        """
         self.synchronize_buffers()
         self.module.eval()
         weights = self.eval_weights()
@@ -251,13 +254,21 @@ class Trainer:
 
         result = evaluate(
             forward,
-            eval_batches(self.test_images, EVAL_BATCH_SIZE, self.place),
+            self._eval_batches(between_batches),
             num_classes=len(self.dataset.classes),
             device=self.device,
         )
         self.module.train()
         assert result.samples == len(self.test_images), "every test sample counts once"
         return result
+
+    def _eval_batches(self, between: Callable[[], object]) -> Iterator[Batch]:
+        everywhere = len(self.test_images) // self.place.count // EVAL_BATCH_SIZE
+        batches = eval_batches(self.test_images, EVAL_BATCH_SIZE, self.place)
+        for number, batch in enumerate(batches):
+            if 0 < number < everywhere:
+                between()
+            yield batch
 
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""
@@ -266,25 +277,27 @@ class Trainer:
             tensors += [self.average.weights[name] for name, _ in self.module.named_buffers()]
         broadcast_from_first(tensors)
 
-    def card(self) -> ModelCard:
-        """What the weights are, for the folder they are saved in."""
-        assert self.config.precision is not None
+    def card(self, *, averaged: bool = False) -> ModelCard:
+        """What the weights are, for the folder they are saved in (`averaged`: see `ModelCard`)."""
         return ModelCard(
-            model=self.model_config,
+            config=dataclasses.replace(self.config, model=self.model_config),
+            averaged=averaged,
             dataset=self.dataset.name,
             fingerprint=self.fingerprint,
             classes=self.dataset.classes,
             image_size=tuple(self.dataset.train.images.shape[2:]),
             mean=self.normalization.mean,
             std=self.normalization.std,
-            precision=self.config.precision,
-            channels_last=self.config.channels_last,
-            recipe=self.config.recipe.name,
             step=self.step,
             samples_seen=self.samples_seen,
         )
 
-    def state(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    @property
+    def tensor_groups(self) -> tuple[str, ...]:
+        """The groups of tensors in a state."""
+        return ("model", "optimizer", "ema") if self.average else ("model", "optimizer")
+
+    def state(self, epoch_seconds: float = 0.0) -> tuple[dict[str, Tensors], TrainState]:
         """Everything that the rest of the run depends on: tensors by group, and counters.
 
         Raises:
@@ -300,41 +313,43 @@ class Trainer:
                     f"weights: {name} is not finite after step {self.step}: training stopped; the "
                     "last good checkpoint is kept; lower --lr or change --precision"
                 )
-        counters: dict[str, Any] = {
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "fingerprint": self.fingerprint,
-            "meter": self.meter.state(),
-        }
-        if self.average:
-            counters["ema_updates"] = self.average.updates
-        if self.scaler is not None:
-            counters["scaler"] = self.scaler.state_dict()
-        return tensors, counters
+        return tensors, TrainState(
+            format=1,
+            step=self.step,
+            total_steps=self.total_steps,
+            fingerprint=self.fingerprint,
+            meter=self.meter.state(),
+            ema_updates=self.average.updates if self.average else 0,
+            scaler=self.scaler.state_dict() if self.scaler is not None else None,
+            epoch_seconds=epoch_seconds,
+        )
 
-    def load_state(self, tensors: dict[str, Tensors], counters: dict[str, Any]) -> None:
+    def load_state(self, tensors: dict[str, Tensors], state: TrainState) -> None:
         """Take up a saved state.
 
         Raises:
-            CheckpointError: it is of another model, data set or length of run.
+            CheckpointError: it is of another model, data set, precision or length of run.
         """
-        if counters["fingerprint"] != self.fingerprint:
+        if state.fingerprint != self.fingerprint:
             raise CheckpointError(
                 f"data: {self.dataset.name}: not the images this run was started with "
-                f"(fingerprint {self.fingerprint}, must be {counters['fingerprint']})"
+                f"(fingerprint {self.fingerprint}, must be {state.fingerprint})"
             )
-        if counters["total_steps"] != self.total_steps:
+        if state.total_steps != self.total_steps:
             raise CheckpointError(
-                f"steps: {self.total_steps}: the run to resume has {counters['total_steps']}; "
+                f"steps: {self.total_steps}: the run to resume has {state.total_steps}; "
                 "resume with the same epochs and batch size"
             )
         load_into(self.module, tensors["model"], "model")
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         if self.average:
+            check_same_shapes(self.average.weights, tensors["ema"], "ema")
             for name, average in self.average.weights.items():
                 average.copy_(tensors["ema"][name])
-            self.average.updates = counters["ema_updates"]
+            self.average.updates = state.ema_updates
         if self.scaler is not None:
-            self.scaler.load_state_dict(counters["scaler"])
-        self.meter.load(counters["meter"], first=self.is_main)
-        self.step = counters["step"]
+            if not state.scaler:
+                raise CheckpointError("checkpoint: scaler: absent: of a run without loss scaling")
+            self.scaler.load_state_dict(state.scaler)
+        self.meter.load(state.meter, first=self.is_main)
+        self.step = state.step

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,16 @@ from training import make_trainer, tiny_recipe
 from cifar.checkpoint import (
     MANIFEST,
     checkpoint_folder,
+    find_weights,
     list_checkpoints,
     load_into,
     load_weights,
     prune,
+    read_card,
     read_folder,
+    read_state,
     read_tensors,
+    step_of,
     write_checkpoint,
     write_folder,
 )
@@ -49,7 +55,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         found = read_tensors(files, group, tmp_path)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert json.loads(files["state.json"]) == counters
+    assert read_state(files, tmp_path) == counters and counters.format == 1
+    assert read_card(files, tmp_path).config.channels_last
     card, weights = load_weights(tmp_path / "a")
     assert card == trainer.card() and weights.keys() == trainer.weights().keys()
 
@@ -59,12 +66,69 @@ def test_the_names_of_the_weights_have_no_wrappers_prefix(saved: Path) -> None:
     assert weights.keys() == build_model(ModelConfig(name="resnet20", width=4)).state_dict().keys()
 
 
-def test_an_average_takes_precedence(saved: Path) -> None:
-    files = read_folder(saved)
-    _, weights = load_weights(saved / "model.safetensors")
-    average = read_tensors(files, "ema", saved)
-    assert all(torch.equal(tensor, average[name]) for name, tensor in weights.items())
-    assert not torch.equal(weights["conv1.weight"], read_tensors(files, "model", saved)["conv1.weight"])  # fmt: skip # noqa: E501
+@pytest.mark.parametrize(
+    ("named", "group"),
+    [(".", "ema"), ("ema.safetensors", "ema"), ("model.safetensors", "model")],
+)
+def test_an_average_takes_precedence_unless_a_file_is_named(
+    saved: Path, named: str, group: str
+) -> None:
+    groups = {each: read_tensors(read_folder(saved), each, saved) for each in ("ema", "model")}
+    assert not torch.equal(groups["ema"]["conv1.weight"], groups["model"]["conv1.weight"])
+    assert find_weights(saved / named) == saved / f"{group}.safetensors"
+    _, weights = load_weights(saved / named)
+    assert weights.keys() == groups[group].keys()
+    assert all(torch.equal(tensor, groups[group][name]) for name, tensor in weights.items())
+
+
+def test_a_file_of_other_tensors_is_refused(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: no weights of a model"):
+        load_weights(saved / "optimizer.safetensors")
+
+
+def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file of a checkpoint and its checksum with it."""
+    files = read_folder(folder)
+    content = json.loads(files[name])
+    change(content)
+    write_folder(folder, {**files, name: json.dumps(content).encode()})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state.pop("format"), "format: Field required"),
+        (lambda state: state.update(format=2), "format: Input should be 1"),
+        (lambda state: state.pop("ema_updates"), "ema_updates: Field required"),
+        (lambda state: state.update(extra=1), "extra: "),
+        (lambda state: state.update(step="3"), "step: "),
+        (lambda state: state["meter"].update(sums=[0.0]), r"meter\.sums"),
+    ],
+)
+def test_a_state_of_another_format_is_one_line(
+    saved: Path, change: Callable[[dict[str, Any]], object], named: str
+) -> None:
+    rewrite(saved, "state.json", change)
+    with pytest.raises(CheckpointError, match=rf"state\.json: {named}.*not of a format") as caught:
+        read_state(read_folder(saved), saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_of_another_version_is_one_line(saved: Path) -> None:
+    def older(card: dict[str, Any]) -> None:
+        card.update(recipe=card.pop("config")["recipe"]["name"])
+
+    rewrite(saved, "model.json", older)
+    with pytest.raises(CheckpointError, match=r"model\.json: config: Field required.*not of a f"):
+        load_weights(saved)
+
+
+def test_a_card_holds_the_whole_configuration(saved: Path) -> None:
+    card, _ = load_weights(saved)
+    trainer = make_trainer(tiny_recipe(ema_decay=0.5))
+    assert card.config.recipe == tiny_recipe(ema_decay=0.5)
+    assert card.config.precision == "fp32" and trainer.config.model == card.config.model
+    assert not card.averaged, "model.safetensors of a checkpoint holds the weights themselves"
 
 
 def test_every_flipped_bit_is_noticed(saved: Path) -> None:
@@ -166,6 +230,18 @@ def test_pruning_does_not_count_later_checkpoints(tmp_path: Path) -> None:
         write_folder(checkpoint_folder(tmp_path, step), {"x": b""})
     prune(checkpoint_folder(tmp_path, 2), 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000000002", "step-000000009"]  # fmt: skip # noqa: E501
+
+
+def test_a_folder_that_a_user_has_named_is_neither_read_nor_deleted(tmp_path: Path) -> None:
+    mine = [tmp_path / "step-000000400-good", tmp_path / "step-400", tmp_path / "step-x"]
+    for folder in mine:
+        write_folder(folder, {"x": b""})
+    for step in (1, 2, 3):
+        write_folder(checkpoint_folder(tmp_path, step), {"x": b""})
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [1, 2, 3]
+    prune(checkpoint_folder(tmp_path, 3), 1)
+    left = [*mine, checkpoint_folder(tmp_path, 3)]
+    assert sorted(tmp_path.iterdir()) == sorted(left)
 
 
 def test_weights_are_found_in_a_run_a_folder_or_a_file(saved: Path) -> None:

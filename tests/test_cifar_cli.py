@@ -1,3 +1,4 @@
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -34,6 +35,13 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--optimizer", "lion"), r"lion"),
         (("train", "--compile-mode", "max-autotune"), r"compile-mode: .*--compile"),
         (("train", "--augment", "cutmix"), r"augment: 'cutmix': choose from crop, flip"),
+        (("train", "--augment", "flip", "flip"), r"augment: 'flip flip': name each .* once"),
+        (("train", "--augment", "flip", "alternating-flip"), r"augment: .*choose one"),
+        (("train", "--augment", "flip", "--crop-padding", "3"), r"crop-padding: 3: .*add crop"),
+        (("train", "--augment", "--crop_fill", "reflect"), r"crop-fill: 'reflect': .*add crop"),
+        (("train", "--optimizer", "adamw"), r"optimizer: 'adamw': .* such as --lr 0\.001"),
+        (("train", "--output-dir", "~no-such-user-anywhere/x"), r"output-dir: .*no such user"),
+        (("download", "cifar10", "--directory=~no-such-user-anywhere/x"), r"directory: .*no such"),
         (("train", "--save-every", "0"), r"save-every: 0: give 1 or more"),
         (("train", "--model"), r"--model"),
         (("train", "--resume", "absent"), r"resume: 'absent': no run there"),
@@ -151,12 +159,11 @@ def test_evaluating_checks_the_data_and_the_checkpoint(
     np.savez(tmp_path / "seven.npz", **fewer)
     assert cifar("evaluate", tmp_path / "run", "--data", f"npz:{tmp_path / 'seven.npz'}") == 2
     assert "(0, 1, 2, ... 7 in all) are not those of the checkpoint, npz:toy" in only_line(capsys)
-    assert cifar("evaluate", tmp_path / "run") == 2
-    assert "say where with --data" in only_line(capsys)
 
     assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}") == 0
-    shown = capsys.readouterr().out
-    assert "resnet20-w4" in shown and "50 images" in shown
+    shown, told = capsys.readouterr()
+    assert "resnet20-w4" in shown and "50 images" in shown and told == ""
+    assert f"moving average of the weights: {tmp_path}/run/final/model.safetensors\n" in shown
     assert re.search(r"^ *9 +9 +\d+\.\d( +\d){10} *$", shown, re.MULTILINE)
     assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}", "--split",
                  "train") == 0  # fmt: skip
@@ -166,6 +173,43 @@ def test_evaluating_checks_the_data_and_the_checkpoint(
     weights.write_bytes(weights.read_bytes()[:-1])
     assert cifar("evaluate", tmp_path / "run", "--data", f"npz:{npz}") == 2
     assert "does not match its checksum" in only_line(capsys)
+
+
+def test_weights_are_evaluated_on_the_images_they_were_trained_on(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(npz, tmp_path / "run", "--epochs", "1") == 0
+    capsys.readouterr()
+    newest = tmp_path / "run" / "checkpoints" / "step-000000003"
+    found = {}
+    for path in (tmp_path / "run", newest, newest / "model.safetensors"):
+        assert cifar("evaluate", path, "--cpu", "--json") == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        found[path] = json.loads(out)
+    scores = [(each["samples"], each["averaged"], each["loss"]) for each in found.values()]
+    assert scores[0] == scores[1] and scores[1][2] != scores[2][2]
+    assert [score[:2] for score in scores] == [(50, True), (50, True), (50, False)]
+    assert found[newest]["weights"] == str(newest / "ema.safetensors")
+
+    arrays = dict(np.load(npz))
+    arrays["test_images"][0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{tmp_path / 'other.npz'}") == 0  # fmt: skip # noqa: E501
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: data: npz:other: not the data set the weights were trained with")
+
+    npz.unlink()
+    assert cifar("evaluate", tmp_path / "run", "--cpu") == 2
+    line = only_line(capsys)
+    assert str(npz) in line and "name another --data" in line
+
+
+def test_an_optimizer_with_a_learning_rate_is_taken(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--optimizer", "adamw", "--epochs", "1", "--augment", "flip")
+    assert train(npz, tmp_path / "run", *options) == 0, "which gives --lr too, and crops nothing"
 
 
 def test_a_summary_tells_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,16 @@
 import contextlib
+import dataclasses
 import errno
 import io
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +27,7 @@ from cifar import checkpoint, run_folder
 from cifar.checkpoint import list_checkpoints, load_weights, read_folder
 from cifar.config import TrainConfig
 from cifar.errors import ConfigError
+from cifar.evaluation import Evaluation
 from cifar.progress import TrainingProgress
 from cifar.run import Session
 from cifar.signals import ECHO_SECONDS, StopSignals
@@ -32,7 +37,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "everything": ("--ema-decay", "0.9", "--dropout", "0.3", "--accumulation", "2",
                    "--label-smoothing", "0.1", "--channels-last"),
-    "adamw": ("--optimizer", "adamw", "--lr", "0.001", "--schedule", "cosine"),
+    "adamw": ("--optimizer", "adamw", "--lr", "0.001", "--schedule", "cosine",
+              "--ema-decay", "0"),
 }  # fmt: skip
 
 
@@ -93,6 +99,8 @@ def assert_same(found: Path, expected: Path) -> None:
     for mine, theirs in (ends, [run / "final" for run in (found, expected)]):
         files, other = read_folder(mine), read_folder(theirs)
         assert files.keys() == other.keys()
+        for card in (files, other):  # each names the file of its own images
+            card["model.json"] = re.sub(rb'"path": ".*"', b"", card["model.json"])
         changed = [name for name in files if files[name] != other[name]]
         assert changed in ([], ["state.json"]), "only the seconds of the epoch may differ"
 
@@ -161,7 +169,7 @@ def test_a_run_that_died_mid_epoch_continues_from_its_last_checkpoint(
 def test_a_run_that_died_anywhere_leaves_one_line_per_epoch(
     npz: Path, tmp_path: Path, straight: Callable[[str], Path], place: str
 ) -> None:
-    """Between the line of an epoch and its checkpoint, before both, and after the last one."""
+    """Before the checkpoint of an epoch, between that and its line, and after the last one."""
     folder = tmp_path / "run"
     with after_step(2, kill(signal.SIGTERM)):
         assert train(npz, folder) == 143
@@ -169,6 +177,64 @@ def test_a_run_that_died_anywhere_leaves_one_line_per_epoch(
         resume(folder)
     assert resume(folder) == 0
     assert_same(folder, straight("plain"))
+
+
+def in_evaluation(
+    number: int, action: Callable[[], object]
+) -> contextlib.AbstractContextManager[object]:
+    """Do something in the `number`-th evaluation, before its first batch."""
+    original, count = Trainer.evaluate, itertools.count(1)
+
+    def evaluate(self: Trainer, *words: Any) -> Evaluation:
+        if next(count) == number:
+            action()
+        return original(self, *words)
+
+    return mock.patch.object(Trainer, "evaluate", evaluate)
+
+
+def test_a_run_that_died_in_an_evaluation_has_saved_its_epoch(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with in_evaluation(2, crash), pytest.raises(Crash):
+        train(npz, folder, "--keep-checkpoints", "1")
+    assert list_checkpoints(folder / "checkpoints")[-1].name == "step-000000006"
+    assert len(metrics(folder)) == 1
+    with mock.patch.object(Trainer, "train_step", crash):
+        assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+def test_a_signal_ends_an_evaluation_between_its_batches(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with (
+        mock.patch("cifar.trainer.EVAL_BATCH_SIZE", 10),
+        in_evaluation(1, kill(signal.SIGTERM)),
+    ):
+        assert train(npz, folder) == 143
+    assert "stopped by signal 15 after step 3;" in capsys.readouterr().err
+    assert not (folder / "metrics.jsonl").exists()
+    assert resume(folder) == 0
+    assert_same(folder, straight("plain"))
+
+
+def test_weights_whose_loss_is_not_finite_leave_the_checkpoint_before_them(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where one checkpoint alone is kept."""
+
+    def evaluate(self: Trainer, *words: Any) -> Evaluation:
+        found = original(self, *words)
+        return dataclasses.replace(found, loss=math.nan) if self.step == 6 else found
+
+    original, folder = Trainer.evaluate, tmp_path / "run"
+    with mock.patch.object(Trainer, "evaluate", evaluate):
+        assert train(npz, folder, "--keep-checkpoints", "1") == 1
+    assert "not finite on the test images after step 6" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000000003"]
 
 
 def test_a_run_stopped_at_the_end_of_an_epoch_may_die_again_after_that_epochs_line(
@@ -256,6 +322,59 @@ def test_the_same_option_is_accepted_when_resuming(straight: Callable[[str], Pat
     assert resume(straight("plain"), "--lr", "0.05", "--save-every", "1") == 0
 
 
+def broken_state(folder: Path) -> None:
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    files = read_folder(newest)
+    state = json.loads(files["state.json"])
+    del state["format"]
+    checkpoint.write_folder(newest, {**files, "state.json": json.dumps(state).encode()})
+
+
+def without_group(folder: Path) -> None:
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    files = read_folder(newest)
+    del files["optimizer.safetensors"]
+    checkpoint.write_folder(newest, files)
+
+
+def other_optimizer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["train"]["recipe"]["optimizer"] = "adamw"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def damaged_line(folder: Path) -> None:
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text('{"epoch": 1, "st\n' + lines)
+
+
+def line_without_step(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (broken_state, "state.json: format: Field required"),
+        (without_group, "has no optimizer.safetensors"),
+        (other_optimizer, "of another configuration than config.json"),
+        (damaged_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
+        (line_without_step, "metrics.jsonl: line 1: not the metrics of an epoch"),
+    ],
+)
+def test_a_run_whose_files_do_not_fit_is_one_line(
+    tmp_path: Path, straight: Callable[[str], Path], capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None], named: str,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    shutil.copytree(straight("plain"), folder)
+    damage(folder)
+    capsys.readouterr()
+    assert resume(folder) == 2
+    (line,) = complaints(capsys.readouterr().err)
+    assert named in line
+
+
 def test_other_images_under_the_same_name_are_refused(
     npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +404,57 @@ def test_a_new_run_never_overwrites(
 def test_bad_input_leaves_no_folder_behind(npz: Path, tmp_path: Path) -> None:
     assert train(npz, tmp_path / "run", "-b", "97") == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_leaves_a_folder_that_was_there_as_it_was(npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert train(npz, tmp_path / "run", "-b", "97") == 2
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_bad_input_is_one_line_also_where_the_folder_cannot_be_removed(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with mock.patch.object(Path, "rmdir", refuse), mock.patch.object(Path, "unlink", refuse):
+        assert train(npz, tmp_path / "run", "-b", "97") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: batch-size: 97")
+
+
+def test_a_folder_is_looked_into_again_once_it_is_locked(tmp_path: Path) -> None:
+    """Another run may have been started and stopped there between the two."""
+    real = run_folder.locked
+
+    def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+        (folder / "config.json").write_text("{}")
+        return real(folder)
+
+    with (
+        mock.patch.object(run_folder, "locked", locked),
+        pytest.raises(ConfigError, match="no empty folder"),
+        run_folder.created(TrainConfig(), str(tmp_path / "run")),
+    ):
+        pass
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+
+
+def test_paths_may_begin_with_a_tilde(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with after_step(2, kill(signal.SIGTERM)):
+        assert train(npz, Path("~/run")) == 143
+    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "~").exists()
+    assert resume(Path("~/run")) == 0
+    assert cifar("evaluate", "~/run", "--cpu") == 0
+    capsys.readouterr()
+    assert cifar("train", "--resume=~no-such-user-anywhere/run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: resume: '~no-such-user-anywhere/run': no such user")
 
 
 def test_two_runs_of_the_same_second_get_folders_of_their_own(
@@ -366,7 +536,10 @@ def test_a_full_disk_costs_one_line_and_no_old_checkpoint(
         assert train(npz, folder) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left" in line
-    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000000003"]
+    whole = (
+        ["step-000000003"] if failing == ".writing-step" else ["step-000000003", "step-000000006"]
+    )
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == whole
     assert resume(folder) == 0
     assert_same(folder, straight("plain"))
 
@@ -416,13 +589,47 @@ with StopSignals() as signals:
     time.sleep(ECHO_SECONDS + 0.1)
     print("alive", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
     print("still alive", flush=True)
 """
 
 
 def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not() -> None:
-    code, out, err = finish(start("-c", SECOND_SIGNAL, module=False))
+    code, out, err = finish(start("-c", SECOND_SIGNAL, module=False), seconds=50)
     assert (code, out, err) == (143, "alive\n", "")
+
+
+BLOCKED_IN_C = """
+import ctypes
+from cifar.signals import StopSignals
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+with StopSignals():
+    print("blocked", flush=True)
+    libc.pthread_mutex_lock(mutex)  # of a default mutex: for ever, and no signal interrupts it
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of zeros is one on Linux alone")
+def test_a_second_signal_stops_a_process_that_is_blocked_in_c() -> None:
+    process = start("-c", BLOCKED_IN_C, module=False)
+    assert process.stdout is not None and process.stdout.readline() == "blocked\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(ECHO_SECONDS + 0.5)
+    assert process.poll() is None, "the first one is only noted"
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process, seconds=60) == (138, "", "")
+
+
+def test_stop_signals_leave_nothing_behind() -> None:
+    def counts() -> tuple[int, int, int]:
+        files = len([*Path("/proc/self/fd").iterdir()])
+        return signal.set_wakeup_fd(-1), threading.active_count(), files
+
+    before = counts()
+    with StopSignals():
+        assert threading.active_count() == before[1] + 1
+    assert counts() == before
 
 
 def test_the_first_signal_is_noted_and_the_handlers_come_back() -> None:
@@ -520,3 +727,26 @@ def test_final_weights_are_the_average_where_there_is_one(
     _, final = load_weights(folder / "final")
     average = checkpoint.read_tensors(read_folder(newest), "ema", newest)
     assert all(torch.equal(tensor, average[name]) for name, tensor in final.items())
+
+
+def test_final_weights_have_the_whole_configuration_beside_them(
+    straight: Callable[[str], Path],
+) -> None:
+    for variant, averaged in (("adamw", False), ("everything", True)):
+        folder = straight(variant)
+        card, _ = load_weights(folder / "final")
+        stored = run_folder.read_config(folder).train
+        assert card.averaged is averaged
+        assert dataclasses.replace(card.config, model=stored.model) == stored
+        assert sorted(path.name for path in (folder / "final").iterdir()) == [
+            "manifest.json", "model.json", "model.safetensors"]  # fmt: skip
+
+
+def test_a_precision_that_is_emulated_is_told_once(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for emulated, precision, count in ((True, "bf16", 1), (False, "bf16", 0), (True, "fp32", 0)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda e=emulated: not e)
+        folder = tmp_path / f"{emulated}-{precision}"
+        assert train(npz, folder, "--epochs", "1", "--precision", precision) == 0
+        assert capsys.readouterr().err.count("note: precision: bf16: this cpu ") == count

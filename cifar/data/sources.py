@@ -20,6 +20,7 @@ from cifar.data.npz import read_npz
 from cifar.data.shapes import load_shapes
 from cifar.data.unpickle import unpickle
 from cifar.errors import DataError
+from cifar.files import user_path
 
 MAX_DATASET_BYTES = 4 * 2**30
 """Largest data set that is read, as uint8 pixels: it has to fit the training device."""
@@ -30,6 +31,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
     Raises:
         DataError: missing, damaged or of the wrong form; names the file or folder.
+        ConfigError: the path names a user that does not exist.
     """
     try:
         return SOURCES[config.source](config)
@@ -41,21 +43,14 @@ def load_dataset(config: DataConfig) -> Dataset:
 def default_data_dir() -> Path:
     """Where `cifar download` writes: `$CIFAR_DATA_DIR`, else `cifar` in the user's cache folder."""
     if chosen := os.environ.get("CIFAR_DATA_DIR"):
-        return _expand(chosen)
-    return _expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cifar"
-
-
-def _expand(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise DataError(f"data: {text}: no such user; write the path without ~") from None
+        return user_path(chosen, "CIFAR_DATA_DIR")
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "cifar"
 
 
 def _path(config: DataConfig) -> Path:
     if not config.path:
         raise DataError(f"data: {config.source}: no path; write {config.source}:PATH")
-    return _expand(config.path)
+    return user_path(config.path, "data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +115,7 @@ def load_cifar(config: DataConfig) -> Dataset:
 
 
 def _cifar_folder(layout: CifarLayout, root: str | None) -> Path:
-    base = _expand(root) if root else default_data_dir()
+    base = user_path(root, "data") if root else default_data_dir()
     for folder in (base / layout.folder, base):
         if (folder / layout.meta).exists():
             return folder
