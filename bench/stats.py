@@ -63,6 +63,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
+def resolves(percent: int, count: int) -> bool:
+    """Whether `count` values tell a percentile from the largest of them: 20 do the 95th, 100 the
+    99th, as one value or more then lies beyond it."""
+    return count * (100 - percent) >= 100
+
+
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation with n - 1 in the denominator; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None

@@ -14,6 +14,7 @@ from bench.stats import (
     percentile,
     ratio_interval,
     reach,
+    resolves,
     spread,
     straggler_ratio,
     throughput,
@@ -88,6 +89,16 @@ def test_percentile_is_numpys(values, percent):
 def test_percentile_refuses(values, percent):
     with pytest.raises(ValueError, match=r"^percentile: .* needs 0\.\.100 of 1 or more$"):
         percentile(values, percent)
+
+
+@pytest.mark.parametrize(("percent", "least"), [(0, 1), (50, 2), (90, 10), (95, 20), (99, 100)])
+def test_a_percentile_takes_as_many_values_as_leave_one_beyond_it(percent, least):
+    assert resolves(percent, least)
+    assert not resolves(percent, least - 1)
+
+
+def test_the_largest_value_is_resolved_by_none():
+    assert not resolves(100, 10**9)
 
 
 def test_spread_needs_two_values():
