@@ -6,6 +6,7 @@ After an intended change write the golden files anew: `UPDATE_GOLDEN=1 pytest te
 import csv
 import io
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bench.table import render_csv, render_markdown, render_terminal
 from cifar.config import Recipe
 from cifar.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
 ENVIRONMENT = Environment(
@@ -457,6 +459,28 @@ def test_sort_puts_the_best_first_and_the_missing_last():
     assert models(sort_rows(table, "train_throughput")) == ["resnet20", "resnet110", "resnet32"]
     assert models(sort_rows(table, "model")) == ["resnet20", "resnet32", "resnet110"]
     assert models(sort_rows(table, "Inference-B1"))[-1] == "resnet32"
+
+
+@pytest.mark.parametrize("name", ["top5", "train_throughput_low", "vs_fp32"])
+def test_sort_knows_what_is_better_when_large(name):
+    table = [{"model": str(value), name: value} for value in (0.2, 0.9, None, 0.5)]
+    assert models(sort_rows(table, name)) == ["0.9", "0.5", "0.2", "None"]
+
+
+@pytest.mark.parametrize("name", ["test_loss", "top1_std", "input_throughput_straggler_ratio"])
+def test_sort_knows_what_is_better_when_small(name):
+    table = [{"model": str(value), name: value} for value in (0.2, 0.9, None, 0.5)]
+    assert models(sort_rows(table, name)) == ["0.2", "0.5", "0.9", "None"]
+
+
+def test_sort_agrees_with_what_every_metric_says_is_better():
+    said = re.compile(r'"(\w+)",\s*"[^"]+",\s*"(higher|lower)"')
+    sources = [path.read_text() for path in (ROOT / "bench" / "measure").glob("*.py")]
+    better = dict(match for source in sources for match in said.findall(source))
+    assert {"train_throughput", "top1", "top5", "test_loss", "peak_flops"} <= better.keys()
+    for name, which in better.items():
+        table = [{"model": str(value), name: value} for value in (1, 2)]
+        assert models(sort_rows(table, name))[0] == {"higher": "2", "lower": "1"}[which], name
 
 
 def test_filter_wants_all_columns_and_any_of_their_values():
