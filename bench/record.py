@@ -229,6 +229,11 @@ class Record:
         return not self.invalid
 
     @property
+    def exit_code(self) -> int:
+        """With which a worker that writes this record ends: 1 if something went wrong, else 0."""
+        return 0 if self.status in ("ok", "unsupported") else 1
+
+    @property
     def key(self) -> tuple[str, str, int]:
         """Digests of cell and protocol, and the repeat: equal to its task's key."""
         return (self.cell.digest, self.protocol.digest, self.repeat)
