@@ -101,6 +101,8 @@ class Environment:
     memory_bytes: int
     gpu_names: tuple[str, ...] = ()
     """One name per visible GPU."""
+    gpu_memory_bytes: tuple[int, ...] = ()
+    """The whole memory of each of them; empty in records that do not tell."""
     driver: str | None = None
     """Of the GPUs."""
 
