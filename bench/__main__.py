@@ -133,7 +133,7 @@ class TableOptions:
     """Options of `bench table`."""
 
     source: tyro.conf.Positional[tuple[Annotated[str, arg(metavar="RUN|FILE.jsonl")], ...]] = ()
-    """Runs (id or folder) or record files; the newest run when none is given."""
+    """Runs (id or folder) or record files; when none is given, the newest run but self-checks."""
     sort: Annotated[str | None, arg(metavar="COLUMN")] = None
     """Column to sort by, best first: model, top1, params, train, memory, vs_fp32, ..."""
     filter: Annotated[str | None, arg(metavar="COLUMN=VALUE[,...]")] = None
@@ -153,16 +153,29 @@ def run_table(argv: list[str]) -> int:
         description="Print the tables of runs or record files. "
         "Example: bench table --sort train --filter precision=bf16 --format markdown",
     )
-    folder = runs_folder(options.runs_dir)
-    records = []
-    for name in options.source or (runs.newest(folder).id,):
-        is_file = Path(name).is_file() or name.endswith(".jsonl")
-        records += read_records(Path(name)) if is_file else runs.find(name, folder).records()
+    records = _named_records(options.source, runs_folder(options.runs_dir))
     if not records:
         raise UserError("records: none yet; bench run --resume RUN measures what is missing")
     text = _render(records, options.format, sys.stdout.isatty(), options.sort, options.filter)
     print(text, end="")
     return 0
+
+
+def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
+    """The records of runs and files, of the newest run if none is named; not of a self-check."""
+    if not names:
+        return runs.newest(folder, but=(selfcheck.SUITE,)).records()
+    records: list[Record] = []
+    for name in names:
+        if Path(name).is_file() or name.endswith(".jsonl"):
+            found = read_records(Path(name))
+            selfcheck.refuse_records(found, name)
+        else:
+            run = runs.find(name, folder)
+            selfcheck.refuse(run)
+            found = run.records()
+        records += found
+    return records
 
 
 def _render(

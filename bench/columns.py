@@ -67,10 +67,11 @@ def _top1(row: Row) -> str:
 
 
 def _status(row: Row) -> str:
-    """Its status, and whether its runs were disturbed: `ok`, `invalid`, `oom, invalid`."""
-    if row.get("valid") is not False:
-        return str(row["status"])
-    return "invalid" if row["status"] == "ok" else f"{row['status']}, invalid"
+    """What became of its runs and their numbers: `ok`, `invalid`, `oom, invalid, partly failed`."""
+    told = [str(row["status"])] if row["status"] != "ok" else []
+    told += ["invalid"] if row.get("valid") is False else []
+    told += ["partly failed"] if row.get("failed_measurements") else []
+    return ", ".join(told) or "ok"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,13 +26,13 @@ _PACKAGES = ("bench", "cifar", "launch")
 def collect() -> Environment:
     """Describe this process and its machine."""
     sha, dirty, reason = _git()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
         cpu_model=_cpu_model(),
         cpu_count=available_cores(),
         memory_bytes=psutil.virtual_memory().total,
-        gpu_names=tuple(
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ),
+        gpu_names=tuple(gpu.name for gpu in gpus),
+        gpu_memory_bytes=tuple(gpu.total_memory for gpu in gpus),
         driver=_driver(),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

@@ -41,7 +41,18 @@ MEMORY_SHARE = 0.75
 would push other programs out, or call in the kernel's out-of-memory killer."""
 LIMIT_STEP = 2**28
 """That limit is rounded down to a multiple of this, so that it is the same a while later."""
-_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Where the control group of a container is, in version 2 and 1, its files of the memory that it
+may have and that it takes, and what `memory.stat` calls the part of this which is a cache of files:
+the kernel gives that back (https://docs.kernel.org/admin-guide/cgroup-v2.html#memory)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,23 +182,37 @@ def _memory_limit(
     mebibytes: int | None, processes: int, present: Callable[[int], Environment]
 ) -> int | None:
     """In bytes: what was asked; else none on GPUs and a share of what is available on CPUs."""
+    here = present(processes)
     if mebibytes is not None:
-        most = present(processes).memory_bytes // 2**20
+        most = min(here.gpu_memory_bytes[:processes], default=here.memory_bytes) // 2**20
         require(1 <= mebibytes <= most, "memory-limit", mebibytes, f"give 1 to {most} MiB")
         return mebibytes * 2**20
-    if present(processes).gpu_count:
+    if here.gpu_count:
         return None
     share = int(MEMORY_SHARE * available_memory()) // processes
     return max(1, share // LIMIT_STEP) * LIMIT_STEP
 
 
 def available_memory() -> int:
-    """Bytes that programs can still take without swapping, or all that the container may have."""
+    """Bytes that programs can still take without swapping, and within the container's limit."""
     available = int(psutil.virtual_memory().available)
-    for path in filter(Path.is_file, map(Path, _CONTAINER_LIMITS)):
-        text = path.read_text().strip()
-        available = min(available, int(text)) if text.isdigit() else available
+    for group in _CONTAINERS:
+        left = _left_in_container(*group)
+        available = available if left is None else min(available, left)
     return available
+
+
+def _left_in_container(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """Bytes that a control group may still take; None if it has no limit, or there is none."""
+
+    def read(name: str) -> str:
+        return (folder / name).read_text().strip() if (folder / name).is_file() else ""
+
+    most = read(limit)
+    if not most.isdigit():
+        return None
+    stat = dict(line.split() for line in read("memory.stat").splitlines())
+    return max(0, int(most) - int(read(usage) or 0) + int(stat.get(cache, 0)))
 
 
 def _measure(run: runs.Run) -> int:

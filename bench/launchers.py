@@ -249,7 +249,7 @@ def _judge(job: Job, folder: Path, ending: Ending) -> Record:
         return _failure(job, "failed", f"unreadable {RECORD_FILE}: {' '.join(str(error).split())}")
     if record.key != job.task.key:
         return _failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
-    if not ending.timed_out and ending.returncode == 0:
+    if not ending.timed_out and ending.returncode == record.exit_code:
         return record
     end = stopped if ending.timed_out else f"exit code {ending.returncode}"
     note = f"{end}, after the record was written"

@@ -101,6 +101,8 @@ class Environment:
     memory_bytes: int
     gpu_names: tuple[str, ...] = ()
     """One name per visible GPU."""
+    gpu_memory_bytes: tuple[int, ...] = ()
+    """The whole memory of each of them; empty in records that do not tell."""
     driver: str | None = None
     """Of the GPUs."""
 
@@ -227,6 +229,11 @@ class Record:
     def valid(self) -> bool:
         """Whether nothing disturbed the measurement."""
         return not self.invalid
+
+    @property
+    def exit_code(self) -> int:
+        """With which a worker that writes this record ends: 1 if something went wrong, else 0."""
+        return 0 if self.status in ("ok", "unsupported") else 1
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -7,12 +7,20 @@ and seed share a row; runs on other hardware, software, code or data never do.
 
 import functools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from bench.record import DataFacts, Environment, Measurement, Record
 from bench.spec import Cell
-from bench.stats import FEWEST, median_interval, percentile, ratio_interval, spread, straggler_ratio
+from bench.stats import (
+    FEWEST,
+    median_interval,
+    percentile,
+    ratio_interval,
+    resolves,
+    spread,
+    straggler_ratio,
+)
 from cifar.serialize import digest
 
 Row = dict[str, str | int | float | None]
@@ -59,17 +67,20 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """One row per cell (seeds together), protocol, environment and data set, in order of arrival.
 
     Speeds and sizes are medians over the runs, top-1 and top-5 means over seeds with `_std`, `_n`;
-    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks; `_straggler_ratio` tells how
-    much longer steps last than with all ranks at the average pace. `inference_throughput_b64` is
-    the samples/s of one device at that latency. `vs_fp32` is the ratio of training throughput to
-    the fp32 row that is otherwise equal. Where a value differs between `bench.stats.FEWEST` runs or
-    more, `_low` and `_high` bound its median with 95 % confidence, of `_n` values: one per run, as
-    steps of one process are not independent.
+    `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks, and are None where these are
+    too few for them (`bench.stats.resolves`); `_straggler_ratio` is the slowest rank's seconds over
+    the median rank's. `inference_throughput_b64` is the samples/s of one device at that latency.
+    `vs_fp32` is the ratio of training throughput to the fp32 row that is otherwise equal. Where a
+    value differs between `bench.stats.FEWEST` runs or more, `_low` and `_high` bound its median
+    with 95 % confidence, of `_n` values: one per run, as steps of one process are not independent.
 
     A row is `valid` if no finished run was disturbed, and None if none finished; `invalid_reason`
     tells what disturbed the last such run, and how many there are. Numbers come from all finished
     runs, disturbed or not: a median withstands the minority of them, and runs left out after they
     were seen would make the rest look steadier than the machine is.
+
+    Numbers that could not be taken, or were wrong, are told whatever the other runs found:
+    `_status` is `failed`, `_failed` how often, and `failed_measurements` says which and why.
     """
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in _completed(records):
@@ -107,6 +118,7 @@ def _row(group: Sequence[Record]) -> Row:
         "reason": " ".join(reason.split()),
         "runs": len(finished),
         **_validity(finished),
+        "failed_measurements": "",
         "vs_fp32": None,
     }
     by_key: dict[str, list[tuple[int, Measurement]]] = {}
@@ -114,9 +126,33 @@ def _row(group: Sequence[Record]) -> Row:
         for measurement in record.measurements:
             seeded = record.cell.train.seed, measurement
             by_key.setdefault(_metric_key(measurement), []).append(seeded)
+    alone = {key: [each for _, each in found] for key, found in by_key.items()}
     for key, found in by_key.items():
-        row |= _scores(key, found) if key in SCORES else _summary(key, [each for _, each in found])
+        row |= _scores(key, found) if key in SCORES else _summary(key, alone[key])
+        row |= _failures(key, alone[key])
+    row["failed_measurements"] = _failed_measurements(alone)
     return row
+
+
+def _failed(measurements: Iterable[Measurement]) -> list[Measurement]:
+    return [each for each in measurements if each.status == "failed"]
+
+
+def _failures(key: str, measurements: Sequence[Measurement]) -> Row:
+    """Whether some failed, and how many, be there numbers of others or not."""
+    count = len(_failed(measurements))
+    return {f"{key}_status": "failed", f"{key}_failed": count} if count else {}
+
+
+def _failed_measurements(found: Mapping[str, Sequence[Measurement]]) -> str:
+    """Which failed, of how many, and the last one's reason; those that share both together."""
+    names: dict[str, list[str]] = {}
+    for key, measurements in found.items():
+        if failed := _failed(measurements):
+            of_runs = f"{len(failed)} of {len(measurements)}: " if len(measurements) > 1 else ""
+            why = " ".join(f"{of_runs}{failed[-1].reason}".split())
+            names.setdefault(why, []).append(key)
+    return "; ".join(f"{', '.join(keys)}: {why}" for why, keys in names.items())
 
 
 SCORES = ("top1", "top5")
@@ -247,10 +283,11 @@ def _metric_key(measurement: Measurement) -> str:
 
 
 def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
-    values = [value for item in measurements if (value := item.value) is not None]
-    if not values:
+    good = [each for each in measurements if each.status == "ok"]
+    if not good:
         return {key: None, f"{key}_status": measurements[0].status}
-    first = measurements[0]
+    values = [value for each in good if (value := each.value) is not None]
+    first = good[0]
     middle = float(statistics.median(values))
     row: Row = {key: middle}
     if key.startswith("inference_latency"):
@@ -259,9 +296,16 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
         low, high = median_interval(values)
         row |= {f"{key}_low": low, f"{key}_high": high, f"{key}_n": len(values)}
     if first.unit == "samples/s" and len(first.samples) > 1:
-        ratios = [straggler_ratio(item.samples) for item in measurements if item.status == "ok"]
+        ratios = [straggler_ratio(each.samples) for each in good]
         row[f"{key}_straggler_ratio"] = statistics.median(ratios)
-    pooled = [value for item in measurements for rank in item.samples for value in rank]
     if first.unit != "samples/s" and any(len(rank) > 1 for rank in first.samples):
-        row |= {f"{key}_p{percent}": percentile(pooled, percent) for percent in (50, 95, 99)}
+        pooled = [value for each in good for rank in each.samples for value in rank]
+        row |= _percentiles(key, pooled)
     return row
+
+
+def _percentiles(key: str, pooled: Sequence[float]) -> Row:
+    return {
+        f"{key}_p{percent}": percentile(pooled, percent) if resolves(percent, len(pooled)) else None
+        for percent in (50, 95, 99)
+    }

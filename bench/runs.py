@@ -8,7 +8,7 @@ import contextlib
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,16 +155,17 @@ def run_names(runs_dir: Path) -> list[str]:
     return sorted(path.parent.name for path in runs_dir.glob(f"*/{RUN_FILE}"))
 
 
-def newest(runs_dir: Path) -> Run:
-    """The run that was made last.
+def newest(runs_dir: Path, *, but: Container[str] = ()) -> Run:
+    """The run that was made last, of those that are of other suites than `but`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its run.json cannot be read.
     """
-    names = run_names(runs_dir)
-    if not names:
-        raise UserError(f"run: no run in {str(runs_dir)!r}; start one with bench run")
-    return find(names[-1], runs_dir)
+    for name in reversed(run_names(runs_dir)):
+        run = find(name, runs_dir)
+        if run.plan.suite not in but:
+            return run
+    raise UserError(f"run: no run in {str(runs_dir)!r}; start one with bench run")
 
 
 def history(runs_dir: Path) -> list[Record]:

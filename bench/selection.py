@@ -20,15 +20,21 @@ ALIASES = {
 }
 """Short names of columns, for `--sort` and `--filter`; every column of the CSV works as well."""
 
-DESCENDING = ("top1", "train_throughput", "vs_fp32")
-DESCENDING_BEGINNINGS = (
+LARGE = (
     "inference_throughput",
     "input_throughput",
     "model_flops_utilization",
     "output_agreement",
     "peak_flops",
+    "top1",
+    "top5",
+    "train_throughput",
+    "vs_fp32",
 )
-"""Of columns there may be several of, one per batch size or backend."""
+"""Columns of which large values are the better ones, by their beginnings: there may be several, one
+per batch size, backend or bound."""
+SMALL = ("_std", "_failed", "_straggler_ratio")
+"""Endings of those columns beside them of which small values are."""
 
 
 def _column(table: Sequence[Row], name: str) -> str:
@@ -43,7 +49,7 @@ def _column(table: Sequence[Row], name: str) -> str:
 
 
 def sort_rows(table: Sequence[Row], name: str) -> list[Row]:
-    """Sort by a column, the best first: large for top-1 and rates, small for all others.
+    """Sort by a column, the best first: large for accuracies and rates, small for all others.
 
     Numbers within names count as numbers (resnet18 before resnet101); rows without a value come
     last.
@@ -63,7 +69,7 @@ def sort_rows(table: Sequence[Row], name: str) -> list[Row]:
 
     present = [row for row in table if row.get(key) is not None]
     missing = [row for row in table if row.get(key) is None]
-    descending = key in DESCENDING or key.startswith(DESCENDING_BEGINNINGS)
+    descending = key.startswith(LARGE) and not key.endswith(SMALL)
     return sorted(present, key=order, reverse=descending) + missing
 
 

@@ -4,13 +4,16 @@ Fresh processes of one small cell take turns in random order: two plain ones, on
 every step, one with matrix products in every step. Each cost is also measured by itself in its own
 process; what it adds to a step's median seconds must agree with that. A process that computes in
 another number format than asked must come out as `failed`.
+
+Rounds end once every interval is narrow enough to decide, whichever way: were a cost measured again
+until it agrees, chance would make it agree in the end.
 """
 
 import io
 import random
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +25,7 @@ from bench.launchers import launch
 from bench.progress import SuiteProgress, outcome
 from bench.record import Record
 from bench.spec import Plan, Protocol, Suite, Task, grid
-from bench.stats import median_interval
+from bench.stats import headline, median_interval
 from cifar.errors import UserError
 
 SUITE = "selfcheck"
@@ -40,9 +43,8 @@ MIN_ROUNDS = 6
 """The fewest that give a 95 % interval of a median."""
 MAX_ROUNDS = 12
 TOLERANCE = 0.10
-"""How far a cost may seem to lie from its true size, as a fraction of it."""
-WIDEST = 0.25
-"""Half the width, as a fraction of the true cost, of an interval that still tells something."""
+"""Of the true cost: how far from it the interval of the measured one may reach, or, where it holds
+the true one, how wide half of it may be."""
 
 Verdict = Literal["seen", "not seen", "too noisy", "failed"]
 Launch = Callable[[Job, Path], Record]
@@ -92,16 +94,25 @@ def suite(max_rounds: int = MAX_ROUNDS) -> Suite:
 
 
 def refuse(run: runs.Run) -> None:
-    """Raise a UserError for a run whose records are worth nothing without the faults put in."""
-    if run.plan.suite == SUITE:
+    """Raise a UserError for a self-check: faults were put into the processes of its one cell."""
+    _refuse(run.id, {run.plan.suite})
+
+
+def refuse_records(records: Iterable[Record], source: str) -> None:
+    """The same of records from a file, `source`."""
+    _refuse(source, {record.suite for record in records})
+
+
+def _refuse(name: str, suites: Set[str]) -> None:
+    if SUITE in suites:
         raise UserError(
-            f"run: {run.id!r}: a self-check is neither resumed nor saved; "
+            f"run: {name!r}: a self-check is neither resumed, tabulated nor saved; "
             "start bench selfcheck anew"
         )
 
 
 def execute(run: runs.Run, *, launch: Launch = launch) -> list[Finding]:
-    """Measure in rounds until every interval is narrow enough, or the run's tasks are used up.
+    """Measure in rounds until every cost is decided, or the run's tasks are used up.
 
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
@@ -147,11 +158,10 @@ class _Execution:
 
 
 def step_seconds(record: Record) -> float:
-    """The median over steps of a finished record's step, each as long as its slowest rank took."""
+    """The median of a finished record's steps; of several ranks, the largest of their medians."""
     measured = record.find("train_throughput")
     assert measured is not None
-    slowest: list[float] = [max(ranks) for ranks in zip(*measured.samples, strict=True)]
-    return statistics.median(slowest)
+    return headline(measured.samples, "lower")
 
 
 def true_seconds(record: Record) -> float:
@@ -193,28 +203,31 @@ def _measured_names() -> list[str]:
 def judge(name: str, differences: Sequence[float], true: float, *, slack: float) -> Finding:
     """One cost's verdict, from its differences to the plain processes, one per round.
 
-    It is seen at its true size if the 95 % interval of the median difference holds the true cost
-    or lies within `slack` seconds of it, and does not reach 0. What is truly 0 has only the first
-    to meet. An interval that reaches further than `WIDEST` of the true cost (than 2.5 times the
-    slack) to either side would hold almost anything, and proves nothing.
+    It is seen at its true size if the 95 % interval of the median difference lies within `slack`
+    seconds of the true cost, or holds it and is no wider than that to either side of its middle. It
+    is not seen if the interval lies wholly beyond the slack, or is as narrow and meets neither. A
+    wider interval tells nothing yet.
     """
     try:
         low, high = median_interval(differences)
     except ValueError as error:
         return Finding(name=name, verdict="too noisy", true=true, note=str(error))
     added = statistics.median(differences)
-    right = low <= true <= high or (true - slack <= low and high <= true + slack)
-    verdict: Verdict = "seen" if right and (true == 0 or low > 0) else "not seen"
-    if right and (high - low) / 2 > slack * WIDEST / TOLERANCE:
-        verdict = "too noisy"
+    least, most = true - slack, true + slack
+    narrow = (high - low) / 2 <= slack
+    verdict: Verdict = "too noisy"
+    if (least <= low and high <= most) or (narrow and low <= true <= high):
+        verdict = "seen"
+    elif narrow or high < least or most < low:
+        verdict = "not seen"
     return Finding(name=name, verdict=verdict, true=true, added=added, low=low, high=high)
 
 
 def settled(rounds: Sequence[Round]) -> bool:
-    """Whether more rounds would say nothing new: all costs are seen, or a process failed."""
+    """Whether no cost is left to decide, seen or not, or a process failed."""
     if not rounds:
         return False
-    return all(each.verdict in ("seen", "failed") for each in judge_costs(rounds))
+    return all(each.verdict != "too noisy" for each in judge_costs(rounds))
 
 
 def judge_wrong_dtype(record: Record) -> Finding:

@@ -18,19 +18,20 @@ FEWEST = 6
 
 
 def throughput(step_seconds_by_rank: Ranks, samples_per_step: float) -> float:
-    """Global samples per second: all steps' samples over the sum of the steps' durations.
+    """Global samples per second: all steps' samples over the seconds of the rank that ends last.
 
-    A step lasts as long as its slowest rank takes, because gradients are averaged over all ranks
-    before any of them can go on. `samples_per_step` counts the samples of all ranks together.
+    All ranks start together, so that rank's seconds are the wall time. The slowest rank of every
+    single step would count a delay twice: in the step of the rank that was late, and in the next
+    one of those that then waited for it. `samples_per_step` counts the samples of all ranks
+    together.
 
     Raises:
         ValueError: no steps, ranks of different lengths, or a time that is not positive.
     """
     steps = list(zip(*step_seconds_by_rank, strict=True))
-    slowest = [max(times) for times in steps]
-    if not slowest or min(min(times) for times in steps) <= 0:
+    if not steps or min(map(min, steps)) <= 0:
         raise ValueError("throughput: needs one step or more, each of positive duration")
-    return len(slowest) * samples_per_step / math.fsum(slowest)
+    return len(steps) * samples_per_step / max(map(math.fsum, step_seconds_by_rank))
 
 
 def headline(samples_by_rank: Ranks, better: Literal["higher", "lower", "none"]) -> float:
@@ -62,18 +63,26 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
+def resolves(percent: int, count: int) -> bool:
+    """Whether `count` values tell a percentile from the largest of them: 20 do the 95th, 100 the
+    99th, as one value or more then lies beyond it."""
+    return count * (100 - percent) >= 100
+
+
 def spread(values: Sequence[float]) -> float | None:
     """Standard deviation with n - 1 in the denominator; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def straggler_ratio(step_seconds_by_rank: Ranks) -> float:
-    """How much longer steps last than with ranks all at the average pace; 1.0: no straggler.
+    """The slowest rank's seconds over the median rank's; 1.0: no straggler.
 
-    The sum over steps of the slowest rank's time, over the sum of the mean of all ranks' times.
+    It tells of ranks that work by themselves, as input pipelines do. Where they average gradients
+    every rank waits for the slowest one in every step: all take as long as it, and only its lag
+    after the last exchange is left to see.
     """
-    steps = list(zip(*step_seconds_by_rank, strict=True))
-    return math.fsum(map(max, steps)) / math.fsum(map(statistics.fmean, steps))
+    totals = [math.fsum(seconds) for seconds in step_seconds_by_rank]
+    return max(totals) / statistics.median(totals)
 
 
 def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:

@@ -22,7 +22,7 @@ class Section:
     tables: dict[str, list[list[str]]]
     """By precision, the cells' texts in the order of `columns`."""
     notes: dict[str, list[str]]
-    """By precision, why rows are not ok or not valid."""
+    """By precision, why rows are not ok or not valid, and which of their numbers failed."""
 
 
 Layout = Callable[[Sequence[Row]], list[Column]]
@@ -63,13 +63,14 @@ def sections(table: Sequence[Row], layout: Layout) -> list[Section]:
 
 
 def _notes(table: Sequence[Row]) -> list[str]:
-    """Why rows are not ok or not valid, each reason once, with the models it befell."""
+    """What `Section.notes` holds, each reason once, with the models it befell."""
     models: dict[str, list[str]] = {}
     for row in table:
-        if row["status"] != "ok":
-            models.setdefault(f"{row['status']}: {row['reason']}", []).append(str(row["model"]))
-        if row["valid"] is False:
-            models.setdefault(f"invalid: {row['invalid_reason']}", []).append(str(row["model"]))
+        told = [f"{row['status']}: {row['reason']}"] if row["status"] != "ok" else []
+        told += [f"invalid: {row['invalid_reason']}"] if row["valid"] is False else []
+        told += [f"partly failed: {failed}"] if (failed := row["failed_measurements"]) else []
+        for why in told:
+            models.setdefault(why, []).append(str(row["model"]))
     return [f"{', '.join(dict.fromkeys(names))} {why}" for why, names in models.items()]
 
 

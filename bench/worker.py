@@ -136,7 +136,7 @@ def describe(dataset: Dataset) -> DataFacts:
 
 
 def main(folder: Path) -> int:
-    """Measure the job in `folder`; returns 0 if the record is ok or unsupported, else 1."""
+    """Measure the job in `folder`; returns the record's exit code."""
     job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=str(folder / CELL_FILE))
     record = Worker(job).run()
     if int(os.environ.get("RANK", "0")) == 0:
@@ -144,7 +144,7 @@ def main(folder: Path) -> int:
     elif record.reason:  # the first process may not have met it, and then leaves no record
         print(record.reason, file=sys.stderr, flush=True)
     leave()
-    return 0 if record.status in ("ok", "unsupported") else 1
+    return record.exit_code
 
 
 if __name__ == "__main__":

@@ -63,8 +63,10 @@ def main():
     match what:
         case "ok" | "ok-exit3" | "ok-hang" | "disturbed":
             write_atomic(folder / RECORD_FILE, good)
-        case "unsupported":
-            record = record_of(job, status="unsupported", reason="no such unit", measurements=())
+        case "unsupported" | "unsupported-exit1" | "told-exit0" | "told-exit1" | "told-exit4":
+            told = ("failed", "wrong dtype"), ("unsupported", "no such unit")
+            status, reason = told[what.startswith("unsupported")]
+            record = record_of(job, status=status, reason=reason, measurements=())
             write_atomic(folder / RECORD_FILE, to_json(record))
         case "garbage":
             (folder / RECORD_FILE).write_text('{"schema_version": 1, "cell"')
@@ -91,7 +93,8 @@ def main():
         (folder / "child").write_text(str(child.pid))
         time.sleep(0 if what == "orphan" else 600)
         os._exit(0)
-    sys.exit({"ok-exit3": 3, "exit4": 4}.get(what, 0))
+    code = what.rpartition("exit")[2]
+    sys.exit(int(code) if code.isdigit() else 0)
 
 
 if __name__ == "__main__":

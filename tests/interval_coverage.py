@@ -3,10 +3,12 @@
     python tests/interval_coverage.py                      # starts 280 processes of one small cell
     python tests/interval_coverage.py --run runs/ID        # takes those of an earlier run
 
-The processes are those of one cell of `bench run`, so an interrupted run is finished with
-`bench run --resume`. They are dealt at random to the groups: what the machine's drift does to a
-group is then left to chance, as where cells are repeated in a random order. Prints JSON: how many
-groups' 95 % intervals hold the grand median, and the share over further deals.
+The processes are those of one cell of `bench run`, so a run that was interrupted, or of which some
+failed, is finished with `bench run --resume`. What was measured again counts once, as it was found
+last; disturbed processes count too, as they do in the tables whose interval this is. They are dealt
+at random to the groups: what the machine's drift does to a group is then left to chance, as where
+cells are repeated in a random order. Prints JSON: how many groups' 95 % intervals hold the grand
+median, and the share over further deals.
 """
 
 import argparse
@@ -57,7 +59,11 @@ def report(values: Sequence[float], groups: int, seed: int) -> dict[str, object]
 
 
 def measure(args: argparse.Namespace) -> runs.Run:
-    """A new run of one small cell in as many processes as are needed."""
+    """A new run of one small cell in as many processes as are needed; some of them may have failed.
+
+    Raises:
+        SystemExit: it was stopped, or did not begin; `bench run` has said why.
+    """
     options = {
         "--models": args.model,
         "--batch-size": args.batch_size,
@@ -69,13 +75,19 @@ def measure(args: argparse.Namespace) -> runs.Run:
     }
     words = [str(word) for option in options.items() for word in option]
     command = [sys.executable, "-m", "bench", "run", *words]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return runs.newest(Path(args.runs_dir).absolute())
+    folder = Path(args.runs_dir).absolute()
+    before = set(runs.run_names(folder))
+    code = subprocess.call(command, stdout=sys.stderr)
+    made = sorted(set(runs.run_names(folder)) - before)
+    if code not in (0, 1) or not made:
+        raise SystemExit(code)
+    return runs.find(made[-1], folder)
 
 
 def throughputs(run: runs.Run) -> list[float]:
     """Training throughput of every finished process, in samples/s, in the order of the repeats."""
-    found = [record.value("train_throughput") for record in run.records() if record.status == "ok"]
+    records = runs.latest(run.records()).values()
+    found = [record.value("train_throughput") for record in records if record.status == "ok"]
     return [value for value in found if value is not None]
 
 
@@ -101,7 +113,7 @@ def main() -> None:
         parser.exit(
             2,
             f"run: {run.id!r}: has {len(values)} finished processes of {len(cells)} cell(s), needs "
-            f"{wanted} of 1; finish it with bench run --resume\n",
+            f"{wanted} of 1; finish it with bench run --resume {run.folder}, then give --run\n",
         )
     print(json.dumps({"run": run.id} | report(values, args.groups, args.seed)))
 

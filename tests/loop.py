@@ -7,9 +7,13 @@
 
 Contestants take turns in random order in one process, a window of a few steps each after one step
 that is not timed. Printed are ratios of their seconds per sample, `above/below`: the median over
-rounds and its exact 95 % interval. So 1.01 for same_input/bench means that bench reports a
-throughput 1 % above the loop's. Rounds end at --pairs, or once the ratio that matters and that of
-the control (a contestant against itself) are known to within 1 %.
+rounds and its exact 95 % interval; a line of JSON per part as soon as it is known. So 1.01 for
+same_input/bench means that bench reports a throughput 1 % above the loop's. Rounds end at --pairs,
+or once the ratio that matters and that of the control (a contestant against itself) are known to
+within 1 %.
+
+The trainer's recipe is `default` at a small, constant learning rate and without its average of the
+weights, which no loop here keeps; overhead.py tells what that average costs.
 
 agree: `training` and `inference_loop` below, 40 lines at most, fused SGD as in the trainer.
     same_input    the loop on the trainer's own input pipeline: the same work, so it must agree
@@ -65,6 +69,8 @@ WITHIN = 0.01
 """How far the 95 % intervals of the ratios that matter may reach."""
 Batches = Iterator[tuple[Tensor, Tensor]]
 Contestants = dict[str, Callable[[], float]]
+Parts = Iterator[tuple[str, dict[str, object]]]
+"""What a mode found, one part after the other by name."""
 
 
 def training(model: nn.Module, batches: Batches, bf16: bool) -> Callable[[int], float]:
@@ -117,7 +123,7 @@ class Contest:
             channels_last=[args.channels_last],
             batch_sizes=[args.batch_size],
         )
-        recipe = dataclasses.replace(cell.train.recipe, lr=1e-4, schedule="constant")
+        recipe = dataclasses.replace(cell.train.recipe, lr=1e-4, schedule="constant", ema_decay=0.0)
         self.config = dataclasses.replace(cell.train, recipe=recipe)
         self.trainer = Trainer(
             self.config, RunConfig(), load_dataset(self.config.data), train_samples=10**9
@@ -144,8 +150,8 @@ class Contest:
             inference_iterations=batches,
             inference_seconds=1e6,
         )
-        (latency,) = measure_inference(Subject(self.trainer, protocol))
-        return value(latency.value)
+        found = {each.name: each for each in measure_inference(Subject(self.trainer, protocol))}
+        return value(found["inference_latency"].value)
 
     def unmarked(self, steps: int) -> float:
         """Seconds per sample of the trainer's steps with a clock at either end."""
@@ -229,7 +235,7 @@ def compete(
     }
 
 
-def agree(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
+def agree(contest: Contest, args: argparse.Namespace) -> Parts:
     steps = args.steps
     contestants = {
         "bench": lambda: contest.bench_training(steps),
@@ -241,12 +247,11 @@ def agree(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
     decisive = ("same_input/bench", "control/same_input")
     further = ("plain_input/bench", "fixed_batch/bench",
                "same_input/plain_input", "same_input/fixed_batch")  # fmt: skip
-    found: dict[str, object] = {"train": compete(contestants, args.pairs, decisive, further)}
+    yield "train", compete(contestants, args.pairs, decisive, further)
     for size, batches in ((1, 20), (args.inference_batch_size, 3)):
         contestants = latency_contestants(contest, size, batches)
         decisive = ("loop/bench", "control/loop")
-        found[f"latency_b{size}"] = compete(contestants, args.pairs, decisive)
-    return found
+        yield f"latency_b{size}", compete(contestants, args.pairs, decisive)
 
 
 def latency_contestants(contest: Contest, size: int, batches: int) -> Contestants:
@@ -310,7 +315,7 @@ def timm_mean(step: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - start) / 40
 
 
-def timm(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
+def timm(contest: Contest, args: argparse.Namespace) -> Parts:
     contestants = {
         "bench": lambda: contest.bench_training(40),
         "timm": lambda: timm_training(contest),
@@ -319,48 +324,53 @@ def timm(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
     }
     decisive = ("timm/bench", "control/timm")
     further = ("timm/fixed_batch", "fixed_batch/bench")
-    found: dict[str, object] = {"train": compete(contestants, args.timm_rounds, decisive, further)}
+    yield "train", compete(contestants, args.timm_rounds, decisive, further)
     for size in (1, args.inference_batch_size):
         contestants = {
             "bench": functools.partial(contest.bench_inference, size, 40),
             "timm": functools.partial(timm_inference, contest, size),
             "control": functools.partial(timm_inference, contest, size),
         }
-        found[f"latency_b{size}"] = compete(contestants, args.timm_rounds, decisive)
-    return found
+        yield f"latency_b{size}", compete(contestants, args.timm_rounds, decisive)
 
 
-def cost(contest: Contest, args: argparse.Namespace) -> dict[str, object]:
+def cost(contest: Contest, args: argparse.Namespace) -> Parts:
     contestants = {
         "bench": lambda: contest.bench_training(args.steps),
         "unmarked": lambda: contest.unmarked(args.steps),
         "control": lambda: contest.unmarked(args.steps),
     }
-    return compete(contestants, args.pairs, ("bench/unmarked", "control/unmarked"))
+    yield "train", compete(contestants, args.pairs, ("bench/unmarked", "control/unmarked"))
 
 
 MODES = {"agree": agree, "timm": timm, "cost": cost}
 
 
-def measure(args: argparse.Namespace) -> dict[str, object]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The lines to print, each as soon as it is known."""
     named = ("what", "model", "precision", "channels_last", "batch_size")
     line: dict[str, object] = {name: getattr(args, name) for name in named}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_emulated(args.precision, device):
         reason = f"this {device.type.upper()} has no {args.precision} kernels and emulates them"
-        return {**line, "skipped": reason}
+        yield {**line, "skipped": reason}
+        return
     line |= {"steps": args.steps, "threads": torch.get_num_threads(), "device": device.type}
-    return {**line, **MODES[args.what](Contest(args), args)}
+    for part, found in MODES[args.what](Contest(args), args):
+        yield {**line, "part": part, **found}
 
 
 def measure_all(argv: list[str]) -> int:
-    """The grid, a fresh process and a line each: Accelerate keeps one precision per process."""
+    """The grid, a fresh process each: Accelerate keeps one precision per process.
+
+    1 if any of them failed, be it by a signal, whose code is negative.
+    """
     words = [word for word in argv if word != "--all"]
     codes = []
     for model, precision, nhwc in itertools.product(MODELS, PRECISIONS, LAYOUTS):
         cell = ["--model", model, "--precision", precision, *(["--channels-last"] * nhwc)]
         codes.append(subprocess.call([sys.executable, __file__, *words, *cell]))
-    return max(codes)
+    return int(any(codes))
 
 
 def main(argv: list[str]) -> int:
@@ -378,7 +388,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.all:
         return measure_all(argv)
-    print(json.dumps(measure(args)), flush=True)
+    for line in measure(args):
+        print(json.dumps(line), flush=True)
     return 0
 
 

@@ -4,12 +4,20 @@
     python tests/overhead.py step --model resnet20-w4 --batch-size 16 --pairs 300
     python tests/overhead.py pipeline
 
-Steps are interleaved in random order in one process: the trainer's, a bare loop's over one fixed
-batch, and a second bare loop's as the control. Prints the median of the ratios of neighbouring
-steps (bare / trainer: 1 means no overhead) with a 95 % interval from order statistics.
+step: steps are interleaved in random order in one process: the trainer's, a bare loop's over one
+  fixed batch, and a second bare loop's as the control. The trainer runs the recipe `default` but
+  for its budget, batch size and learning rate, so its steps have augmentation, the schedule, the
+  training metrics and the average of the weights (EMA) in them, of which a bare loop has none;
+  --ema-decay 0 tells what is left without the average.
+pipeline: batches of the recipe's augmented and of plain images take turns. The permutation that
+  either makes once an epoch is left out.
+
+Prints the median of the ratios of neighbouring steps (bare / trainer: 1 means no overhead) with a
+95 % interval from order statistics.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -25,13 +33,17 @@ import torch
 import torch.nn.functional as F
 from turns import middle, ratio, take_turns
 
-from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
+from cifar.config import ModelConfig, RunConfig, TrainConfig
 from cifar.data.augment import get_augmentations
 from cifar.data.loader import DeviceImages, Normalization, TrainLoader
 from cifar.data.sources import load_dataset
 from cifar.models import build_model
 from cifar.optim import build_optimizer
+from cifar.recipes import get_recipe
 from cifar.trainer import Trainer
+
+PRECISIONS = ("fp32", "bf16")
+"""Those that the bare loop has."""
 
 
 def bare_step(trainer: Trainer) -> Callable[[], None]:
@@ -63,7 +75,13 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def compare_steps(args: argparse.Namespace) -> dict[str, object]:
-    recipe = Recipe(epochs=1000, global_batch_size=args.batch_size, lr=1e-4, schedule="constant")
+    recipe = dataclasses.replace(
+        get_recipe("default"),
+        epochs=1000,
+        global_batch_size=args.batch_size,
+        lr=1e-4,  # a bare loop learns one batch by heart
+        ema_decay=args.ema_decay,
+    )
     config = TrainConfig(
         model=ModelConfig(name=args.model),
         recipe=recipe,
@@ -90,6 +108,7 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
         "batch_size": args.batch_size,
         "precision": args.precision,
         "channels_last": args.channels_last,
+        "ema_decay": args.ema_decay,
         "threads": torch.get_num_threads(),
         "pairs": args.pairs,
         "bare_step_ms": statistics.median(bare) * 1e3,
@@ -103,10 +122,10 @@ def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
     dataset = load_dataset(TrainConfig().data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = DeviceImages(dataset.train, Normalization.of(dataset.train), device)
-    size = args.batch_size
+    size, augmentations = args.batch_size, get_augmentations(get_recipe("default"))
     loaders = {
         "plain": TrainLoader(images, (), per_device_batch_size=size),
-        "augmented": TrainLoader(images, get_augmentations(Recipe()), per_device_batch_size=size),
+        "augmented": TrainLoader(images, augmentations, per_device_batch_size=size),
     }
     taken: dict[str, list[float]] = {name: [] for name in loaders}
     for pair in range(args.pairs + args.warmup):
@@ -131,8 +150,10 @@ def main() -> None:
     parser.add_argument("what", choices=["step", "pipeline"])
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--channels-last", action="store_true")
+    own = get_recipe("default").ema_decay
+    parser.add_argument("--ema-decay", type=float, default=own, help="the recipe's; 0: no average")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=3)
     args = parser.parse_args()

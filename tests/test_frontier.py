@@ -356,16 +356,40 @@ def test_a_cpu_has_a_limit_by_default_and_a_gpu_its_whole_memory(monkeypatch) ->
     monkeypatch.setattr(frontier_command, "available_memory", lambda: 10 * 2**30)
     assert limit_of(present_of()) == 7.5 * 2**30
     assert limit_of(present_of(), num_processes=2) == 3.75 * 2**30
-    assert limit_of(present_of(gpu_names=("H200",))) is None
-    assert limit_of(present_of(gpu_names=("H200",)), memory_limit=100) == 100 * MIB
+    assert limit_of(present_of(gpu_names=("H200",), gpu_memory_bytes=(2**37,))) is None
 
 
-def test_memory_is_what_the_container_allows(tmp_path, monkeypatch) -> None:
-    (tmp_path / "max").write_text("1000\n")
-    monkeypatch.setattr(frontier_command, "_CONTAINER_LIMITS", (tmp_path / "max", tmp_path / "no"))
-    assert frontier_command.available_memory() == 1000
-    (tmp_path / "max").write_text("max\n")
-    assert frontier_command.available_memory() > 1000
+def test_a_limit_is_held_against_the_memory_it_is_of() -> None:
+    host = present_of(memory_bytes=2000 * MIB)
+    gpus = present_of(
+        memory_bytes=2000 * MIB, gpu_names=("L4",) * 3,
+        gpu_memory_bytes=(9000 * MIB, 8000 * MIB, 7000 * MIB),
+    )  # fmt: skip
+    assert limit_of(host, memory_limit=2000) == 2000 * MIB
+    assert limit_of(gpus, memory_limit=9000) == 9000 * MIB, "the first GPU is the process's"
+    assert limit_of(gpus, memory_limit=8000, num_processes=2) == 8000 * MIB
+    for present, most, processes in ((host, 2000, 1), (gpus, 9000, 1), (gpus, 8000, 2)):
+        with pytest.raises(ConfigError, match=rf"give 1 to {most} MiB"):
+            limit_of(present, memory_limit=most + 1, num_processes=processes)
+
+
+def test_memory_is_what_the_container_has_left(tmp_path, monkeypatch) -> None:
+    first, second = tmp_path / "v2", tmp_path / "v1"
+    groups = ((first, "max", "now", "inactive_file"), (second, "most", "used", "total_file"))
+    monkeypatch.setattr(frontier_command, "_CONTAINERS", groups)
+    available = frontier_command.available_memory()
+    assert available > 10_000, "no container, the machine's"
+    for folder, limit, usage in ((first, "max", "now"), (second, "most", "used")):
+        folder.mkdir()
+        (folder / limit).write_text("10000\n")
+        (folder / usage).write_text("4000\n")
+    (first / "memory.stat").write_text("anon 1000\ninactive_file 1500\n")
+    (second / "memory.stat").write_text("total_file 500\n")
+    assert frontier_command.available_memory() == 6500, "10,000 - 4,000 + 500"
+    (second / "most").write_text(f"{2**63 - 4096}\n")
+    assert frontier_command.available_memory() == 7500, "10,000 - 4,000 + 1,500"
+    (first / "max").write_text("max\n")
+    assert frontier_command.available_memory() > 10_000
 
 
 def test_a_frontier_ends_in_a_table_and_its_run_can_be_shown_and_saved(tmp_path) -> None:

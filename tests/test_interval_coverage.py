@@ -5,9 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import interval_coverage
 import pytest
-from interval_coverage import ROOT, covered, deal, report
+from fake_worker import record_of
+from interval_coverage import ROOT, covered, deal, report, throughputs
+
+from bench import runs
+from bench.job import Job
+from bench.record import Measurement
+from bench.record_file import append_record
+from bench.spec import Plan, Protocol, Suite, grid
 
 SCRIPT = Path(__file__).with_name("interval_coverage.py")
 
@@ -36,6 +46,56 @@ def test_a_report_of_values_by_hand() -> None:
     assert found["processes"] == found["processes_per_group"] == 14
     assert found["grand_median_images_per_s"] == 4.0
     assert found["covered"] == found["covered_share_of_further_deals"] == 1
+
+
+def make_run(folder: Path, repeats: int) -> runs.Run:
+    plan = Plan(protocol=Protocol(repeats=repeats), cells=grid(["resnet20-w4"], ["fp32"]))
+    return runs.create(Suite(name="custom", description="", plans=(plan,)), folder)
+
+
+def add(run: runs.Run, repeat: int, seconds: float, **fields: Any) -> None:
+    rate = Measurement(
+        name="train_throughput", unit="samples/s", better="higher",
+        labels={"samples_per_step": 10}, samples=((seconds,),),
+    )  # fmt: skip
+    task = run.plan.tasks[repeat]
+    append_record(run.records_file, record_of(Job(task=task), measurements=(rate,), **fields))
+
+
+def test_what_was_measured_again_counts_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    add(run, 0, 5.0, invalid=("a goat",))
+    add(run, 1, 2.0, invalid=("a duck",))
+    add(run, 2, 1.0, status="failed", reason="a bug")
+    add(run, 0, 1.0)
+    assert throughputs(run) == [10.0, 5.0]
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_run_of_which_processes_failed_is_to_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    make_run(tmp_path, 12)
+
+    def call(command: list[str], **_: object) -> int:
+        if code == 1:
+            run = make_run(tmp_path, 12)
+            for repeat in range(11):
+                add(run, repeat, 1.0)
+        return code
+
+    monkeypatch.setattr(interval_coverage, "subprocess", SimpleNamespace(call=call))
+    words = ["interval_coverage.py", "--runs-dir", str(tmp_path), "--groups", "2"]
+    monkeypatch.setattr("sys.argv", [*words, "--processes", "6"])
+    with pytest.raises(SystemExit) as stopped:
+        interval_coverage.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    if code == 1:
+        assert "has 11 finished processes of 1 cell(s), needs 12 of 1; finish it with" in said
+        assert f"bench run --resume {tmp_path}/" in said
+    else:
+        assert said == "", "bench run has told"
 
 
 @pytest.mark.slow

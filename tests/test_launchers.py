@@ -165,6 +165,9 @@ def test_every_attempt_compiles_into_an_empty_cache_which_is_removed(tmp_path):
         ("other-cell", "failed", "record.json is of another cell: resnet20 fp32 b64"),
         ("unsupported", "unsupported", "no such unit"),
         ("ok-exit3", "ok", "exit code 3, after the record was written"),
+        ("unsupported-exit1", "unsupported", "no such unit; exit code 1, after the record was"),
+        ("told-exit4", "failed", "wrong dtype; exit code 4, after the record was written"),
+        ("told-exit0", "failed", "wrong dtype; exit code 0, after the record was written"),
     ],
 )
 def test_every_ending_is_a_record_with_a_reason(tmp_path, monkeypatch, what, status, reason):
@@ -173,6 +176,11 @@ def test_every_ending_is_a_record_with_a_reason(tmp_path, monkeypatch, what, sta
     assert record.reason.startswith(reason)
     assert "\n" not in record.reason
     assert record.key == make_job().task.key
+
+
+def test_a_failure_that_a_worker_tells_in_its_record_needs_no_more_words(tmp_path, monkeypatch):
+    record = launch_fake(monkeypatch, tmp_path, "told-exit1")
+    assert (record.status, record.reason, record.returncode) == ("failed", "wrong dtype", 1)
 
 
 def test_a_hanging_worker_and_its_children_are_ended(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from test_bench_cli import environ
 
 from bench import limits
+from bench.environment import collect
 from bench.failure import classify
 from bench.job import Job
 from bench.launchers import launch
@@ -101,3 +102,11 @@ def test_a_limit_on_a_gpu_is_the_allocators() -> None:
             torch.ones(512 * MIB // 4, device="cuda")
     finally:
         limit_memory(total)
+
+
+@pytest.mark.gpu
+def test_the_environment_tells_every_gpu_s_memory() -> None:
+    found = collect()
+    assert len(found.gpu_memory_bytes) == found.gpu_count == torch.cuda.device_count()
+    assert found.gpu_names[0] == torch.cuda.get_device_name(0)
+    assert found.gpu_memory_bytes[0] == torch.cuda.get_device_properties(0).total_memory

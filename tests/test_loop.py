@@ -116,7 +116,65 @@ def test_a_window_without_marks_is_as_long_as_its_steps(
     assert contest.trainer.step == 4
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bench_s_latency_is_found_among_what_else_it_measures(
+    contest: loop.Contest, batch: int
+) -> None:
+    """For real, one batch of a tiny net."""
+    assert 0 < contest.bench_inference(batch, 1) < 60
+
+
+def test_the_trainer_does_what_the_loops_do(contest: loop.Contest) -> None:
+    recipe = contest.trainer.config.recipe
+    assert (recipe.name, recipe.ema_decay, recipe.label_smoothing) == ("default", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ("agree", ["train", "latency_b1", "latency_b2"]),
+        ("timm", ["train", "latency_b1", "latency_b2"]),
+        ("cost", ["train"]),
+    ],
+)
+def test_every_part_is_printed_before_the_next_one_starts(
+    what: str, parts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reset_accelerate()
+    printed: list[dict[str, object]] = []
+
+    def compete(contestants: loop.Contestants, *_: object) -> dict[str, object]:
+        printed.extend(map(json.loads, capsys.readouterr().out.splitlines()))
+        return {"before": len(printed), "contestants": list(contestants)}
+
+    monkeypatch.setattr(loop, "compete", compete)
+    words = ["--model", "resnet20-w4", "--batch-size", "16", "--inference-batch-size", "2"]
+    assert loop.main([what, *words]) == 0
+    printed.extend(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [(line["part"], line["before"]) for line in printed] == list(
+        zip(parts, range(len(parts)), strict=True)
+    )
+    assert all({"bench", "control"} <= set(line["contestants"]) for line in printed)
+
+
+@pytest.mark.parametrize(("codes", "code"), [([0, -9], 1), ([1, 0], 1), ([0, 0], 0)])
+def test_a_cell_that_died_is_told_by_the_exit_code(
+    codes: list[int], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def call(command: list[str]) -> int:
+        commands.append(command)
+        return codes[len(commands) % 2]
+
+    monkeypatch.setattr(loop, "subprocess", SimpleNamespace(call=call))
+    assert loop.main(["cost", "--all"]) == code
+    assert len(commands) == 8
+    assert not any("--all" in command for command in commands)
+
+
 def run(*options: str) -> dict[str, dict[str, list[float]]]:
+    """The lines of a real run, by part."""
     script = Path(__file__).with_name("loop.py")
     done = subprocess.run(
         [sys.executable, str(script), *options],
@@ -125,7 +183,7 @@ def run(*options: str) -> dict[str, dict[str, list[float]]]:
         check=True,
         env=ENVIRONMENT,
     )
-    return json.loads(done.stdout)
+    return {line["part"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.slow
@@ -144,7 +202,7 @@ def test_bench_agrees_with_the_loop() -> None:
 
 @pytest.mark.slow
 def test_measuring_costs_less_than_1_percent() -> None:
-    found = run("cost", "--model", "resnet20")
+    found = run("cost", "--model", "resnet20")["train"]
     assert found["known_within_1_percent"], NOISY
     assert abs(found["control/unmarked"][0] - 1) <= 0.01, NOISY
     assert found["bench/unmarked"][0] < 1.01

@@ -26,8 +26,9 @@ def overhead(*options: str) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
-def test_a_step_is_hardly_slower_than_a_bare_loop_s() -> None:
-    found = overhead("step", "--model", "resnet20", "--pairs", "100")
+@pytest.mark.parametrize("options", [(), ("--ema-decay", "0")])
+def test_a_step_is_hardly_slower_than_a_bare_loop_s(options: tuple[str, ...]) -> None:
+    found = overhead("step", "--model", "resnet20", "--pairs", "100", *options)
     ratio, low, high = found["ratio"]
     assert high - low < 0.06, "too noisy to tell: run it on an idle machine"
     assert ratio >= 0.97

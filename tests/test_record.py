@@ -108,8 +108,8 @@ def test_values_are_derived_from_the_samples():
 
 
 def test_the_value_of_several_ranks():
-    # Steps last 2 s and 3 s on the slower rank: 2 x 60 samples in 5 s.
-    assert rate((1.0, 3.0), (2.0, 1.0), samples_per_step=60).value == 24.0
+    # The first rank takes 1 + 3 = 4 s, the other one 3 s: 2 x 60 samples in 4 s.
+    assert rate((1.0, 3.0), (2.0, 1.0), samples_per_step=60).value == 30.0
     assert latency((1.0, 1.0), (4.0, 2.0)).value == 3.0
 
 

@@ -14,6 +14,7 @@ from bench.stats import (
     percentile,
     ratio_interval,
     reach,
+    resolves,
     spread,
     straggler_ratio,
     throughput,
@@ -25,26 +26,33 @@ def test_throughput_of_one_rank_is_samples_over_seconds():
     assert throughput([[0.5, 1.0, 0.5]], 128) == 192.0
 
 
-def test_throughput_of_two_ranks_counts_global_samples_once_and_the_slower_rank():
-    # Steps last max(1, 2) = 2 s and max(2, 1) = 2 s: 2 x 256 samples in 4 s. The mean of the ranks
-    # would say 170.7, their sum 341.3.
-    assert throughput([[1.0, 2.0], [2.0, 1.0]], 256) == 128.0
+def test_throughput_of_two_ranks_counts_global_samples_once_and_the_rank_that_ends_last():
+    # The second rank ends after 1 + 3 = 4 s: 2 x 256 samples in 4 s. The mean of the ranks' rates
+    # would say 149.3, their sum 298.7.
+    assert throughput([[1.0, 2.0], [1.0, 3.0]], 256) == 128.0
+
+
+def test_a_delay_that_the_other_rank_waits_for_in_its_next_step_counts_once():
+    # Rank 0 is held up for 1 s after the exchange of step 1; rank 1 waits for it in that of step 2.
+    # Both take 4 s of wall time for 3 steps; the steps' maxima would add up to 2 + 2 + 1 = 5 s.
+    assert throughput([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0]], 100) == 75.0
 
 
 def test_throughput_of_four_ranks_with_a_straggler():
     # Three ranks need 0.1 s, one 0.4 s: 5 x 512 samples in 2 s.
     ranks = [[0.1] * 5, [0.1] * 5, [0.4] * 5, [0.1] * 5]
     assert throughput(ranks, 512) == pytest.approx(1280.0)
-    # 2 s in all against 5 x (0.7 / 4) = 0.875 s at the average pace.
-    assert straggler_ratio(ranks) == pytest.approx(2.0 / 0.875)
+    # 2 s in all against the 0.5 s of most ranks.
+    assert straggler_ratio(ranks) == pytest.approx(4.0)
 
 
 def test_throughput_does_not_depend_on_the_number_of_equal_steps():
     assert throughput([[0.25] * 100], 64) == pytest.approx(throughput([[0.25]], 64))
 
 
-def test_no_straggler_without_one():
-    assert straggler_ratio([[1.0, 2.0], [1.0, 2.0]]) == 1.0
+def test_a_straggler_by_hand():
+    assert straggler_ratio([[1.0, 2.0], [2.0, 1.0]]) == 1.0, "both take 3 s"
+    assert straggler_ratio([[1.0, 1.0], [1.0, 2.0]]) == 1.2, "3 s, and 2.5 s in the middle"
 
 
 @pytest.mark.parametrize("ranks", [[], [[]], [[1.0, 2.0], [1.0]], [[0.0]], [[1.0], [-1.0]]])
@@ -81,6 +89,16 @@ def test_percentile_is_numpys(values, percent):
 def test_percentile_refuses(values, percent):
     with pytest.raises(ValueError, match=r"^percentile: .* needs 0\.\.100 of 1 or more$"):
         percentile(values, percent)
+
+
+@pytest.mark.parametrize(("percent", "least"), [(0, 1), (50, 2), (90, 10), (95, 20), (99, 100)])
+def test_a_percentile_takes_as_many_values_as_leave_one_beyond_it(percent, least):
+    assert resolves(percent, least)
+    assert not resolves(percent, least - 1)
+
+
+def test_the_largest_value_is_resolved_by_none():
+    assert not resolves(100, 10**9)
 
 
 def test_spread_needs_two_values():

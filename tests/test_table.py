@@ -6,6 +6,7 @@ After an intended change write the golden files anew: `UPDATE_GOLDEN=1 pytest te
 import csv
 import io
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bench.table import render_csv, render_markdown, render_terminal
 from cifar.config import Recipe
 from cifar.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
 ENVIRONMENT = Environment(
@@ -179,7 +181,7 @@ def test_a_row_tells_its_straggler():
     )  # fmt: skip
     row = only(rows([make_record(found=(rate,))]))
     assert row["train_throughput"] == pytest.approx(1280.0), "two steps of 0.4 s"
-    assert row["train_throughput_straggler_ratio"] == pytest.approx(0.8 / 0.35)
+    assert row["train_throughput_straggler_ratio"] == pytest.approx(4.0)
     assert "train_throughput_straggler_ratio" not in only(rows([make_record()]))
 
 
@@ -191,7 +193,24 @@ def test_percentiles_pool_the_runs():
     row = only(rows(records))
     assert row["inference_latency_b1"] == pytest.approx((0.2 + 0.45) / 2)
     assert row["inference_latency_b1_p50"] == pytest.approx(0.3)
-    assert row["inference_latency_b1_p95"] == pytest.approx(0.48)
+
+
+@pytest.mark.parametrize(
+    ("count", "p95", "p99"), [(19, None, None), (20, 19.05, None), (100, 95.05, 99.01)]
+)
+def test_percentiles_are_left_out_where_too_few_samples_tell_them(count, p95, p99):
+    samples = [float(value) for value in range(1, count + 1)]
+    records = [
+        make_record(found=(latency(1, *samples[:7]),)),
+        make_record(found=(latency(1, *samples[7:]),), repeat=1),
+    ]
+    row = only(rows(records))
+    assert row["inference_latency_b1_p50"] == pytest.approx((1 + count) / 2)
+    # Ranks 0.95 (n - 1) and 0.99 (n - 1), counted from 0, of the values 1 to n.
+    assert row["inference_latency_b1_p95"] == (p95 and pytest.approx(p95))
+    assert row["inference_latency_b1_p99"] == (p99 and pytest.approx(p99))
+    (line,) = csv.DictReader(io.StringIO(render_csv([row])))
+    assert (line["inference_latency_b1_p99"] == "") == (p99 is None)
 
 
 def repeated(*rates, precision="fp32"):
@@ -226,7 +245,7 @@ def test_the_unit_of_an_interval_is_the_run_and_not_its_steps():
     assert row["inference_latency_b1_n"] == 6
     assert row["inference_latency_b1_low"] == pytest.approx(0.004357, abs=1e-6)
     assert row["inference_latency_b1_high"] == pytest.approx(0.008643, abs=1e-6)
-    assert row["inference_latency_b1_p95"] == pytest.approx(0.02)
+    assert row["inference_latency_b1_p50"] == pytest.approx(0.0065), "pooled: 9th and 10th of 18"
 
 
 def test_intervals_have_the_digits_of_their_number_and_are_explained():
@@ -333,7 +352,56 @@ def test_a_failed_measurement_of_a_finished_cell_says_so():
     failed = Measurement(
         name="peak_memory_bytes", unit="bytes", better="lower", status="failed", reason="no /proc"
     )
-    assert "| failed |" in render_markdown(rows([make_record(found=(failed,))]))
+    text = render_markdown(rows([make_record(found=(failed,))]))
+    assert "| failed |" in text
+    assert "| partly failed |" in text
+    assert "- resnet20 partly failed: peak_memory_bytes: no /proc\n" in text
+
+
+def compiled(seconds=None, reason="wrong outputs"):
+    """The compiled backend's latency at batch 1, or that it failed for a reason."""
+    return Measurement(
+        name="inference_latency", unit="s/sample", better="lower",
+        labels={"batch_size": 1, "backend": "compiled"},
+        samples=((seconds, seconds),) if seconds else (),
+        status="ok" if seconds else "failed", reason="" if seconds else reason,
+    )  # fmt: skip
+
+
+def test_a_backend_that_is_wrong_in_some_runs_is_told_beside_the_others_numbers():
+    found = [compiled(reason="a crash"), *map(compiled, (1, 2, 3, 4)), compiled(), compiled()]
+    difference = scalar("output_max_difference", "1", 0.1)
+    wrong = replace(difference, samples=(), status="failed", reason="wrong outputs")
+    labelled = [
+        replace(wrong if each.status == "failed" else difference, labels={"backend": "compiled"})
+        for each in found
+    ]
+    records = [
+        make_record(repeat=repeat, found=(*measurements(), *both))
+        for repeat, both in enumerate(zip(found, labelled, strict=True))
+    ]
+    row = only(rows(records))
+    assert (row["status"], row["runs"]) == ("ok", 7)
+    key = "inference_latency_b1_compiled"
+    assert (row[key], row[f"{key}_p50"]) == (2.5, 2.5), "of those that were right"
+    assert (row[f"{key}_status"], row[f"{key}_failed"]) == ("failed", 3)
+    assert "inference_latency_b1_failed" not in row
+    assert row["failed_measurements"] == (
+        f"{key}, output_max_difference_compiled: 3 of 7: wrong outputs"
+    )
+    text = render_markdown([row])
+    assert "| partly failed |" in text
+    assert f"- resnet20 partly failed: {row['failed_measurements']}" in text
+
+
+def test_what_is_absent_has_not_failed():
+    absent = Measurement(
+        name="train_energy", unit="J/sample", better="lower", status="absent", reason="no counter"
+    )
+    row = only(rows([make_record(found=(*measurements(), absent))]))
+    assert (row["train_energy_status"], row["failed_measurements"]) == ("absent", "")
+    assert "train_energy_failed" not in row
+    assert "Status" not in render_markdown([row])
 
 
 def test_hardware_has_its_own_section():
@@ -391,6 +459,28 @@ def test_sort_puts_the_best_first_and_the_missing_last():
     assert models(sort_rows(table, "train_throughput")) == ["resnet20", "resnet110", "resnet32"]
     assert models(sort_rows(table, "model")) == ["resnet20", "resnet32", "resnet110"]
     assert models(sort_rows(table, "Inference-B1"))[-1] == "resnet32"
+
+
+@pytest.mark.parametrize("name", ["top5", "train_throughput_low", "vs_fp32"])
+def test_sort_knows_what_is_better_when_large(name):
+    table = [{"model": str(value), name: value} for value in (0.2, 0.9, None, 0.5)]
+    assert models(sort_rows(table, name)) == ["0.9", "0.5", "0.2", "None"]
+
+
+@pytest.mark.parametrize("name", ["test_loss", "top1_std", "input_throughput_straggler_ratio"])
+def test_sort_knows_what_is_better_when_small(name):
+    table = [{"model": str(value), name: value} for value in (0.2, 0.9, None, 0.5)]
+    assert models(sort_rows(table, name)) == ["0.2", "0.5", "0.9", "None"]
+
+
+def test_sort_agrees_with_what_every_metric_says_is_better():
+    said = re.compile(r'"(\w+)",\s*"[^"]+",\s*"(higher|lower)"')
+    sources = [path.read_text() for path in (ROOT / "bench" / "measure").glob("*.py")]
+    better = dict(match for source in sources for match in said.findall(source))
+    assert {"train_throughput", "top1", "top5", "test_loss", "peak_flops"} <= better.keys()
+    for name, which in better.items():
+        table = [{"model": str(value), name: value} for value in (1, 2)]
+        assert models(sort_rows(table, name))[0] == {"higher": "2", "lower": "1"}[which], name
 
 
 def test_filter_wants_all_columns_and_any_of_their_values():
