@@ -99,20 +99,22 @@ class WeightAverage:
     """
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
+        """Average these tensors, which training changes in place."""
         self.decay = decay
         self.updates = 0
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
+        floating = [name for name, tensor in weights.items() if tensor.is_floating_point()]
+        counting = [name for name in weights if name not in floating]
+        self._averages = [self.weights[name] for name in floating]
+        self._values = [weights[name] for name in floating]
+        self._counters = [self.weights[name] for name in counting]
+        self._counts = [weights[name] for name in counting]
 
     @torch.no_grad()
-    def update(self, weights: dict[str, Tensor]) -> None:
+    def update(self) -> None:
         """Move every average towards the present weights; counters are copied."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, values = [], []
-        for name, average in self.weights.items():
-            if average.is_floating_point():
-                averages.append(average)
-                values.append(weights[name])
-            else:
-                average.copy_(weights[name])
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counts)

@@ -197,7 +197,7 @@ class Trainer:
         self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
         self.step += 1
         if self.average:
-            self.average.update(self.weights())
+            self.average.update()
 
     def _forward_backward(self, batches: list[Batch], *, record: bool) -> None:
         for index, batch in enumerate(batches):

@@ -117,7 +117,7 @@ def test_the_average_by_hand_with_its_warmup() -> None:
     for update, value in enumerate((3.0, -1.0, 5.0), start=1):
         weights["weight"].fill_(value)
         weights["steps"] += 10
-        average.update(weights)
+        average.update()
         decay = min(0.2, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * value
     assert (1 + 1) / (10 + 1) < 0.2 < (1 + 2) / (10 + 2), "both sides of the warm-up are covered"
