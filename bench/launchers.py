@@ -98,7 +98,10 @@ def _empty_compile_cache(folder: Path) -> Iterator[dict[str, str]]:
     cache = folder / "compile-cache"
     shutil.rmtree(cache, ignore_errors=True)
     try:
-        yield {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        yield {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TRITON_CACHE_DIR": str(cache / "triton"),  # inherited, it would be used instead
+        }
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 

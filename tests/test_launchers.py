@@ -95,6 +95,19 @@ def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
     assert "HOME" not in recorded
 
 
+def test_settings_of_the_compilers_are_recorded_and_places_are_not():
+    environ = {
+        "TRITON_CACHE_DIR": "/a", "TRITON_HOME": "/b", "TORCHINDUCTOR_CACHE_DIR": "/c",
+        "TRITON_PTXAS_PATH": "/d", "TRITON_F32_DEFAULT": "tf32", "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+        "OMP_NUM_THREADS": "2", "MY_TRITON_": "",
+    }  # fmt: skip
+    assert list(process.recorded_environment(environ).items()) == [
+        ("OMP_NUM_THREADS", "2"),
+        ("TORCHINDUCTOR_MAX_AUTOTUNE", "1"),
+        ("TRITON_F32_DEFAULT", "tf32"),
+    ]
+
+
 RESTART = """
 import os, sys
 from cifar.process import MALLOC, ensure_environment
@@ -139,17 +152,20 @@ CACHING = """
 import os, sys
 from pathlib import Path
 cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-Path(sys.argv[1], "seen").write_text(f"{cache.exists()} {cache}")
+triton = os.environ["TRITON_CACHE_DIR"]
+Path(sys.argv[1], "seen").write_text(f"{cache.exists()} {cache} {triton}")
 cache.mkdir()
 (cache / "kernel").touch()
 """
 
 
-def test_every_attempt_compiles_into_an_empty_cache_which_is_removed(tmp_path):
+def test_every_attempt_compiles_into_an_empty_cache_which_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "warm"))
     (tmp_path / "compile-cache").mkdir()
     (tmp_path / "compile-cache" / "left by an attempt that was killed").touch()
     launch(make_job(), tmp_path, argv_for=lambda _, folder: [sys.executable, "-c", CACHING, folder])
-    assert (tmp_path / "seen").read_text() == f"False {tmp_path / 'compile-cache'}"
+    cache = tmp_path / "compile-cache"
+    assert (tmp_path / "seen").read_text() == f"False {cache} {cache / 'triton'}"
     assert not (tmp_path / "compile-cache").exists()
 
 
