@@ -22,7 +22,7 @@ class Section:
     tables: dict[str, list[list[str]]]
     """By precision, the cells' texts in the order of `columns`."""
     notes: dict[str, list[str]]
-    """By precision, why rows are not ok or not valid."""
+    """By precision, why rows are not ok, not valid or not whole."""
 
 
 Layout = Callable[[Sequence[Row]], list[Column]]
@@ -63,10 +63,10 @@ def sections(table: Sequence[Row], layout: Layout) -> list[Section]:
 
 
 def _notes(table: Sequence[Row]) -> list[str]:
-    """Why rows are not ok or not valid, each reason once, with the models it befell."""
+    """Why rows are not ok, not valid or not whole, each reason once, with the models it befell."""
     models: dict[str, list[str]] = {}
     for row in table:
-        if row["status"] != "ok":
+        if row["reason"]:
             models.setdefault(f"{row['status']}: {row['reason']}", []).append(str(row["model"]))
         if row["valid"] is False:
             models.setdefault(f"invalid: {row['invalid_reason']}", []).append(str(row["model"]))

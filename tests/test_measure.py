@@ -17,9 +17,10 @@ from bench.measure.clock import HostClock
 from bench.measure.compilation import break_even, cold_seconds
 from bench.measure.subject import Subject
 from bench.measure.training import UNBOUNDED_STEPS, has_settled, planned_steps
-from bench.record import Measurement
+from bench.record import Measurement, Record
 from bench.record_file import parse_record
 from bench.spec import Cell, Protocol, Task, grid
+from bench.unfinished import PENDING, is_unfinished
 from cifar.config import RunConfig, parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
@@ -53,7 +54,7 @@ def make_subject(cell: Cell, protocol: Protocol = PROTOCOL) -> Subject:
 
 def collect_all(subject: Subject) -> dict[str, list[Measurement]]:
     found: dict[str, list[Measurement]] = {}
-    for metric in measure.METRICS:
+    for metric in (*measure.CORE, *measure.BASIC.values()):
         for measurement in metric(subject):
             subject.taken.append(measurement)
             found.setdefault(measurement.name, []).append(measurement)
@@ -211,6 +212,47 @@ def test_worker_writes_one_good_record(npz: Path, tmp_path: Path, dataset: Datas
     assert record.environment is not None
     assert record.environment.code_digest == code_digest()
     assert record.effective["samples_seen"] > 64
+
+
+def record_in(folder: Path) -> Record:
+    return parse_record((folder / "record.json").read_text())
+
+
+def test_what_breaks_after_the_training_leaves_the_record_of_it(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is: the launcher tells it from how the process ended."""
+
+    def broken(subject: Subject) -> Iterator[Measurement]:
+        known = record_in(tmp_path / "job")
+        assert known.reason == "not measured: broken, never"
+        yield subject.measurement("half", "s", "lower", [1.0])
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    later = {"flops": measure.BASIC["flops"], "broken": broken, "never": broken}
+    monkeypatch.setattr(worker, "BASIC", later)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        run_worker(tmp_path / "job", make_cell(npz))
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.reason) == ("ok", "not measured: broken, never")
+    assert is_unfinished(record)
+    for name in ("train_throughput", "param_count", "train_flops"):
+        assert record.value(name) is not None
+    assert [record.find(name).reason for name in ("broken", "never")] == [PENDING, PENDING]
+    assert record.effective["samples_seen"] > 0
+
+
+def test_what_breaks_in_the_training_leaves_no_record(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Subject) -> Iterator[Measurement]:
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(worker, "CORE", (full,))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_worker(tmp_path / "job", make_cell(npz))
+    assert not (tmp_path / "job" / "record.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
