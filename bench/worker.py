@@ -99,17 +99,20 @@ class Worker:
 
     def _core(self, trainer: Trainer) -> tuple[Metric, ...]:
         """What a record must have, in order; a fault is put in and measured by itself first."""
+        metrics = CORE[:1] if self._job.task.protocol.training_alone else CORE
         if self._fault is None:
-            return CORE
+            return metrics
         self._fault.install(trainer)
         self._invalid.append(f"injected fault: {self._fault.fault.label}")
-        return (self._fault.measure, *CORE)
+        return (self._fault.measure, *metrics)
 
     def _later(self) -> dict[str, Metric]:
         """What is measured after that, in order; a fault is measured by itself again."""
-        further = {name: FURTHER[name] for name in self._job.task.protocol.metrics}
+        protocol = self._job.task.protocol
+        if protocol.training_alone:
+            return {}
         fault = {} if self._fault is None else {"fault_seconds": self._fault.measure}
-        return BASIC | further | fault
+        return BASIC | {name: FURTHER[name] for name in protocol.metrics} | fault
 
     def _record(self, status: Status, reason: str) -> Record:
         task = self._job.task
