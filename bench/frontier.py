@@ -99,8 +99,18 @@ def next_batch(fits: Mapping[int, bool], search: Search) -> int | None:
 
 
 def probe_protocol(timeout: float | None = None) -> Protocol:
-    """How a probe is measured: five steps and no inference, within `timeout` seconds."""
-    protocol = Protocol(warmup_steps=0, timed_steps=2, inference_batch_sizes=())
+    """How a probe is measured: five steps (seven compiled) and no more, within `timeout` seconds.
+
+    Whatever else were measured, steps that are undone or eager ones of a compiled cell, would need
+    memory that training does not.
+    """
+    protocol = Protocol(
+        warmup_steps=0,
+        timed_steps=2,
+        min_timed_seconds=0.0,
+        inference_batch_sizes=(),
+        training_alone=True,
+    )
     return protocol if timeout is None else replace(protocol, timeout=timeout)
 
 

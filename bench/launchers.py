@@ -22,6 +22,7 @@ from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.record import Record, Status
 from bench.record_file import parse_record
 from bench.spec import Cell
+from bench.unfinished import explained, is_unfinished
 from cifar.errors import ConfigError, UserError
 from cifar.files import write_atomic
 from cifar.process import worker_environment
@@ -98,7 +99,10 @@ def _empty_compile_cache(folder: Path) -> Iterator[dict[str, str]]:
     cache = folder / "compile-cache"
     shutil.rmtree(cache, ignore_errors=True)
     try:
-        yield {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        yield {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TRITON_CACHE_DIR": str(cache / "triton"),  # inherited, it would be used instead
+        }
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -232,28 +236,36 @@ def _oom_kills() -> int:
 
 def _judge(job: Job, folder: Path, ending: Ending) -> Record:
     """The worker's record if it wrote a good one, else a record of its failure."""
-    stopped = f"stopped after {job.task.protocol.timeout:g} s"
     try:
         record = parse_record((folder / RECORD_FILE).read_text("utf-8"), source=RECORD_FILE)
     except FileNotFoundError:
-        if ending.timed_out:
-            return _failure(job, "timeout", stopped)
-        status, reason = classify(
-            ending.returncode,
-            _tail(folder / "stderr"),
-            oom_kills=ending.oom_kills,
-            limited=job.task.protocol.memory_limit is not None,
-        )
-        return _failure(job, status, reason)
+        return _failure(job, *_why(job, folder, ending))
     except (UserError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return _failure(job, "failed", f"unreadable {RECORD_FILE}: {' '.join(str(error).split())}")
     if record.key != job.task.key:
         return _failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
     if not ending.timed_out and ending.returncode == record.exit_code:
         return record
-    end = stopped if ending.timed_out else f"exit code {ending.returncode}"
-    note = f"{end}, after the record was written"
-    return replace(record, reason=f"{record.reason}; {note}" if record.reason else note)
+    if is_unfinished(record):
+        return explained(record, _why(job, folder, ending)[1])
+    end = _stopped(job) if ending.timed_out else f"exit code {ending.returncode}"
+    return explained(record, f"{end}, after the record was written")
+
+
+def _why(job: Job, folder: Path, ending: Ending) -> tuple[Status, str]:
+    """What ended the processes before their record was finished."""
+    if ending.timed_out:
+        return "timeout", _stopped(job)
+    return classify(
+        ending.returncode,
+        _tail(folder / "stderr"),
+        oom_kills=ending.oom_kills,
+        limited=job.task.protocol.memory_limit is not None,
+    )
+
+
+def _stopped(job: Job) -> str:
+    return f"stopped after {job.task.protocol.timeout:g} s"
 
 
 def _failure(job: Job, status: Status, reason: str) -> Record:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.judge import KERNEL, UNOBSERVED, Labels, changes
-from cifar.accelerator import is_emulated
+from cifar.accelerator import is_native
 from cifar.distributed import gather_text
 from cifar.trainer import Trainer
 
@@ -184,7 +184,7 @@ def _settings(trainer: Trainer) -> Labels:
         "num_processes": dist.get_world_size() if grouped else 1,
         "wrapper": type(model).__name__,
         "parameter_dtype": _dtype_name(parameter.dtype),
-        "native_dtype": not is_emulated(precision, trainer.device),
+        "native_dtype": is_native(precision, trainer.device),
         "tf32_matmul": _is_tf32(torch.backends.cuda.matmul),
         "tf32_convolution": _is_tf32(torch.backends.cudnn.conv),  # type: ignore[attr-defined]
         "loss_scaling": trainer.scaler is not None,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -12,7 +12,7 @@ from bench.present import present_environment
 from bench.record import Environment
 from bench.spec import Plan, Protocol, Suite, Task, expand, grid
 from bench.suites import get_suite, override
-from cifar.config import DataConfig, parse_data, require
+from cifar.config import DataConfig, option_name, parse_data, require
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
 
@@ -77,6 +77,12 @@ class RunOptions:
     """Keep images and convolution weights in NHWC order."""
     compile: Flag = False
     """Run the model through torch.compile."""
+    compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune"] | None, arg(metavar="MODE")
+    ] = None
+    """torch.compile's mode: default, reduce-overhead or max-autotune."""
+    accumulation_steps: Annotated[int | None, arg(name="accumulation", metavar="N")] = None
+    """Micro-batches per optimiser step."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
     """Measure every cell at this many seeds."""
     launcher: Annotated[str | None, arg(metavar="NAME")] = None
@@ -117,6 +123,8 @@ CELL_OPTIONS = (
     "batch_size",
     "channels_last",
     "compile",
+    "compile_mode",
+    "accumulation_steps",
     "seeds",
     "launcher",
     "num_processes",
@@ -192,7 +200,7 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
     for name, value in _given(options, excluded).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError(
-            f"{name.replace('_', '-')}: {shown}: not with --resume, which does what the run was "
+            f"{option_name(name)}: {shown}: not with --resume, which does what the run was "
             "started for; leave it out"
         )
 

@@ -109,9 +109,11 @@ def _identity(record: Record, precision: str) -> tuple[str, ...]:
 def _row(group: Sequence[Record]) -> Row:
     finished = [record for record in group if record.status == "ok"]
     broken = [record for record in group if record.status != "ok"]
-    status, reason = (broken[-1].status, broken[-1].reason) if broken else ("ok", "")
-    if broken and finished:
-        reason = f"{len(broken)} of {len(group)} runs: {reason}"
+    status = broken[-1].status if broken else "ok"
+    told = broken or [record for record in finished if record.reason]
+    reason = told[-1].reason if told else ""
+    if told and len(told) < len(group):
+        reason = f"{len(told)} of {len(group)} runs: {reason}"
     row = _what(group[0])
     row |= {
         "status": status,

@@ -120,6 +120,9 @@ class Protocol:
     """Optimiser steps that are timed."""
     timed_seconds: float | None = None
     """Time as many steps as fit into so many seconds instead."""
+    min_timed_seconds: float = 2.0
+    """On a GPU, time more than `timed_steps` where these would take less than so many seconds: its
+    steps may last milliseconds, and its energy is counted every 0.1 s."""
     repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
     """Fresh processes per cell; at most so many with `target_interval`."""
     target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)
@@ -138,6 +141,8 @@ class Protocol:
     """Ways to run the same weights besides the cell's own: compiled, exported, onnxruntime."""
     metrics: tuple[str, ...] = ()
     """Further metrics than the basic ones: see METRICS."""
+    training_alone: bool = False
+    """True: measure the training and nothing else, with no step that is not the cell's own."""
     memory_limit: int | None = None
     """Bytes that each process may allocate, see `bench.limits`; None: as much as there is."""
     allow_emulated: bool = True
@@ -167,6 +172,7 @@ class Protocol:
             ("train_samples", 0),
             ("inference_warmup", 0),
             ("inference_iterations", 1),
+            ("min_timed_seconds", 0),
         ):
             value = getattr(self, name)
             require(value >= least, option_name(name), value, f"give {least} or more")
@@ -200,6 +206,18 @@ class Protocol:
             "target-interval",
             self.target_interval,
             f"needs repeats, at most how many processes to start: {FEWEST + 1} or more",
+        )
+        require(
+            self.min_timed_seconds < math.inf,
+            "min-timed-seconds",
+            self.min_timed_seconds,
+            "give 0 or a positive number",
+        )
+        require(
+            not (self.training_alone and self.metrics),
+            "metrics",
+            ",".join(self.metrics),
+            "not with training-alone, which measures the training and nothing else",
         )
         require(
             self.max_warmup_steps >= 2 * self.warmup_steps,
@@ -287,14 +305,25 @@ def expand(suite: Suite) -> tuple[Task, ...]:
 
 def _check_budget(cell: Cell, protocol: Protocol) -> None:
     batch, budget = cell.train.recipe.global_batch_size, protocol.train_samples
-    least = 4 + 2 * protocol.warmup_steps
+    warm_up = least_warm_up(cell.train, protocol)
+    least = 4 + warm_up
     require(
         budget == 0 or budget >= least * batch,
         "train-samples",
         budget,
-        f"give 0 (speed only) or at least {least * batch}, for the first step, twice "
-        f"{protocol.warmup_steps} of warm-up, a timed one and the two around it, of {batch} each",
+        f"give 0 (speed only) or at least {least * batch}, for the first step, {warm_up} of "
+        f"warm-up, a timed one and the two around it, of {batch} each",
     )
+
+
+CAPTURE_STEPS = 2
+"""Steps after the first that may belong to compiling: CUDA graphs warm up in one and are captured
+in one. A compiled cell takes them before its window, whatever its protocol says."""
+
+
+def least_warm_up(train: TrainConfig, protocol: Protocol) -> int:
+    """Steps between the first and the observed one that a cell takes at the least."""
+    return max(2 * protocol.warmup_steps, CAPTURE_STEPS if train.compile else 0)
 
 
 def seeded(cells: Sequence[Cell], seeds: int) -> tuple[Cell, ...]:

@@ -145,6 +145,7 @@ def override(
     accumulation_steps: int | None = None,
     channels_last: bool | None = None,
     compile: bool | None = None,  # noqa: A002 - the option's name everywhere
+    compile_mode: str | None = None,
     seeds: int | None = None,
     launcher: str | None = None,
     num_processes: int | None = None,
@@ -173,6 +174,7 @@ def override(
         accumulation_steps=accumulation_steps,
         channels_last=channels_last,
         compile=compile,
+        compile_mode=compile_mode,
     )
     own = _given(launcher=launcher, num_processes=num_processes)
     protocol = _given(

@@ -37,7 +37,9 @@ GPU_SLOWED = 0
 """Whether heat or a fault slowed the GPU down before or after the window. Its power limit is only
 recorded: many GPUs run at it under any load, steadily."""
 CLOCK_DROP = 0.05
-"""Fraction of the GPU's clock, from before the window to after it: more than it wavers by."""
+"""Fraction of the GPU's clock, from before the window to after it: more than it wavers by. It is
+judged only where heat or a fault slowed the GPU down and its power limit did not: before the window
+the GPU has waited and may boost, and under load its power limit takes that boost away."""
 CROWDED = 0.8
 """Fraction of the cores in use above which a GPU's process, which needs one, may have to wait."""
 
@@ -84,6 +86,11 @@ class Window:
     def other_cores(self) -> float:
         """How many of the cores other processes used on average."""
         return self.cores * self.fraction(max(0.0, self.busy - self.job))
+
+    @property
+    def gpu_slowed_by_trouble(self) -> bool:
+        """Whether heat, the power supply or the hardware slowed the GPU down; False if unknown."""
+        return any(bit > 0 for bit in (self.gpu_thermal, self.gpu_power_brake, self.gpu_slowdown))
 
     def fraction(self, cpu_seconds: float) -> float:
         """Of the cores' time; NaN if the machine does not count it."""
@@ -214,6 +221,7 @@ GPU_WATCHES = (
         value=lambda window: 1 - window.gpu_clock_after / window.gpu_clock_before,
         limit=CLOCK_DROP,
         says="the GPU's clock fell by {value:.0%} in the window",
+        only_if=lambda window: window.gpu_slowed_by_trouble and not window.gpu_power_cap > 0,
         unknown=_NOT_TOLD,
     ),
     Watch(

@@ -1,12 +1,14 @@
 """The program that measures one cell; runs under `accelerate launch`, one process per device.
 
 `python -m bench.worker FOLDER` reads FOLDER/cell.json; the first process writes FOLDER/record.json.
-An out-of-memory error, a crash or a hang leaves no record; the launcher then says what happened.
+An out-of-memory error, a crash or a hang leaves no record, or after the training that of what was
+measured before (`bench.unfinished`); the launcher then says what happened.
 """
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from bench.faults import InjectedFault
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.judge import mismatches
 from bench.limits import limit_memory
-from bench.measure import FURTHER, METRICS
+from bench.measure import BASIC, CORE, FURTHER
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
 from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
+from bench.unfinished import unfinished
 from cifar.accelerator import is_emulated
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
@@ -35,10 +38,13 @@ from cifar.trainer import Trainer, descend
 
 
 class Worker:
-    """One process's part in measuring a task; what is known so far goes into the record."""
+    """One process's part in measuring a task; what is known so far goes into the record.
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    `keep` is given a record of it before every metric that follows the training.
+    """
+
+    def __init__(self, job: Job, keep: Callable[[Record], None]) -> None:
+        self._job, self._keep = job, keep
         self._fault = InjectedFault(job.fault) if job.fault else None
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._clock = time.monotonic()
@@ -49,15 +55,27 @@ class Worker:
         self._invalid: list[str] = []
 
     def run(self) -> Record:
-        """Measure; what goes wrong in a way that has a name becomes the record's status."""
+        """Measure; what goes wrong in a way that has a name becomes the record's status.
+
+        That is until the training has been measured. What a later metric raises ends this process,
+        and the launcher those of the other ranks, which may be waiting for it: `keep` has had a
+        record of everything before it by then.
+        """
         try:
-            return self._record(*self._measure(self._job.task))
+            subject, status, reason = self._train(self._job.task)
         except UnsupportedError as error:
             return self._record("unsupported", str(error))
         except CifarError as error:
             return self._record("failed", str(error))
+        later = self._later()
+        names = list(later)
+        for done, metric in enumerate(later.values()):
+            self._keep(unfinished(self._record(status, reason), names[done:]))
+            _take(subject, metric)
+        return self._record(status, reason)
 
-    def _measure(self, task: Task) -> tuple[Status, str]:
+    def _train(self, task: Task) -> tuple[Subject, Status, str]:
+        """Take the core metrics; the subject of the others, and whether the right thing ran."""
         train, protocol = task.cell.train, task.protocol
         refuse_emulation(task)
         limit_memory(protocol.memory_limit)
@@ -73,22 +91,28 @@ class Worker:
         )
         subject = Subject(trainer, protocol)
         self._measurements, self._invalid = subject.taken, subject.invalid
-        for metric in self._metrics(trainer):
-            for measurement in metric(subject):
-                subject.taken.append(measurement)
+        for metric in self._core(trainer):
+            _take(subject, metric)
         self._effective = subject.witness.effective()
         wrong = told_by_all(mismatches(task.cell, self._effective), trainer.device)
-        return ("failed", "; ".join(wrong)) if wrong else ("ok", "")
+        return (subject, "failed", "; ".join(wrong)) if wrong else (subject, "ok", "")
 
-    def _metrics(self, trainer: Trainer) -> tuple[Metric, ...]:
-        """What to measure, in order; a fault is put in and measured by itself as well."""
-        further = (FURTHER[name] for name in self._job.task.protocol.metrics)
-        metrics = (*METRICS, *further)
+    def _core(self, trainer: Trainer) -> tuple[Metric, ...]:
+        """What a record must have, in order; a fault is put in and measured by itself first."""
+        metrics = CORE[:1] if self._job.task.protocol.training_alone else CORE
         if self._fault is None:
             return metrics
         self._fault.install(trainer)
         self._invalid.append(f"injected fault: {self._fault.fault.label}")
-        return (self._fault.measure, *metrics, self._fault.measure)
+        return (self._fault.measure, *metrics)
+
+    def _later(self) -> dict[str, Metric]:
+        """What is measured after that, in order; a fault is measured by itself again."""
+        protocol = self._job.task.protocol
+        if protocol.training_alone:
+            return {}
+        fault = {} if self._fault is None else {"fault_seconds": self._fault.measure}
+        return BASIC | {name: FURTHER[name] for name in protocol.metrics} | fault
 
     def _record(self, status: Status, reason: str) -> Record:
         task = self._job.task
@@ -108,6 +132,11 @@ class Worker:
             invalid=tuple(self._invalid),
             measurements=tuple(self._measurements),
         )
+
+
+def _take(subject: Subject, metric: Metric) -> None:
+    for measurement in metric(subject):
+        subject.taken.append(measurement)
 
 
 def refuse_emulation(task: Task) -> None:
@@ -138,10 +167,15 @@ def describe(dataset: Dataset) -> DataFacts:
 def main(folder: Path) -> int:
     """Measure the job in `folder`; returns the record's exit code."""
     job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=str(folder / CELL_FILE))
-    record = Worker(job).run()
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_atomic(folder / RECORD_FILE, to_json(record))
-    elif record.reason:  # the first process may not have met it, and then leaves no record
+    first = int(os.environ.get("RANK", "0")) == 0
+
+    def keep(record: Record) -> None:
+        if first:
+            write_atomic(folder / RECORD_FILE, to_json(record))
+
+    record = Worker(job, keep).run()
+    keep(record)
+    if record.reason and not first:  # the first process may not have met it, and not tell it
         print(record.reason, file=sys.stderr, flush=True)
     leave()
     return record.exit_code

@@ -1,6 +1,7 @@
 """Starting Accelerate, and refusing what it would quietly turn into something else."""
 
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -115,7 +116,7 @@ def check_supported(name: str, device: torch.device) -> None:
 
 
 def is_emulated(name: str, device: torch.device) -> bool:
-    """Whether the device lacks native instructions for the precision and runs it far slower.
+    """Whether the device lacks even kernels for the precision and runs it far slower.
 
     A CPU without AVX-512 has no bf16 convolutions in oneDNN: torch then takes a reference path that
     is 10 to 20 times slower than fp32.
@@ -125,6 +126,22 @@ def is_emulated(name: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_native(name: str, device: torch.device) -> bool:
+    """Whether the device has instructions for the precision's number format.
+
+    A CPU with AVX-512 but without its bf16 or matrix extensions (AMX) has none, yet oneDNN has
+    kernels for it, which convert to fp32 and back
+    (https://uxlfoundation.github.io/oneDNN/dev_guide_data_types.html).
+    """
+    if name != "bf16" or device.type == "cuda":
+        return not is_emulated(name, device)
+    if is_emulated(name, device):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # elsewhere oneDNN's kernels need the instructions
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_compiler(device: torch.device) -> None:

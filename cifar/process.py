@@ -59,6 +59,10 @@ RECORDED_VARIABLES = (
 What a launcher sets by itself is left out, as the launcher and the kind of GPU are recorded anyway:
 TORCH_NCCL_ASYNC_ERROR_HANDLING, NCCL_P2P_DISABLE, NCCL_IB_DISABLE.
 """
+RECORDED_PREFIXES = ("TORCHINDUCTOR_", "TRITON_")
+"""Of variables that are recorded too: the compilers' settings."""
+_LOCATIONS = ("_DIR", "_HOME", "_PATH", "_URL")
+"""Endings of such variables that say where something lies, not what is computed."""
 
 _RESTARTED = "CIFAR_RESTARTED"
 
@@ -81,8 +85,13 @@ def worker_environment(num_processes: int, base: Mapping[str, str]) -> dict[str,
 
 
 def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The recorded variables that are set, in the order of `RECORDED_VARIABLES`."""
-    return {name: environ[name] for name in RECORDED_VARIABLES if name in environ}
+    """The recorded variables that are set: `RECORDED_VARIABLES` in order, then the compilers'."""
+    compilers = sorted(
+        name
+        for name in environ
+        if name.startswith(RECORDED_PREFIXES) and not name.endswith(_LOCATIONS)
+    )
+    return {name: environ[name] for name in (*RECORDED_VARIABLES, *compilers) if name in environ}
 
 
 def ensure_environment() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.record import Environment, Measurement, Record
+from bench.unfinished import unfinished
 from cifar.files import write_atomic
 from cifar.serialize import from_json, to_json
 
@@ -54,6 +55,19 @@ def record_of(job, **fields):
     return Record(**known | fields)
 
 
+def break_down(what):
+    """End without a word to the launcher, as a worker does."""
+    match what:
+        case "crash":
+            raise ValueError("the worker broke")
+        case "oom":
+            raise MemoryError("no room")
+        case "sigkill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "sleep":
+            time.sleep(600)
+
+
 def main():
     folder = Path(sys.argv[1])
     job = from_json(Job, (folder / CELL_FILE).read_text())
@@ -68,18 +82,16 @@ def main():
             status, reason = told[what.startswith("unsupported")]
             record = record_of(job, status=status, reason=reason, measurements=())
             write_atomic(folder / RECORD_FILE, to_json(record))
+        case "later-crash" | "later-oom" | "later-sleep":
+            known = unfinished(record_of(job), ["inference", "anatomy"])
+            write_atomic(folder / RECORD_FILE, to_json(known))
         case "garbage":
             (folder / RECORD_FILE).write_text('{"schema_version": 1, "cell"')
         case "unknown-key":
             (folder / RECORD_FILE).write_text(good.replace('"suite":', '"color": 1, "suite":', 1))
         case "other-cell":
             write_atomic(folder / RECORD_FILE, good.replace('"repeat": 0', '"repeat": 7'))
-        case "crash":
-            raise ValueError("the worker broke")
-        case "oom":
-            raise MemoryError("no room")
-        case "sigkill":
-            os.kill(os.getpid(), signal.SIGKILL)
+    break_down(what.removeprefix("later-"))
     if what in ("hang", "ok-hang", "orphan"):
         # Like torchrun's workers: in a session of its own and deaf to polite requests.
         code = (

@@ -9,12 +9,15 @@ import pytest
 import torch
 from training import make_trainer, tiny_recipe
 
+from cifar import accelerator
 from cifar.accelerator import (
     allow_tf32,
     check_compiler,
     check_launch,
     check_processes,
     check_supported,
+    is_emulated,
+    is_native,
     resolve_precision,
 )
 from cifar.errors import ConfigError, UnsupportedError
@@ -171,3 +174,35 @@ def test_every_switch_says_the_same_of_tf32(allowed: bool, numbers: str) -> None
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
     assert cudnn.fp32_precision == cudnn.conv.fp32_precision == numbers
     allow_tf32(False)
+
+
+@pytest.mark.parametrize(
+    ("machine", "kernels", "instructions", "native"),
+    [
+        ("x86_64", False, (False, False), False),
+        ("x86_64", True, (False, False), False),
+        ("x86_64", True, (True, False), True),
+        ("x86_64", True, (False, True), True),
+        ("aarch64", True, (False, False), True),
+        ("aarch64", False, (False, False), False),
+    ],
+)
+def test_kernels_are_not_yet_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    kernels: bool,
+    instructions: tuple[bool, bool],
+    native: bool,
+) -> None:
+    """oneDNN has bf16 kernels for AVX-512 without bf16, which convert; only they are enough to run.
+
+    On an x86 alone are kernels without instructions.
+    """
+    avx512_bf16, amx = instructions
+    monkeypatch.setattr(accelerator.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert is_native("bf16", CPU) == native
+    assert is_emulated("bf16", CPU) == (not kernels)
+    assert is_native("fp32", CPU)

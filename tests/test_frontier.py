@@ -231,6 +231,12 @@ def test_a_probe_has_no_warm_up_that_could_not_settle() -> None:
     assert probe_protocol().warmup_steps == 0
 
 
+def test_a_probe_measures_training_alone_and_no_longer_than_asked() -> None:
+    protocol = probe_protocol()
+    assert protocol.training_alone and protocol.min_timed_seconds == 0
+    assert replace(protocol, training_alone=False).digest != protocol.digest
+
+
 # --- Rows and tables ---
 
 

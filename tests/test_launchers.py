@@ -11,12 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from fake_worker import record_of
 
 from bench import launchers
 from bench.failure import classify
 from bench.job import Job
 from bench.launchers import LAUNCHERS, argv_for, get_launcher, launch
 from bench.spec import Protocol, Task, grid
+from bench.unfinished import explained, is_unfinished, unfinished
 from cifar import process
 from cifar.errors import ConfigError
 from cifar.serialize import from_json, to_json
@@ -95,6 +97,19 @@ def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
     assert "HOME" not in recorded
 
 
+def test_settings_of_the_compilers_are_recorded_and_places_are_not():
+    environ = {
+        "TRITON_CACHE_DIR": "/a", "TRITON_HOME": "/b", "TORCHINDUCTOR_CACHE_DIR": "/c",
+        "TRITON_PTXAS_PATH": "/d", "TRITON_F32_DEFAULT": "tf32", "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
+        "OMP_NUM_THREADS": "2", "MY_TRITON_": "",
+    }  # fmt: skip
+    assert list(process.recorded_environment(environ).items()) == [
+        ("OMP_NUM_THREADS", "2"),
+        ("TORCHINDUCTOR_MAX_AUTOTUNE", "1"),
+        ("TRITON_F32_DEFAULT", "tf32"),
+    ]
+
+
 RESTART = """
 import os, sys
 from cifar.process import MALLOC, ensure_environment
@@ -139,17 +154,20 @@ CACHING = """
 import os, sys
 from pathlib import Path
 cache = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-Path(sys.argv[1], "seen").write_text(f"{cache.exists()} {cache}")
+triton = os.environ["TRITON_CACHE_DIR"]
+Path(sys.argv[1], "seen").write_text(f"{cache.exists()} {cache} {triton}")
 cache.mkdir()
 (cache / "kernel").touch()
 """
 
 
-def test_every_attempt_compiles_into_an_empty_cache_which_is_removed(tmp_path):
+def test_every_attempt_compiles_into_an_empty_cache_which_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "warm"))
     (tmp_path / "compile-cache").mkdir()
     (tmp_path / "compile-cache" / "left by an attempt that was killed").touch()
     launch(make_job(), tmp_path, argv_for=lambda _, folder: [sys.executable, "-c", CACHING, folder])
-    assert (tmp_path / "seen").read_text() == f"False {tmp_path / 'compile-cache'}"
+    cache = tmp_path / "compile-cache"
+    assert (tmp_path / "seen").read_text() == f"False {cache} {cache / 'triton'}"
     assert not (tmp_path / "compile-cache").exists()
 
 
@@ -233,6 +251,31 @@ def test_a_job_is_read_as_it_was_written():
     assert from_json(Job, to_json(job)) == job
 
 
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("later-crash", "ValueError: the worker broke"),
+        ("later-oom", "MemoryError: no room"),
+        ("later-sleep", "stopped after 2 s"),
+    ],
+)
+def test_what_breaks_after_the_training_costs_itself_alone(tmp_path, monkeypatch, what, why):
+    record = launch_fake(monkeypatch, tmp_path, what, timeout=2.0)
+    assert (record.status, record.reason) == ("ok", f"not measured: inference, anatomy; {why}")
+    assert record.value("train_throughput") == 256.0
+    for name in ("inference", "anatomy"):
+        assert (record.find(name).status, record.find(name).reason) == ("failed", why)
+    assert not is_unfinished(record)
+
+
+def test_a_note_keeps_what_the_record_said_itself():
+    job = make_job()
+    record = record_of(job, status="failed", reason="autocast: off where bfloat16 was asked")
+    known = unfinished(record, ["inference"])
+    assert explained(known, "killed").reason == f"{record.reason}; not measured: inference; killed"
+    assert explained(record, "killed").measurements == record.measurements
+
+
 # --- Under Accelerate ---
 
 TOY = """
@@ -267,6 +310,38 @@ def test_accelerate_starts_the_processes_that_were_asked_for(tmp_path, monkeypat
     else:
         assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == f"2 3 {pad}"
         assert (record.status, record.reason) == ("failed", "ValueError: rank 1 broke")
+
+
+ONE_SIDED = """
+import sys
+from pathlib import Path
+from bench import worker
+
+def one_sided(subject):
+    if subject.trainer.place.index == 1:
+        raise RuntimeError("only here")
+    yield subject.measurement("collective", "s", "lower", [1.0])
+
+worker.BASIC = {"flops": worker.BASIC["flops"], "one_sided": one_sided}
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_breaks_alone_leaves_the_record_of_the_training(tmp_path, monkeypatch):
+    """The other one waits for it in a collective call meanwhile."""
+    (tmp_path / "one_sided.py").write_text(ONE_SIDED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{FAKE.parents[1]}")
+    monkeypatch.setattr(launchers, "WORKER", "one_sided")
+    protocol = Protocol(warmup_steps=0, timed_steps=2, timeout=120.0)
+    (cell,) = grid(["resnet20-w4"], ["fp32"], batch_sizes=(16,), num_processes=2)
+    record = launch(Job(task=Task(cell=cell, protocol=protocol)), tmp_path)
+    why = "RuntimeError: only here"
+    assert (record.status, record.reason) == ("ok", f"not measured: one_sided; {why}")
+    assert len(record.find("train_throughput").samples) == 2
+    assert record.find("train_flops").status == "ok"
+    assert record.find("one_sided").reason == why
+    assert record.effective["num_processes"] == 2
 
 
 # --- Causes ---

@@ -23,7 +23,7 @@ FREE_NAMES = """
     bench.frontier bench.frontier_command bench.job bench.judge bench.launchers bench.nvml
     bench.options bench.present bench.probes bench.progress bench.record bench.record_file
     bench.repeats bench.rows bench.runs bench.save bench.selection bench.selfcheck bench.spec
-    bench.stats bench.suites bench.table bench.validity
+    bench.stats bench.suites bench.table bench.unfinished bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.data cifar.data.dataset
     cifar.data.download cifar.data.folder cifar.data.npz cifar.data.shapes cifar.data.sources
     cifar.data.unpickle cifar.errors cifar.files cifar.process cifar.progress cifar.recipes
@@ -49,6 +49,7 @@ CHAINS = (
     "bench.rows bench.frontier bench.runs bench.probes bench.frontier_command bench.__main__",
     "bench.spec bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",
+    "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
     "cifar.data.dataset cifar.data.loader cifar.trainer cifar.run",

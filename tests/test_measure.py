@@ -1,9 +1,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +14,37 @@ from accelerate.state import AcceleratorState
 from bench import measure, worker
 from bench.environment import code_digest, collect
 from bench.job import Job
-from bench.measure import clock, inference, outcome, training
+from bench.measure import clock, compilation, inference, outcome, training
 from bench.measure.clock import HostClock
-from bench.measure.compilation import break_even, cold_seconds
+from bench.measure.compilation import break_even, excess, first_steps, measure_compilation
+from bench.measure.memory import reset_peak_memory
 from bench.measure.subject import Subject
-from bench.measure.training import UNBOUNDED_STEPS, has_settled, planned_steps
-from bench.record import Measurement
+from bench.measure.training import (
+    PACE_STEPS,
+    UNBOUNDED_STEPS,
+    fitting_steps,
+    has_settled,
+    measure_training,
+    planned_steps,
+)
+from bench.record import Measurement, Record
 from bench.record_file import parse_record
-from bench.spec import Cell, Protocol, Task, grid
+from bench.spec import CAPTURE_STEPS, Cell, Plan, Protocol, Suite, Task, expand, grid
+from bench.unfinished import PENDING, is_unfinished
 from cifar.config import RunConfig, parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
+from cifar.errors import ConfigError
 from cifar.process import worker_environment
 from cifar.serialize import to_json
 from cifar.trainer import Trainer
 
 PROTOCOL = Protocol(
-    warmup_steps=1, timed_steps=3, inference_batch_sizes=(1, 8), inference_iterations=4
+    warmup_steps=1,
+    timed_steps=3,
+    min_timed_seconds=0.0,
+    inference_batch_sizes=(1, 8),
+    inference_iterations=4,
 )
 
 
@@ -53,7 +69,7 @@ def make_subject(cell: Cell, protocol: Protocol = PROTOCOL) -> Subject:
 
 def collect_all(subject: Subject) -> dict[str, list[Measurement]]:
     found: dict[str, list[Measurement]] = {}
-    for metric in measure.METRICS:
+    for metric in (*measure.CORE, *measure.BASIC.values()):
         for measurement in metric(subject):
             subject.taken.append(measurement)
             found.setdefault(measurement.name, []).append(measurement)
@@ -162,22 +178,108 @@ def test_a_window_of_seconds_holds_as_many_steps_as_the_warm_up_s_pace_allows(
     assert len(collect_all(subject)["train_throughput"][0].samples[0]) == 6
 
 
+def test_a_window_is_as_long_as_its_seconds_and_on_a_gpu_as_its_least() -> None:
+    steps, seconds = Protocol(timed_steps=20, min_timed_seconds=2.0), Protocol(timed_seconds=3.0)
+    assert fitting_steps(steps, 0.01, on_gpu=True) == 200
+    assert fitting_steps(steps, 0.01, on_gpu=False) == 20
+    assert fitting_steps(steps, 0.5, on_gpu=True) == 20
+    assert fitting_steps(replace(steps, min_timed_seconds=0.0), 0.01, on_gpu=True) == 20
+    assert fitting_steps(steps, None, on_gpu=True) == 20, "nothing tells"
+    assert [fitting_steps(seconds, 0.4, on_gpu=gpu) for gpu in (False, True)] == [8, 8]
+
+
+def pretend(device: str, protocol: Protocol, *, left: int = 100, compiled: bool = False) -> Any:
+    """A subject with `left` steps before it; its trainer counts those that are taken."""
+    trainer = SimpleNamespace(step=0, total_steps=left, config=SimpleNamespace(compile=compiled))
+
+    def train_step() -> None:
+        trainer.step += 1
+
+    trainer.train_step = train_step
+    return SimpleNamespace(trainer=trainer, protocol=protocol, device=torch.device(device))
+
+
+def test_the_pace_of_a_gpu_is_that_of_steps_waited_for_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def seconds_of(work: Callable[[], None], _: torch.device) -> float:
+        work()
+        return 1.0
+
+    monkeypatch.setattr(training, "_seconds_of", seconds_of)
+    warm, timed = [9.0, 0.5, 0.3, 0.4], PROTOCOL.timed_steps
+    wanted = replace(PROTOCOL, min_timed_seconds=2.0)
+    gpu = pretend("cuda", wanted)
+    assert training._pace(gpu, warm) == 1.0 / PACE_STEPS
+    assert gpu.trainer.step == PACE_STEPS
+    for subject in (
+        pretend("cpu", wanted),
+        pretend("cuda", PROTOCOL),  # no seconds to fill
+        pretend("cuda", wanted, left=PACE_STEPS + timed + 1),  # and two that are observed
+    ):
+        assert training._pace(subject, warm) == 0.4, "the median of the last span of one step"
+        assert subject.trainer.step == 0
+    assert training._pace(pretend("cpu", wanted), []) is None
+
+
+@pytest.mark.parametrize(("compiled", "steps"), [(False, 0), (True, CAPTURE_STEPS)])
+def test_a_compiled_cell_takes_the_steps_that_capture_before_its_window(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, steps: int
+) -> None:
+    monkeypatch.setattr(training, "seconds_of_a_step", lambda _: 1.0)
+    protocol = replace(PROTOCOL, warmup_steps=0, max_warmup_steps=0)
+    assert training._warm_up(pretend("cpu", protocol, compiled=compiled)) == ([1.0] * steps, True)
+
+
+def test_a_budget_holds_the_steps_that_capture() -> None:
+    protocol = replace(PROTOCOL, warmup_steps=0, train_samples=5 * 16)
+    plans = {
+        compiled: Plan(
+            protocol=protocol,
+            cells=grid(["resnet20"], ["fp32"], compile=(compiled,), batch_sizes=(16,)),
+        )
+        for compiled in (False, True)
+    }
+    assert expand(Suite(name="", description="", plans=(plans[False],)))
+    with pytest.raises(ConfigError, match=r"train-samples: 80: give 0 .* at least 96"):
+        expand(Suite(name="", description="", plans=(plans[True],)))
+
+
 def test_compile_seconds_by_hand() -> None:
-    steps = Measurement(
-        name="train_throughput",
-        unit="samples/s",
-        better="higher",
-        labels={"samples_per_step": 8},
-        samples=((1.0, 2.0, 3.0), (4.0, 4.0, 9.0)),
-    )
     first = Measurement(name="first_step", unit="s", better="lower", samples=((30.0,), (3.0,)))
-    cold = cold_seconds([steps, first])
-    assert cold.samples == ((28.0,), (0.0,))
-    warm = replace(first, name="warmup_step", samples=((2.0, 7.0, 9.0), (4.5, 1.0, 9.0)))
-    assert cold_seconds([steps, first, warm]).samples == ((33.0,), (0.5,)), "two further steps"
+    warm = replace(first, name="warmup_step", samples=((2.5, 7.0, 9.0), (4.5, 1.0, 9.0)))
+    assert first_steps([first], 1) == [3.0]
+    assert first_steps([first, warm], 0) == [30.0, 2.5, 7.0], "two further steps"
+    assert excess([30.0, 2.5, 7.0], 2.0) == 28.0 + 0.5 + 5.0
+    assert excess([3.0, 4.5, 1.0], 4.0) == 0.5
+    cold = Measurement(name="compile_seconds", unit="s", better="lower", samples=((28.0,), (0.0,)))
     assert break_even(cold, [[1.0, 1.0], [2.0, 2.0]], [[2.5], [9.0]]).value == 4, "28 / (9 - 2)"
     slower = break_even(cold, [[2.0]], [[1.5]])
     assert slower.status == "absent" and "0.5 s longer" in slower.reason
+
+
+def test_cold_and_warm_are_told_from_the_same_steps(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eager step takes 3 s and a compiled one 2 s, but for the first ones of either kind."""
+    subject = make_subject(make_cell(npz, compile=(True,)))
+    trainer, used = subject.trainer, subject.trainer.model
+    again = iter([7.0, 5.0, 1.0])
+
+    def seconds(_: Subject) -> float:
+        if trainer.model is trainer.wrapped:
+            return 3.0
+        return 2.0 if trainer.model is used else next(again)
+
+    monkeypatch.setattr(compilation, "seconds_of_a_step", seconds)
+    for name, value in (("first_step", (30.0,)), ("warmup_step", (4.0, 2.5, 9.0))):
+        each = Measurement(name=name, unit="s", better="lower", samples=(value,))
+        subject.taken.append(each)
+    found = {each.name: each.value for each in measure_compilation(subject)}
+    assert found["compile_seconds"] == 28.0 + 2.0 + 0.5
+    assert found["warm_compile_seconds"] == 5.0 + 3.0
+    assert (found["compiled_step"], found["eager_step"]) == (2.0, 3.0)
+    assert found["compile_break_even"] == 31
 
 
 @pytest.mark.slow
@@ -211,6 +313,57 @@ def test_worker_writes_one_good_record(npz: Path, tmp_path: Path, dataset: Datas
     assert record.environment is not None
     assert record.environment.code_digest == code_digest()
     assert record.effective["samples_seen"] > 64
+
+
+def record_in(folder: Path) -> Record:
+    return parse_record((folder / "record.json").read_text())
+
+
+def test_what_breaks_after_the_training_leaves_the_record_of_it(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is: the launcher tells it from how the process ended."""
+
+    def broken(subject: Subject) -> Iterator[Measurement]:
+        known = record_in(tmp_path / "job")
+        assert known.reason == "not measured: broken, never"
+        yield subject.measurement("half", "s", "lower", [1.0])
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    later = {"flops": measure.BASIC["flops"], "broken": broken, "never": broken}
+    monkeypatch.setattr(worker, "BASIC", later)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        run_worker(tmp_path / "job", make_cell(npz))
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.reason) == ("ok", "not measured: broken, never")
+    assert is_unfinished(record)
+    for name in ("train_throughput", "param_count", "train_flops"):
+        assert record.value(name) is not None
+    assert [record.find(name).reason for name in ("broken", "never")] == [PENDING, PENDING]
+    assert record.effective["samples_seen"] > 0
+
+
+def test_what_breaks_in_the_training_leaves_no_record(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Subject) -> Iterator[Measurement]:
+        raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(worker, "CORE", (full,))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_worker(tmp_path / "job", make_cell(npz))
+    assert not (tmp_path / "job" / "record.json").exists()
+
+
+def test_training_alone_is_all_that_is_measured(npz: Path, tmp_path: Path) -> None:
+    protocol = replace(PROTOCOL, warmup_steps=0, training_alone=True)
+    assert run_worker(tmp_path / "job", make_cell(npz), protocol) == 0
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.reason) == ("ok", "")
+    assert record.value("train_throughput") and record.value("peak_memory_bytes")
+    absent = ("top1", "param_count", "train_flops", "inference_latency", "eager_step")
+    assert [record.find(name) for name in absent] == [None] * len(absent)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
@@ -307,3 +460,40 @@ def test_two_processes_leave_one_record_with_samples_of_both(npz: Path, tmp_path
     assert record.effective["wrapper"] == "DistributedDataParallel"
     assert record.effective["num_processes"] == 2
     assert record.find("top1").labels["samples"] == 50
+
+
+@pytest.mark.gpu
+def test_what_was_reserved_and_freed_is_not_in_the_peak(npz: Path) -> None:
+    """And the step after the mark is set anew takes all that a window's steps need."""
+    subject = make_subject(make_cell(npz))
+    trainer, device = subject.trainer, subject.device
+    for _ in range(3):
+        trainer.train_step()
+    torch.empty(2**30, dtype=torch.uint8, device=device)
+    assert torch.cuda.memory_reserved(device) >= 2**30
+    reset_peak_memory(device)
+    trainer.train_step()
+    asked = torch.cuda.memory_stats(device)["num_device_alloc"]
+    for _ in range(5):
+        trainer.train_step()
+    assert torch.cuda.memory_stats(device)["num_device_alloc"] == asked
+    assert torch.cuda.max_memory_reserved(device) < 2**30
+
+
+@pytest.mark.gpu
+def test_a_window_of_a_gpu_s_short_steps_holds_more_of_them(npz: Path) -> None:
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, min_timed_seconds=0.5))
+    (steps,) = (each for each in measure_training(subject) if each.name == "train_throughput")
+    assert len(steps.samples[0]) > PROTOCOL.timed_steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alone", [False, True])
+def test_training_alone_takes_no_step_that_is_undone(
+    npz: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    woken: list[Subject] = []
+    monkeypatch.setattr(training, "_wake_up", woken.append)
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, training_alone=alone))
+    assert [*measure_training(subject)]
+    assert len(woken) == (not alone)

@@ -19,6 +19,7 @@ from bench.measure.subject import Subject
 from bench.record import Measurement
 from bench.spec import Protocol
 from cifar.config import RunConfig
+from cifar.data.loader import Normalization
 from cifar.trainer import Trainer
 
 STEPS = 3
@@ -88,10 +89,28 @@ def test_a_dataloader_s_step_is_all_its_micro_batches(
     """Its window lies between batches that keep the workers busy, and it is used up."""
     found = measure(make_trainer(accumulation_steps=accumulation))["dataloader"]
     assert found.samples == ((0.5 * accumulation,) * STEPS,)
-    assert found.labels == {"source": "dataloader", "num_workers": 2, "samples_per_step": 32}
+    assert found.labels == {
+        "source": "dataloader",
+        "num_workers": 2,
+        "most_workers": 16,
+        "samples_per_step": 32,
+    }
     assert found.value == 32 / (0.5 * accumulation)
     assert loader.given == loader.count == (AHEAD + STEPS + AHEAD) * accumulation
     assert loader.ended
+
+
+def test_a_large_machine_starts_no_more_workers_than_it_says(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 224)
+    monkeypatch.setattr(
+        pipeline, "_dataloader_seconds", lambda _, workers: (asked.append(workers), [1.0])[1]
+    )
+    found = measure(make_trainer())["dataloader"]
+    assert asked == [16]
+    assert (found.labels["num_workers"], found.labels["most_workers"]) == (16, 16)
 
 
 @pytest.mark.parametrize("good", [0, AHEAD + 1, AHEAD + STEPS + 1])
@@ -166,15 +185,21 @@ def test_the_workers_give_every_image_once_and_then_end() -> None:
 def indices_of(trainer: Trainer, count: int) -> list[int]:
     data = pipeline._pil_images(trainer, count)
     true = trainer.dataset.train.images.transpose(0, 2, 3, 1).reshape(96, -1).astype(int)
-    return [int(np.abs(true - image.reshape(-1)).sum(1).argmin()) for image in data._images]
+    seen = (data[index][0].mul(255).round().permute(1, 2, 0) for index in range(len(data)))
+    return [int(np.abs(true - image.numpy().reshape(-1)).sum(1).argmin()) for image in seen]
 
 
 def test_no_image_comes_again_before_all_have_come() -> None:
-    chosen = indices_of(make_trainer(), 2 * 96 + 10)
+    trainer = make_trainer(tiny_recipe(augment=()))
+    trainer.normalization = Normalization(mean=(0.0,) * 3, std=(1.0,) * 3)
+    chosen = indices_of(trainer, 2 * 96 + 10)
     for start, end in itertools.pairwise((0, 96, 192)):
         assert sorted(chosen[start:end]) == list(range(96))
     assert chosen[:96] != sorted(chosen[:96])
     assert len(chosen) == 202
+    images = pipeline._pil_images(trainer, 202)._images
+    assert len(images) == 96, "each image travels to a worker once"
+    assert len(pipeline._pil_images(trainer, 5)._images) == 5
 
 
 @pytest.mark.parametrize("channels", [1, 3])

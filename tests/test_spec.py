@@ -1,5 +1,6 @@
 """Cells, protocols and their expansion."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -72,6 +73,12 @@ def test_digest_is_that_of_old_records():
         (lambda: replace(make_cell(), num_processes=0), "num-processes: 0: give 1 or more"),
         (lambda: replace(make_cell(), num_processes=3), "nearest that does: 126 or 129"),
         (lambda: grid(["resnet18"], ["fp32"], seeds=0), "seeds: 0: give 1 to 10000"),
+        (lambda: Protocol(min_timed_seconds=-1.0), "min-timed-seconds: -1.0: give 0 or more"),
+        (lambda: Protocol(min_timed_seconds=math.inf), "min-timed-seconds: inf: give 0 or"),
+        (
+            lambda: Protocol(training_alone=True, metrics=("anatomy",)),
+            "metrics: 'anatomy': not with training-alone",
+        ),
         (lambda: Protocol(timed_steps=0), "timed-steps: 0: give 1 or more"),
         (lambda: Protocol(warmup_steps=-1), "warmup-steps: -1: give 0 or more"),
         (lambda: Protocol(train_samples=-1), "train-samples: -1: give 0 or more"),

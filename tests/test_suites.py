@@ -119,6 +119,13 @@ def test_cells_that_an_override_makes_equal_are_measured_once():
 def test_override_refuses_what_a_cell_refuses():
     with pytest.raises(ConfigError, match="nearest that does: 63 or 66"):
         override(quick(), num_processes=3)
+    with pytest.raises(ConfigError, match="compile-mode: 'reduce-overhead': needs --compile"):
+        override(quick(), compile_mode="reduce-overhead")
+
+
+def test_a_compile_mode_is_that_of_all_cells():
+    tasks = expand(override(quick(), compile=True, compile_mode="reduce-overhead"))
+    assert {task.cell.compiled for task in tasks} == {"compile-reduce-overhead"}
 
 
 ENVIRONMENT = Environment(

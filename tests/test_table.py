@@ -17,6 +17,7 @@ from bench.rows import rows
 from bench.selection import filter_rows, parse_filter, sort_rows
 from bench.spec import Cell, Protocol, grid
 from bench.table import render_csv, render_markdown, render_terminal
+from bench.unfinished import explained, unfinished
 from cifar.config import Recipe
 from cifar.errors import UserError
 
@@ -538,6 +539,17 @@ def test_a_row_of_disturbed_runs_says_so_and_keeps_their_numbers():
 def test_the_only_run_s_reasons_stand_alone():
     row = only(rows(disturbed_records()[:1]))
     assert (row["valid"], row["invalid_reason"]) == (False, "a goat")
+
+
+def test_a_run_that_broke_down_after_its_training_keeps_its_numbers_and_says_so():
+    whole = make_record()
+    broken_late = explained(unfinished(replace(whole, repeat=1), ["inference"]), "no room")
+    row = only(rows([whole, broken_late]))
+    assert (row["status"], row["runs"]) == ("ok", 2)
+    assert row["reason"] == "1 of 2 runs: not measured: inference; no room"
+    assert row["train_throughput"] == whole.value("train_throughput")
+    assert row["inference_status"] == "failed"
+    assert "- resnet20 partly failed: inference: no room" in render_markdown([row])
 
 
 def test_rows_of_runs_that_did_not_finish_are_neither_valid_nor_not():

@@ -125,10 +125,6 @@ OTHERS = "other processes used 1.00 of 2 cores"
         ({"collecting": 0.1}, "Python collected garbage for 5.0% of the time"),
         ({"gpu_others": 1.0}, "1 other process(es) used the GPU"),
         ({"gpu_thermal": 1.0}, "heat slowed the GPU down (at 61 degrees Celsius)"),
-        (
-            {"gpu_clock_before": 2e9, "gpu_clock_after": 1.8e9},
-            "the GPU's clock fell by 10% in the window",
-        ),
         ({"gpu_power_brake": 1.0}, "the power supply made the GPU slow down"),
         ({"gpu_slowdown": 1.0}, "the GPU's hardware halved its clock"),
     ],
@@ -136,6 +132,35 @@ OTHERS = "other processes used 1.00 of 2 cores"
 def test_every_disturbance_is_told(changes: dict[str, float], reason: str) -> None:
     (window,) = together([astuple(replace(QUIET, **changes))])
     assert judge((*CPU_WATCHES, *GPU_WATCHES), [window]) == [reason]
+
+
+DROP = {"gpu_clock_before": 2e9, "gpu_clock_after": 1.8e9}
+FELL = "the GPU's clock fell by 10% in the window"
+
+
+@pytest.mark.parametrize(
+    ("bits", "judged"),
+    [
+        ({}, False),
+        ({"gpu_power_cap": 1.0}, False),
+        ({"gpu_thermal": 1.0}, True),
+        ({"gpu_power_brake": 1.0}, True),
+        ({"gpu_slowdown": 1.0}, True),
+        ({"gpu_slowdown": 1.0, "gpu_thermal": math.nan}, True),
+        ({"gpu_slowdown": 1.0, "gpu_power_cap": 1.0}, False),
+        (dict.fromkeys(("gpu_thermal", "gpu_power_brake", "gpu_slowdown"), math.nan), False),
+    ],
+)
+def test_a_clock_that_falls_is_judged_with_its_cause_alone(
+    bits: dict[str, float], judged: bool
+) -> None:
+    """A GPU at its power limit leaves its boost in every window."""
+    (window,) = together([astuple(replace(QUIET, **DROP, **bits))])
+    assert (FELL in judge(GPU_WATCHES, [window])) == judged
+    (drop,) = (e for e in measure(GPU_WATCHES, [window]) if e.name == "window_gpu_clock_drop")
+    assert drop.value == pytest.approx(0.1), "recorded in any case"
+    steady = replace(window, gpu_clock_after=1.91e9)
+    assert not any("clock fell" in reason for reason in judge(GPU_WATCHES, [steady]))
 
 
 def test_what_an_idle_machine_does_passes() -> None:
@@ -440,7 +465,7 @@ def test_a_real_gpu_is_watched() -> None:
 def test_a_warm_up_that_does_not_settle_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "has_settled", lambda *_: False)
     monkeypatch.setattr(monitor.Monitor, "report", lambda _: ([], ["a goat"]))
-    protocol = Protocol(warmup_steps=1, max_warmup_steps=3, timed_steps=2)
+    protocol = Protocol(warmup_steps=1, max_warmup_steps=3, timed_steps=2, min_timed_seconds=0.0)
     subject = Subject(make_trainer(tiny_recipe(epochs=10)), protocol)
     list(training.measure_training(subject))
     expected = "warm-up: step time had not settled after 3 steps"

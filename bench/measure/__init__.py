@@ -1,4 +1,4 @@
-"""One function per metric; `METRICS` is the order in which a worker takes them.
+"""One function per metric; a worker takes those of CORE, BASIC and FURTHER in their order.
 
 A metric reads the subject, does its work and returns measurements that carry their unit and
 direction, so nothing else has to know of a new one.
@@ -13,14 +13,14 @@ from bench.measure.subject import Metric
 from bench.measure.training import measure_training
 from bench.measure.utilization import measure_flops, measure_utilization
 
-METRICS: tuple[Metric, ...] = (
-    measure_training,
-    measure_accuracy,
-    measure_size,
-    measure_flops,
-    measure_inference,
-    measure_compilation,
-)
+CORE: tuple[Metric, ...] = (measure_training, measure_accuracy, measure_size)
+"""What a cell is trained for: without any of these there is no record of it."""
+BASIC: dict[str, Metric] = {
+    "flops": measure_flops,
+    "inference": measure_inference,
+    "compilation": measure_compilation,
+}
+"""Those that follow; one that breaks down costs itself and the later ones, see `bench.worker`."""
 FURTHER: dict[str, Metric] = {
     "anatomy": measure_anatomy,
     "pipeline": measure_pipeline,

@@ -12,30 +12,32 @@ from bench.measure.anatomy import set_aside
 from bench.measure.subject import Subject
 from bench.measure.training import seconds_of_a_step
 from bench.record import Measurement
+from bench.spec import CAPTURE_STEPS
 
 PAIRS = 5
 """Eager and compiled steps that take turns."""
-CAPTURE_STEPS = 2
-"""Further steps that may belong to it: CUDA graphs warm up in one and are captured in one."""
 
 
 def measure_compilation(subject: Subject) -> Iterable[Measurement]:
     """Of a compiled cell: seconds of compiling cold and warm, and when it has paid.
 
     Cold is with an empty cache on disk, which the launcher sees to; warm compiles the same again in
-    this process from that cache.
+    this process from that cache. Both are the `excess` of the first steps.
     """
     trainer = subject.trainer
     if not trainer.config.compile:
         return
-    cold = cold_seconds(subject.taken)
-    yield cold
     with set_aside(trainer):
         compiled, eager = _take_turns(subject)
         torch._dynamo.reset()
         mode = trainer.config.compile_mode
         trainer.model = cast(nn.Module, torch.compile(trainer.wrapped, mode=mode))
-        warm = max(0.0, seconds_of_a_step(subject) - statistics.median(compiled))
+        again = [seconds_of_a_step(subject) for _ in range(1 + CAPTURE_STEPS)]
+    typical = statistics.median(compiled)
+    first = first_steps(subject.taken, trainer.place.index)
+    cold = subject.measurement("compile_seconds", "s", "lower", [excess(first, typical)])
+    yield cold
+    warm = excess(again, typical)
     yield subject.measurement("compiled_step", "s", "lower", compiled)
     yield subject.measurement("eager_step", "s", "lower", eager)
     yield break_even(cold, subject.everywhere(compiled), subject.everywhere(eager))
@@ -55,16 +57,16 @@ def _take_turns(subject: Subject) -> tuple[list[float], list[float]]:
     return [pair[0] for pair in seconds[1:]], [pair[1] for pair in seconds[1:]]
 
 
-def cold_seconds(taken: Sequence[Measurement]) -> Measurement:
-    """What the first steps took longer than the timed window's median step, summed, by rank."""
+def first_steps(taken: Sequence[Measurement], rank: int) -> list[float]:
+    """Seconds of a rank's first step and of the `CAPTURE_STEPS` after it, each waited for."""
     found = {each.name: each for each in taken}
     began, warm = found["first_step"], found.get("warmup_step")
-    cost = []
-    for rank, window in enumerate(found["train_throughput"].samples):
-        first = [*began.samples[rank], *(warm.samples[rank][:CAPTURE_STEPS] if warm else ())]
-        typical = statistics.median(window)
-        cost.append((math.fsum(max(0.0, seconds - typical) for seconds in first),))
-    return Measurement(name="compile_seconds", unit="s", better="lower", samples=tuple(cost))
+    return [*began.samples[rank], *(warm.samples[rank][:CAPTURE_STEPS] if warm else ())]
+
+
+def excess(first: Sequence[float], typical: float) -> float:
+    """Seconds by which steps took longer than a typical one that is waited for as they were."""
+    return math.fsum(max(0.0, seconds - typical) for seconds in first)
 
 
 def break_even(

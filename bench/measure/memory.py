@@ -32,8 +32,14 @@ def peak_memory(subject: Subject) -> Iterable[Measurement]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the high-water mark anew, so that loading the data does not count."""
+    """Start the high-water mark anew, so that loading the data does not count.
+
+    A GPU's allocator gives back nothing by itself: what was freed goes back first, or it would
+    count as reserved. The next step takes again what a step needs, so a window must not be next.
+    """
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):  # not on this system, or forbidden: the mark then stands

@@ -26,6 +26,9 @@ WARM_UP = 2
 """Steps before the clock starts, of batches that are made on the device."""
 PREFETCH = 2
 """Batches that each worker of a DataLoader makes ahead: its default."""
+MOST_WORKERS = 16
+"""Of a DataLoader in each process, however many cores it has: each imports torch and takes its own
+copy of the images, and one GPU is rarely given more."""
 TIMEOUT = 120.0
 """Seconds to wait for a batch before a DataLoader counts as failed; its workers import torch."""
 
@@ -73,8 +76,12 @@ def _measurement(subject: Subject, seconds: list[float], **labels: Label) -> Mea
 
 def _measure_dataloader(subject: Subject) -> Measurement:
     trainer = subject.trainer
-    workers = max(1, available_cores() // trainer.place.count)
-    labels: dict[str, Label] = {"source": "dataloader", "num_workers": workers}
+    workers = max(1, min(MOST_WORKERS, available_cores() // trainer.place.count))
+    labels: dict[str, Label] = {
+        "source": "dataloader",
+        "num_workers": workers,
+        "most_workers": MOST_WORKERS,
+    }
 
     def without(status: Literal["absent", "failed"], reason: str) -> Measurement:
         return Measurement(
@@ -176,6 +183,7 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         images: uint8 `[N, H, W, 3]` or `[N, H, W]`.
         labels: int64 `[N]`.
         transform: from a PIL image to a tensor `[C, H, W]`.
+        count: how many samples there are; after the last image comes the first one again.
     """
 
     def __init__(
@@ -183,26 +191,29 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         images: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int64],
         transform: Callable[[Image.Image], Tensor],
+        count: int,
     ) -> None:
         self._images, self._labels, self._transform = images, labels, transform
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(Image.fromarray(self._images[index])), int(self._labels[index])
+        place = index % len(self._labels)
+        return self._transform(Image.fromarray(self._images[place])), int(self._labels[place])
 
 
 def _pil_images(trainer: Trainer, count: int) -> PilImages:
     """`count` training images in random order, all of them once before any comes again.
 
-    Only these travel to the workers, not the whole split.
+    Only these travel to the workers, each of them once, and not the whole split.
     """
     from torchvision import transforms
 
     split = trainer.dataset.train
     random = np.random.RandomState(trainer.config.seed)
-    chosen = np.resize(random.permutation(len(split)), count)
+    chosen = random.permutation(len(split))[:count]
     images = split.images[chosen].transpose(0, 2, 3, 1)
     if images.shape[-1] == 1:
         images = images[..., 0]
@@ -214,7 +225,7 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
             transforms.Normalize(trainer.normalization.mean, trainer.normalization.std),
         ]
     )
-    return PilImages(np.ascontiguousarray(images), split.labels[chosen], transform)
+    return PilImages(np.ascontiguousarray(images), split.labels[chosen], transform, count)
 
 
 def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:

@@ -15,7 +15,7 @@ Better = Literal["higher", "lower", "none"]
 
 
 class Subject:
-    """A cell's trainer and protocol; metrics before it in `METRICS` have left it as it is.
+    """A cell's trainer and protocol; the metrics leave it as it is.
 
     `taken` are the measurements so far; whoever takes more appends them.
     """

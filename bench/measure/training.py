@@ -14,8 +14,9 @@ from bench.measure.memory import peak_memory, reset_peak_memory
 from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
 from bench.record import Measurement
-from bench.spec import Protocol
+from bench.spec import CAPTURE_STEPS, Protocol, least_warm_up
 from cifar.distributed import barrier, least
+from cifar.trainer import Trainer
 
 UNBOUNDED_STEPS = 1_000_000
 """Planned for speed alone, which ends with the timed window; the learning rate stays near 0."""
@@ -23,10 +24,8 @@ OBSERVED_STEPS = 2
 """One on either side of the timed window."""
 WARM_TOLERANCE = 0.05
 """How far the medians of two neighbouring spans of the warm-up may differ, as a fraction."""
-
-
-UNWAITED = 1.5
-"""How many steps of a GPU at most take the time of one that is waited for."""
+PACE_STEPS = 5
+"""Steps of a GPU that are waited for together, as those of a window are, to tell its pace."""
 
 
 def planned_steps(protocol: Protocol, batch_size: int) -> int:
@@ -40,18 +39,19 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     The steps next to the window are observed, see `bench.observe`; nothing is read from the device
     inside it. A step's seconds include loading, augmenting and normalising its batch.
     """
-    trainer = subject.trainer
+    trainer, on_gpu = subject.trainer, subject.device.type == "cuda"
     energy = _energy_meter(subject)
-    if subject.device.type == "cuda":
+    if on_gpu and not subject.protocol.training_alone:
         _wake_up(subject)
     energy.watch_idle()
     reset_peak_memory(subject.device)
     first_step = _first_step(subject)
     warm, settled = _warm_up(subject)
-    if subject.device.type == "cuda":  # kernels were tried out in the first step, which takes more
+    pace = _pace(subject, warm)
+    if on_gpu:  # kernels were tried out in the first step, which takes more
         reset_peak_memory(subject.device)
     subject.witness.before_window()
-    count = _window_steps(subject, warm)
+    count = _window_steps(subject, pace)
     with Monitor(subject.device) as monitor, energy:
         seconds = _timed_steps(subject, count)
     subject.witness.after_window(count)
@@ -82,7 +82,8 @@ def _energy_meter(subject: Subject) -> EnergyMeter:
 def _wake_up(subject: Subject) -> None:
     """Take an eager step and undo it: kernels load and clocks rise before idle power is watched.
 
-    The first step then holds compilation, but not the loading of the libraries.
+    The first step then holds compilation, but not the loading of the libraries. It takes memory of
+    its own: the copies that undo it and, in a compiled cell, eager activations.
     """
     trainer = subject.trainer
     with set_aside(trainer):
@@ -94,8 +95,10 @@ def _wake_up(subject: Subject) -> None:
 
 
 def _first_step(subject: Subject) -> float:
-    """Seconds of the first step, with allocation, autotuning and compilation in it.
+    """Seconds of the first step, with allocation and compilation in it.
 
+    On a CPU it also holds the loading of libraries and the choice of kernels. On a GPU the step of
+    `_wake_up` has done both for what runs eagerly, unless the protocol measures training alone.
     Of a budget of two steps it is the only one before the window, and so the observed one.
     """
     if subject.trainer.total_steps > 2:
@@ -120,13 +123,16 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
 def _warm_up(subject: Subject) -> tuple[list[float], bool]:
     """Step until the time of a step has settled on every rank, or the cap; seconds, and which.
 
-    Where a training budget is short, the window gets what the least warm-up leaves of it.
+    Where a training budget is short, the window gets what the least warm-up leaves of it. A
+    compiled cell is not asked before its `CAPTURE_STEPS`.
     """
     trainer, protocol = subject.trainer, subject.protocol
+    least_steps = least_warm_up(trainer.config, protocol)
     left = trainer.total_steps - trainer.step - OBSERVED_STEPS
-    room = max(left - protocol.timed_steps, min(2 * protocol.warmup_steps, left - 1))
-    cap = max(0, min(protocol.max_warmup_steps, room))
-    seconds: list[float] = []
+    room = max(left - protocol.timed_steps, min(least_steps, left - 1))
+    cap = max(0, min(max(protocol.max_warmup_steps, least_steps), room))
+    captured = min(cap, CAPTURE_STEPS) if trainer.config.compile else 0
+    seconds = [seconds_of_a_step(subject) for _ in range(captured)]
     while not (settled := settled_everywhere(subject, seconds)) and len(seconds) < cap:
         seconds.append(seconds_of_a_step(subject))
     return seconds, settled
@@ -147,19 +153,48 @@ def has_settled(seconds: Sequence[float], span: int) -> bool:
     return abs(statistics.median(seconds[-span:]) / before - 1) <= WARM_TOLERANCE
 
 
-def _window_steps(subject: Subject, warm: Sequence[float]) -> int:
-    """Steps to time: the protocol's number, or as many as its seconds will hold; one at least.
+def _pace(subject: Subject, warm: Sequence[float]) -> float | None:
+    """Seconds that a step of the window will take; None if nothing tells.
+
+    The program runs ahead of a GPU, so a step that is waited for takes longer than one of a window:
+    further steps are taken there, waited for together, if the budget leaves room for them.
+    """
+    trainer, protocol = subject.trainer, subject.protocol
+    left = trainer.total_steps - trainer.step - OBSERVED_STEPS - protocol.timed_steps
+    wanted = protocol.timed_seconds or protocol.min_timed_seconds
+    if subject.device.type == "cuda" and wanted and left >= PACE_STEPS:
+        return _seconds_of(lambda: _steps(trainer, PACE_STEPS), subject.device) / PACE_STEPS
+    return statistics.median(warm[-protocol.warmup_steps :]) if warm else None
+
+
+def _steps(trainer: Trainer, count: int) -> None:
+    for _ in range(count):
+        trainer.train_step()
+
+
+def _window_steps(subject: Subject, pace: float | None) -> int:
+    """Steps to time, one at least: see `fitting_steps`.
 
     One step of the budget is kept for the observation after the window.
     """
-    trainer, protocol = subject.trainer, subject.protocol
-    steps = protocol.timed_steps
-    if protocol.timed_seconds is not None and warm:
-        typical = statistics.median(warm[-protocol.warmup_steps :])
-        if subject.device.type == "cuda":
-            typical /= UNWAITED  # a step of the window is not waited for
-        steps = least(math.ceil(protocol.timed_seconds / typical), subject.device)
-    return max(1, min(steps, trainer.total_steps - trainer.step - 1))
+    trainer = subject.trainer
+    steps = fitting_steps(subject.protocol, pace, on_gpu=subject.device.type == "cuda")
+    left = trainer.total_steps - trainer.step - 1
+    return max(1, min(least(steps, subject.device), left))
+
+
+def fitting_steps(protocol: Protocol, pace: float | None, *, on_gpu: bool) -> int:
+    """Steps of a window at a `pace` in seconds per step, None if it is not known.
+
+    As many as take `timed_seconds`, else `timed_steps` and on a GPU more if they would take less
+    than `min_timed_seconds`.
+    """
+    if pace is None:
+        return protocol.timed_steps
+    if protocol.timed_seconds is not None:
+        return math.ceil(protocol.timed_seconds / pace)
+    enough = math.ceil(protocol.min_timed_seconds / pace) if on_gpu else 0
+    return max(protocol.timed_steps, enough)
 
 
 def _timed_steps(subject: Subject, count: int) -> list[float]:
