@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
+from bench.protocol import Protocol
 from bench.record import Record, this_host
-from bench.spec import Cell, Protocol
+from bench.spec import Cell
 from cifar.cost import multiply_adds
 
 START_SECONDS = 10.0

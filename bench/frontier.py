@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from bench.protocol import Protocol
 from bench.record import Record
 from bench.rows import Row, rows
-from bench.spec import Protocol, Task
+from bench.spec import Task
 from cifar.config import require
 from cifar.serialize import STRICT
 

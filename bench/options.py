@@ -9,8 +9,9 @@ import tyro
 
 from bench.launchers import get_launcher
 from bench.present import present_environment
+from bench.protocol import Protocol
 from bench.record import Environment
-from bench.spec import Plan, Protocol, Suite, Task, expand, grid
+from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import get_suite, override
 from cifar.config import DataConfig, option_name, parse_data, require
 from cifar.errors import ConfigError

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from bench.spec import Cell, Protocol
+from bench.protocol import Protocol
+from bench.spec import Cell
 from bench.stats import headline, throughput
 from cifar.config import require
 from cifar.serialize import STRICT

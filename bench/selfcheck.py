@@ -23,8 +23,9 @@ from bench.estimate import estimate_seconds
 from bench.job import Fault, Job
 from bench.launchers import launch
 from bench.progress import SuiteProgress, outcome
+from bench.protocol import Protocol
 from bench.record import Record
-from bench.spec import Plan, Protocol, Suite, Task, grid
+from bench.spec import Plan, Suite, Task, grid
 from bench.stats import headline, median_interval
 from cifar.errors import UserError
 

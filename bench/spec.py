@@ -1,30 +1,22 @@
-"""What is measured and how: cells, protocols, suites, and their expansion into tasks. No torch."""
+"""What is measured: cells, suites, and their expansion into tasks. No torch."""
 
-import functools
 import itertools
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
-from bench.stats import FEWEST
+from bench.protocol import Protocol
 from cifar.config import (
     PRECISIONS,
     DataConfig,
     ModelConfig,
     Recipe,
     TrainConfig,
-    option_name,
     require,
 )
 from cifar.recipes import get_recipe
-from cifar.serialize import NOT_IN_DIGEST, STRICT, digest
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(value: "Cell | Protocol") -> str:
-    return digest(value)
+from cifar.serialize import STRICT, digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +47,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits over the contents."""
-        return _digest(self)
+        return digest(self)
 
     @property
     def precision(self) -> str:
@@ -98,144 +90,6 @@ class Cell:
     def slug(self) -> str:
         """The label in characters that are safe in a file name; not unique, see `Task.slug`."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.label)
-
-
-METRICS = ("anatomy", "pipeline", "utilization")
-"""What a protocol may ask for besides the basic metrics: the keys of `bench.measure.FURTHER`."""
-BACKENDS = ("compiled", "exported", "onnxruntime")
-"""Ways to run a model for inference, see `bench.measure.backends`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Protocol:
-    """How a cell is measured: steps, iterations, training budget and limits."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    warmup_steps: int = 5
-    """Steps in each of two neighbouring spans whose median times must agree to end the warm-up."""
-    max_warmup_steps: int = 30
-    """Steps after which the clock starts anyway."""
-    timed_steps: int = 20
-    """Optimiser steps that are timed."""
-    timed_seconds: float | None = None
-    """Time as many steps as fit into so many seconds instead."""
-    min_timed_seconds: float = 2.0
-    """On a GPU, time more than `timed_steps` where these would take less than so many seconds: its
-    steps may last milliseconds, and its energy is counted every 0.1 s."""
-    repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
-    """Fresh processes per cell; at most so many with `target_interval`."""
-    target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)
-    """Start no more processes of a cell once the 95 % interval of its training throughput reaches
-    no further from the median than this fraction of it (see `bench.repeats`)."""
-    train_samples: int = 0
-    """Training budget in samples; 0: speed only."""
-    inference_batch_sizes: tuple[int, ...] = (1, 256)
-    inference_warmup: int = 5
-    """Batches before the clock starts, at each batch size."""
-    inference_iterations: int = 30
-    """Batches timed at each batch size."""
-    inference_seconds: float = 10.0
-    """At each batch size, stop after this many seconds, but not before the third batch."""
-    inference_backends: tuple[str, ...] = ()
-    """Ways to run the same weights besides the cell's own: compiled, exported, onnxruntime."""
-    metrics: tuple[str, ...] = ()
-    """Further metrics than the basic ones: see METRICS."""
-    training_alone: bool = False
-    """True: measure the training and nothing else, with no step that is not the cell's own."""
-    memory_limit: int | None = None
-    """Bytes that each process may allocate, see `bench.limits`; None: as much as there is."""
-    allow_emulated: bool = True
-    """False: a precision the device only emulates (bf16 without kernels) is `unsupported`."""
-    timeout: float = field(default=1800.0, metadata=NOT_IN_DIGEST)
-    """Seconds after which the cell's processes are ended."""
-
-    def __post_init__(self) -> None:
-        self._check_ranges()
-        self._check_together()
-        for name, known in (("metrics", METRICS), ("inference_backends", BACKENDS)):
-            given = getattr(self, name)
-            require(
-                set(given) <= set(known) and len(set(given)) == len(given),
-                option_name(name),
-                ",".join(given),
-                f"choose from {', '.join(known)}, each once",
-            )
-            object.__setattr__(self, name, tuple(each for each in known if each in given))
-
-    def _check_ranges(self) -> None:
-        for name, least in (
-            ("warmup_steps", 0),
-            ("max_warmup_steps", 0),
-            ("timed_steps", 1),
-            ("repeats", 1),
-            ("train_samples", 0),
-            ("inference_warmup", 0),
-            ("inference_iterations", 1),
-            ("min_timed_seconds", 0),
-        ):
-            value = getattr(self, name)
-            require(value >= least, option_name(name), value, f"give {least} or more")
-        limit = self.memory_limit
-        require(limit is None or limit >= 1, "memory-limit", limit, "give 1 or more")
-        for name in ("inference_seconds", "timeout", "timed_seconds", "target_interval"):
-            value = getattr(self, name)
-            require(
-                value is None or 0 < value < math.inf,
-                option_name(name),
-                value,
-                "give a positive number",
-            )
-        sizes = self.inference_batch_sizes
-        require(
-            all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
-            "inference-batch-sizes",
-            sizes,
-            "give different sizes of 1 or more",
-        )
-
-    def _check_together(self) -> None:
-        require(
-            self.timed_seconds is None or self.warmup_steps > 0,
-            "timed-seconds",
-            self.timed_seconds,
-            "needs warm-up steps, whose pace tells how many fit",
-        )
-        require(
-            self.target_interval is None or self.repeats > FEWEST,
-            "target-interval",
-            self.target_interval,
-            f"needs repeats, at most how many processes to start: {FEWEST + 1} or more",
-        )
-        require(
-            self.min_timed_seconds < math.inf,
-            "min-timed-seconds",
-            self.min_timed_seconds,
-            "give 0 or a positive number",
-        )
-        require(
-            not (self.training_alone and self.metrics),
-            "metrics",
-            ",".join(self.metrics),
-            "not with training-alone, which measures the training and nothing else",
-        )
-        require(
-            self.max_warmup_steps >= 2 * self.warmup_steps,
-            "warmup-steps",
-            self.warmup_steps,
-            f"give at most {self.max_warmup_steps // 2}: two spans within {self.max_warmup_steps}",
-        )
-        require(
-            self.timed_seconds is None or self.timed_seconds < self.timeout,
-            "timed-seconds",
-            self.timed_seconds,
-            f"give less than the timeout of {self.timeout:g}",
-        )
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits over what is measured; repeats and time limit do not enter."""
-        return _digest(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

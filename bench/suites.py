@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.spec import BACKENDS, Cell, Plan, Protocol, Suite, grid, seeded
+from bench.protocol import BACKENDS, Protocol
+from bench.spec import Cell, Plan, Suite, grid, seeded
 from cifar.config import DataConfig, Recipe
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe

@@ -71,7 +71,8 @@ def contents(value: Any) -> Any:
     return kept
 
 
-def digest(value: Any) -> str:
+@functools.lru_cache(maxsize=4096)
+def digest(value: Hashable) -> str:
     """16 hexadecimal digits that depend on the contents of a dataclass alone."""
     text = json.dumps(contents(value), sort_keys=True, allow_nan=False, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -56,7 +56,8 @@ from turns import Interval, Taken, is_known, ratio, take_turns
 from bench.measure.inference import measure_inference
 from bench.measure.subject import Subject
 from bench.measure.training import measure_training
-from bench.spec import Protocol, grid
+from bench.protocol import Protocol
+from bench.spec import grid
 from cifar.accelerator import is_emulated
 from cifar.config import RunConfig
 from cifar.data.loader import Batch, DeviceImages

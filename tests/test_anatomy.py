@@ -11,8 +11,8 @@ from training import finish, make_trainer, start, tiny_recipe
 from bench.measure import anatomy
 from bench.measure.anatomy import PARTS, Timeline, measure_anatomy, set_aside
 from bench.measure.subject import Subject
+from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import Protocol
 from cifar.config import RunConfig
 from cifar.meter import Meter
 from cifar.trainer import Trainer

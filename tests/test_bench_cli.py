@@ -18,9 +18,10 @@ from fake_worker import environment, record_of
 from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
+from bench.protocol import Protocol
 from bench.record import SCHEMA_VERSION
 from bench.record_file import append_record, read_records
-from bench.spec import Plan, Protocol, Suite, Task, grid
+from bench.spec import Plan, Suite, Task, grid
 from bench.suites import SUITES
 from cifar.data.shapes import load_shapes
 from cifar.errors import ConfigError

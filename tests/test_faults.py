@@ -11,8 +11,9 @@ from bench import faults, worker
 from bench.faults import InjectedFault
 from bench.job import Fault, Job
 from bench.measure.subject import Subject
+from bench.protocol import Protocol
 from bench.record_file import parse_record
-from bench.spec import Protocol, Task
+from bench.spec import Task
 from cifar.serialize import to_json
 
 SLEEP = Fault(kind="sleep", seconds=0.05)

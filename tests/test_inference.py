@@ -18,8 +18,8 @@ from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
 from bench.measure.comparison import Comparison, Reference, sample_images
 from bench.measure.inference import Trouble, measure_inference
 from bench.measure.subject import Subject
+from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import Protocol
 from cifar.accelerator import allow_tf32
 from cifar.config import RunConfig
 from cifar.errors import UnsupportedError
@@ -372,7 +372,7 @@ from training import make_trainer
 from bench.measure import backends
 from bench.measure.inference import measure_inference
 from bench.measure.subject import Subject
-from bench.spec import Protocol
+from bench.protocol import Protocol
 from cifar.distributed import leave
 
 trainer = make_trainer(precision="fp32")

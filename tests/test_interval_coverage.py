@@ -15,9 +15,10 @@ from interval_coverage import ROOT, covered, deal, report, throughputs
 
 from bench import runs
 from bench.job import Job
+from bench.protocol import Protocol
 from bench.record import Measurement
 from bench.record_file import append_record
-from bench.spec import Plan, Protocol, Suite, grid
+from bench.spec import Plan, Suite, grid
 
 SCRIPT = Path(__file__).with_name("interval_coverage.py")
 

@@ -17,7 +17,8 @@ from bench import launchers
 from bench.failure import classify
 from bench.job import Job
 from bench.launchers import LAUNCHERS, argv_for, get_launcher, launch
-from bench.spec import Protocol, Task, grid
+from bench.protocol import Protocol
+from bench.spec import Task, grid
 from bench.unfinished import explained, is_unfinished, unfinished
 from cifar import process
 from cifar.errors import ConfigError

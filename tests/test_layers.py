@@ -21,9 +21,9 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 FREE_NAMES = """
     bench bench.__main__ bench.columns bench.console bench.counters bench.estimate bench.failure
     bench.frontier bench.frontier_command bench.job bench.judge bench.launchers bench.nvml
-    bench.options bench.present bench.probes bench.progress bench.record bench.record_file
-    bench.repeats bench.rows bench.runs bench.save bench.selection bench.selfcheck bench.spec
-    bench.stats bench.suites bench.table bench.unfinished bench.validity
+    bench.options bench.present bench.probes bench.progress bench.protocol bench.record
+    bench.record_file bench.repeats bench.rows bench.runs bench.save bench.selection
+    bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
     cifar cifar.__main__ cifar.cli cifar.config cifar.cost cifar.data cifar.data.dataset
     cifar.data.download cifar.data.folder cifar.data.npz cifar.data.shapes cifar.data.sources
     cifar.data.unpickle cifar.errors cifar.files cifar.process cifar.progress cifar.recipes
@@ -43,6 +43,7 @@ TORCH_NAMES = """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
 CHAINS = (
+    "cifar.config bench.protocol bench.spec",
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
     "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
     "bench.rows bench.selection bench.__main__",

@@ -14,7 +14,8 @@ from bench.failure import classify
 from bench.job import Job
 from bench.launchers import launch
 from bench.limits import limit_memory
-from bench.spec import Protocol, Task, grid
+from bench.protocol import Protocol
+from bench.spec import Task, grid
 from cifar.errors import ConfigError
 
 MIB = 2**20

@@ -27,9 +27,10 @@ from bench.measure.training import (
     measure_training,
     planned_steps,
 )
+from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.record_file import parse_record
-from bench.spec import CAPTURE_STEPS, Cell, Plan, Protocol, Suite, Task, expand, grid
+from bench.spec import CAPTURE_STEPS, Cell, Plan, Suite, Task, expand, grid
 from bench.unfinished import PENDING, is_unfinished
 from cifar.config import RunConfig, parse_data
 from cifar.data.dataset import Dataset

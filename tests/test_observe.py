@@ -18,8 +18,9 @@ from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.judge import mismatches
 from bench.measure.subject import Subject
 from bench.measure.training import measure_training
+from bench.protocol import Protocol
 from bench.record_file import parse_record
-from bench.spec import CAPTURE_STEPS, Cell, Protocol, Task, grid
+from bench.spec import CAPTURE_STEPS, Cell, Task, grid
 from cifar.config import Recipe, RunConfig, parse_data
 from cifar.data.loader import Batch
 from cifar.optim import build_optimizer

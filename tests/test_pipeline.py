@@ -16,8 +16,8 @@ from bench import rows
 from bench.measure import pipeline
 from bench.measure.pipeline import make_dataloader, measure_pipeline
 from bench.measure.subject import Subject
+from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import Protocol
 from cifar.config import RunConfig
 from cifar.data.loader import Normalization
 from cifar.trainer import Trainer

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 
 from bench import record_file as record_module
+from bench.protocol import Protocol
 from bench.record import SCHEMA_VERSION, DataFacts, Environment, Measurement, Record
 from bench.record_file import TornLineWarning, append_record, migrate, parse_record, read_records
-from bench.spec import Protocol, Task, grid
+from bench.spec import Task, grid
 from cifar.errors import ConfigError, UserError
 from cifar.files import write_atomic
 from cifar.serialize import to_dict, to_json

@@ -12,11 +12,12 @@ from fake_worker import record_of
 from bench import runs
 from bench.__main__ import _measure
 from bench.job import Job
+from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.repeats import Repeats
 from bench.rows import rows
 from bench.runs import Run
-from bench.spec import Plan, Protocol, Suite, Task, grid
+from bench.spec import Plan, Suite, Task, grid
 
 CLOSE = [100.0, 101.0, 99.0, 100.0, 101.0, 99.0, 100.0, 100.0, 100.0]
 """Their interval reaches 1 % from the median at most, with any six or more of them."""

@@ -12,11 +12,12 @@ from fake_worker import environment, record_of
 from bench import present, runs
 from bench.job import Job
 from bench.progress import SuiteProgress, outcome
+from bench.protocol import Protocol
 from bench.record import Record
 from bench.record_file import append_record, read_records
 from bench.runs import Run
 from bench.save import save, uncommitted
-from bench.spec import Plan, Protocol, Suite, grid
+from bench.spec import Plan, Suite, grid
 from cifar.errors import CifarError, ConfigError, UserError
 from cifar.serialize import to_json
 

@@ -14,9 +14,10 @@ from fake_worker import record_of
 from bench import runs, selfcheck
 from bench.__main__ import main
 from bench.job import Fault, Job
+from bench.protocol import Protocol
 from bench.record import Measurement
 from bench.selfcheck import FAULTS, MIN_ROUNDS, judge, judge_costs, judge_wrong_dtype
-from bench.spec import Plan, Protocol, Suite, expand, grid
+from bench.spec import Plan, Suite, expand, grid
 from cifar.errors import ConfigError
 from cifar.serialize import from_json, to_json
 

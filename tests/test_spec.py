@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from bench.protocol import Protocol
 from bench.repeats import interleaved
-from bench.spec import Cell, Plan, Protocol, Suite, Task, expand, grid, seeded
+from bench.spec import Cell, Plan, Suite, Task, expand, grid, seeded
 from cifar.config import ModelConfig, Recipe, TrainConfig
 from cifar.errors import ConfigError
 from cifar.serialize import from_json, to_json

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds, format_duration
+from bench.protocol import Protocol
 from bench.record import Environment, Record
-from bench.spec import Protocol, expand, grid
+from bench.spec import expand, grid
 from bench.suites import SUITES, get_suite, override, quick
 from cifar.config import DataConfig, Recipe
 from cifar.errors import ConfigError

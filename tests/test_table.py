@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.protocol import Protocol
 from bench.record import DataFacts, Environment, Measurement, Record
 from bench.rows import rows
 from bench.selection import filter_rows, parse_filter, sort_rows
-from bench.spec import Cell, Protocol, grid
+from bench.spec import Cell, grid
 from bench.table import render_csv, render_markdown, render_terminal
 from bench.unfinished import explained, unfinished
 from cifar.config import Recipe

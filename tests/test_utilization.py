@@ -20,10 +20,11 @@ from bench.measure.utilization import (
     measure_utilization,
     model_flops_utilization,
 )
+from bench.protocol import METRICS, Protocol
 from bench.record import Measurement
 from bench.record_file import parse_record
 from bench.rows import rows
-from bench.spec import METRICS, Protocol, Task, grid
+from bench.spec import Task, grid
 from cifar.config import RunConfig, parse_data
 from cifar.cost import forward_flops, train_flops
 from cifar.data.loader import Place

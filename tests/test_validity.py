@@ -23,8 +23,8 @@ from bench.measure import monitor, training
 from bench.measure.monitor import CollectorClock, Monitor, gpu_fields
 from bench.measure.subject import Subject
 from bench.nvml import Gpu, GpuState, NvmlError, other_processes
+from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import Protocol
 from bench.validity import CPU_WATCHES, GPU_WATCHES, Window, judge, measure, together
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")

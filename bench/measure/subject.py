@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 
 from bench.observe import Witness
+from bench.protocol import Protocol
 from bench.record import Label, Measurement
-from bench.spec import Protocol
 from cifar.distributed import gather
 from cifar.trainer import Trainer
 

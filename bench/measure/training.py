@@ -13,8 +13,9 @@ from bench.measure.energy import EnergyMeter, find_counter
 from bench.measure.memory import peak_memory, reset_peak_memory
 from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
+from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import CAPTURE_STEPS, Protocol, least_warm_up
+from bench.spec import CAPTURE_STEPS, least_warm_up
 from cifar.distributed import barrier, least
 from cifar.trainer import Trainer
 
