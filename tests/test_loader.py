@@ -6,7 +6,14 @@ import torch
 from conftest import make_dataset
 
 from cifar.config import AUGMENTATIONS, Recipe
-from cifar.data.augment import alternating_flip, crop, flip, get_augmentations, reflect
+from cifar.data.augment import (
+    alternating_flip,
+    crop,
+    flip,
+    get_augmentations,
+    mirrored,
+    reflect_columns,
+)
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 from cifar.data.loader import DeviceImages, Normalization, Place, TrainLoader, eval_batches
@@ -64,12 +71,14 @@ def test_an_alternating_flip_shows_both_ways_in_any_two_epochs() -> None:
 
 @pytest.mark.parametrize("padding", [1, 3, 9])
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (2, 3), (1, 1)])
-def test_reflect_equals_numpy_s_also_where_padding_is_wider(
+def test_margins_are_numpy_s_reflection_also_where_they_are_wider_than_the_image(
     padding: int, height: int, width: int
 ) -> None:
     images = random_images(2, 3, height, width)
     sides = ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2)
-    assert np.array_equal(reflect(images, padding).numpy(), np.pad(images, sides, "reflect"))
+    rows = mirrored(torch.arange(-padding, height + padding), height)
+    found = reflect_columns(images, padding)[:, :, rows]
+    assert np.array_equal(found.numpy(), np.pad(images, sides, "reflect"))
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

@@ -24,36 +24,46 @@ def crop(images: Tensor, draws: SampleDraws, padding: int = 4, fill: str = "blac
     airbench (https://arxiv.org/abs/2404.00498).
     """
     n, channels, height, width = images.shape
-    padded = reflect(images, padding) if fill == "reflect" else F.pad(images, (padding,) * 4)
     shifts = 2 * padding + 1
     top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
-    return take_windows(padded, top, left, height, width).view(n, channels, height, width)
+    rows = top.view(n, 1) + torch.arange(height, device=images.device)
+    if fill == "reflect":
+        rows, padded = mirrored(rows - padding, height), reflect_columns(images, padding)
+    else:
+        padded = F.pad(images, (padding,) * 4)
+    return take_windows(padded, rows, left, width).view(n, channels, height, width)
 
 
-def reflect(images: Tensor, padding: int) -> Tensor:
-    """Surround `[B, C, H, W]` by `padding` mirrored pixels; the edge itself is not repeated.
+def mirrored(places: Tensor, size: int) -> Tensor:
+    """Where in 0 ... `size` - 1 a place outside lies when the edges are mirrors, not repeated."""
+    period = max(1, 2 * (size - 1))
+    places = places % period
+    return torch.minimum(places, period - places)
+
+
+def reflect_columns(images: Tensor, padding: int) -> Tensor:
+    """Put `padding` mirrored columns on either side: `[B, C, H, W]` to `[B, C, H, W + 2 padding]`.
 
     As `F.pad(mode="reflect")`, but padding may be wider than the image.
     """
-    for dim in (-2, -1):
-        size = images.shape[dim]
-        period = max(1, 2 * (size - 1))
-        place = torch.arange(-padding, size + padding, device=images.device) % period
-        images = images.index_select(dim, torch.minimum(place, period - place))
-    return images
+    width = images.shape[-1]
+    sources = mirrored(torch.arange(-padding, width + padding), width).tolist()
+    padded = images.new_empty((*images.shape[:-1], width + 2 * padding))
+    padded[..., padding : padding + width] = images
+    for column in (*range(padding), *range(padding + width, width + 2 * padding)):
+        padded[..., column] = images[..., sources[column]]
+    return padded
 
 
-def take_windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """Cut `images[i, :, top[i]:top[i]+height, left[i]:left[i]+width]` for every i.
+def take_windows(images: Tensor, rows: Tensor, left: Tensor, width: int) -> Tensor:
+    """Cut `images[i, :, rows[i], left[i]:left[i]+width]` for every i; `rows` is `[B, H]`.
 
-    Returns the rows of all windows, `[B * C * height, width]`.
+    Returns the rows of all windows, `[B * C * H, width]`.
     """
     n, channels, full_height, full_width = images.shape
     flat = images.reshape(-1)
-    device = images.device
-    planes = torch.arange(n * channels, device=device).view(n, channels, 1)
-    rows = top.view(n, 1, 1) + torch.arange(height, device=device)
-    starts = (planes * full_height + rows) * full_width + left.view(n, 1, 1)
+    planes = torch.arange(n * channels, device=images.device).view(n, channels, 1)
+    starts = (planes * full_height + rows.view(n, 1, -1)) * full_width + left.view(n, 1, 1)
     every_row = flat.as_strided((flat.numel() - width + 1, width), (1, 1))
     return every_row.index_select(0, starts.view(-1))
 
