@@ -124,7 +124,9 @@ class Contest:
             channels_last=[args.channels_last],
             batch_sizes=[args.batch_size],
         )
-        recipe = dataclasses.replace(cell.train.recipe, lr=1e-4, schedule="constant", ema_decay=0.0)
+        recipe = dataclasses.replace(
+            cell.train.recipe, lr=1e-4, schedule="constant", ema_decay=0.0, label_smoothing=0.0
+        )
         self.config = dataclasses.replace(cell.train, recipe=recipe)
         self.trainer = Trainer(
             self.config, RunConfig(), load_dataset(self.config.data), train_samples=10**9
