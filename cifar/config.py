@@ -292,6 +292,12 @@ class Recipe:
             " ".join(self.augment),
             "flip and alternating-flip together mirror at random again; choose one",
         )
+        require(
+            "crop" not in self.augment[1:],
+            "augment",
+            " ".join(self.augment),
+            "name crop first: it reads its windows straight from the split",
+        )
 
 
 MOST_PADDING = 64

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from cifar.accelerator import start_accelerator
 from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
 from cifar.config import RunConfig, TrainConfig
-from cifar.data.augment import get_augmentations
 from cifar.data.dataset import Dataset, Split
 from cifar.data.loader import Batch, DeviceImages, Normalization, Place, TrainLoader, eval_batches
 from cifar.distributed import broadcast_from_first
@@ -111,7 +110,7 @@ class Trainer:
 
         self.loader = TrainLoader(
             on_device(dataset.train),
-            get_augmentations(recipe),
+            recipe,
             per_device_batch_size=per_device,
             accumulation_steps=self.config.accumulation_steps,
             place=self.place,

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from turns import middle, ratio, take_turns
 
 from cifar.config import ModelConfig, RunConfig, TrainConfig
-from cifar.data.augment import get_augmentations
 from cifar.data.loader import DeviceImages, Normalization, TrainLoader
 from cifar.data.sources import load_dataset
 from cifar.models import build_model
@@ -122,10 +121,12 @@ def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
     dataset = load_dataset(TrainConfig().data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = DeviceImages(dataset.train, Normalization.of(dataset.train), device)
-    size, augmentations = args.batch_size, get_augmentations(get_recipe("default"))
+    size, recipe = args.batch_size, get_recipe("default")
     loaders = {
-        "plain": TrainLoader(images, (), per_device_batch_size=size),
-        "augmented": TrainLoader(images, augmentations, per_device_batch_size=size),
+        "plain": TrainLoader(
+            images, dataclasses.replace(recipe, augment=()), per_device_batch_size=size
+        ),
+        "augmented": TrainLoader(images, recipe, per_device_batch_size=size),
     }
     taken: dict[str, list[float]] = {name: [] for name in loaders}
     for pair in range(args.pairs + args.warmup):

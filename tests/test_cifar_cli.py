@@ -38,6 +38,7 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--augment", "flip", "flip"), r"augment: 'flip flip': name each .* once"),
         (("train", "--augment", "flip", "alternating-flip"), r"augment: .*choose one"),
         (("train", "--augment", "flip", "--crop-padding", "3"), r"crop-padding: 3: .*add crop"),
+        (("train", "--augment", "flip", "crop"), r"augment: 'flip crop': name crop first"),
         (("train", "--augment", "--crop_fill", "black"), r"crop-fill: 'black': .*add crop"),
         (("train", "--optimizer", "adamw"), r"optimizer: 'adamw': .* such as --lr 0\.001"),
         (("train", "--output-dir", "~no-such-user-anywhere/x"), r"output-dir: .*no such user"),

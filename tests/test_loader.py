@@ -6,14 +6,7 @@ import torch
 from conftest import make_dataset
 
 from cifar.config import AUGMENTATIONS, Recipe
-from cifar.data.augment import (
-    alternating_flip,
-    crop,
-    flip,
-    get_augmentations,
-    mirrored,
-    reflect_columns,
-)
+from cifar.data.augment import alternating_flip, flip, get_augmentations, get_reader, reflect
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 from cifar.data.loader import DeviceImages, Normalization, Place, TrainLoader, eval_batches
@@ -35,15 +28,14 @@ def random_images(n: int = 20, channels: int = 3, height: int = 8, width: int = 
 def test_crop_equals_its_definition(
     padding: int, fill: Literal["black", "reflect"], mode: Any
 ) -> None:
-    images = random_images()
-    draws = EpochDraws(5, 1, len(images), CPU).of(torch.arange(len(images)))
+    images, samples = random_images(), torch.tensor([7, 0, 19, 7, *range(16)])
+    draws = EpochDraws(5, 1, len(images), CPU).of(samples)
     shifts = 2 * padding + 1
     top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2), mode)
-    expected = [padded[i, :, t : t + 8, x : x + 12] for i, (t, x) in enumerate(zip(top, left))]
-    (cut,) = get_augmentations(Recipe(augment=("crop",), crop_padding=padding, crop_fill=fill))
-    assert np.array_equal(cut(images, draws).numpy(), np.stack(expected))
-    assert np.array_equal(crop(images, draws, padding, fill).numpy(), np.stack(expected))
+    expected = [padded[i, :, t : t + 8, x : x + 12] for i, t, x in zip(samples, top, left)]
+    read = get_reader(Recipe(augment=("crop",), crop_padding=padding, crop_fill=fill), images)
+    assert np.array_equal(read(samples, draws).numpy(), np.stack(expected))
     assert len(set(zip(top.tolist(), left.tolist()))) > 5
 
 
@@ -76,18 +68,19 @@ def test_margins_are_numpy_s_reflection_also_where_they_are_wider_than_the_image
 ) -> None:
     images = random_images(2, 3, height, width)
     sides = ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2)
-    rows = mirrored(torch.arange(-padding, height + padding), height)
-    found = reflect_columns(images, padding)[:, :, rows]
-    assert np.array_equal(found.numpy(), np.pad(images, sides, "reflect"))
+    assert np.array_equal(reflect(images, padding).numpy(), np.pad(images, sides, "reflect"))
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_every_augmentation_that_a_recipe_may_name_exists(name: str) -> None:
     images = random_images()
-    draws = EpochDraws(0, 0, len(images), CPU).of(torch.arange(len(images)))
-    (augmentation,) = get_augmentations(Recipe(augment=(name,)))
-    out = augmentation(images, draws)
+    samples, recipe = torch.arange(len(images)), Recipe(augment=(name,))
+    draws = EpochDraws(0, 0, len(images), CPU).of(samples)
+    out = get_reader(recipe, images)(samples, draws)
+    for augmentation in get_augmentations(recipe):
+        out = augmentation(out, draws)
     assert out.shape == images.shape and out.dtype == torch.uint8
+    assert not torch.equal(out, images)
 
 
 def test_augmentation_leaves_the_data_set_alone() -> None:
@@ -122,7 +115,7 @@ def make_loader(
     images = DeviceImages(train, Normalization.of(train), CPU, **options)
     return TrainLoader(
         images,
-        get_augmentations(Recipe()),
+        Recipe(),
         per_device_batch_size=global_batch // place.count // accumulation,
         accumulation_steps=accumulation,
         place=place,
@@ -195,6 +188,6 @@ def test_gpu_batches_equal_cpu_batches() -> None:
     batches = []
     for device in (CPU, torch.device("cuda")):
         images = DeviceImages(train, Normalization.of(train), device)
-        loader = TrainLoader(images, get_augmentations(Recipe()), per_device_batch_size=96)
+        loader = TrainLoader(images, Recipe(), per_device_batch_size=96)
         batches.append([batch.images.cpu() for batch in loader.micro_batches(1)])
     assert torch.allclose(batches[0][0], batches[1][0], atol=1e-6)

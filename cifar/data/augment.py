@@ -1,10 +1,10 @@
-"""Augmentations: each takes uint8 images `[B, C, H, W]` and the draws of their samples.
+"""Augmentations, batched on the device that holds the images, one decision per sample.
 
-They run on the device that holds the images, one decision per sample. Rows are moved with
-`index_select`, which copies whole rows: on a CPU several times faster than advanced indexing.
+`crop` reads its windows straight from the whole split, so it comes first. Every other one takes
+uint8 images `[B, C, H, W]` and the draws of their samples. Rows are moved with `index_select`,
+which copies whole rows: on a CPU several times faster than advanced indexing.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -15,57 +15,58 @@ from cifar.config import AUGMENTATIONS, Recipe
 from cifar.data.draws import SampleDraws
 
 Augmentation = Callable[[Tensor, SampleDraws], Tensor]
+Reader = Callable[[Tensor, SampleDraws], Tensor]
+"""From the indices of samples, `[B]` int64, and their draws to uint8 images `[B, C, H, W]`."""
 
 
-def crop(images: Tensor, draws: SampleDraws, padding: int = 4, fill: str = "black") -> Tensor:
+class Crop:
     """Pad by black pixels or the image's mirror image, and cut the original size at a random place.
 
     By 4 black pixels in He et al. 2015 (https://arxiv.org/abs/1512.03385), by 2 mirrored ones in
-    airbench (https://arxiv.org/abs/2404.00498).
+    airbench (https://arxiv.org/abs/2404.00498). The margins are made once, for all of `images`,
+    uint8 `[N, C, H, W]`: a copy that is as much larger stays on the device.
     """
-    n, channels, height, width = images.shape
-    shifts = 2 * padding + 1
-    top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
-    rows = top.view(n, 1) + torch.arange(height, device=images.device)
-    if fill == "reflect":
-        rows, padded = mirrored(rows - padding, height), reflect_columns(images, padding)
-    else:
-        padded = F.pad(images, (padding,) * 4)
-    return take_windows(padded, rows, left, width).view(n, channels, height, width)
+
+    def __init__(self, images: Tensor, padding: int = 4, fill: str = "black") -> None:
+        self._size = images.shape[-2:]
+        self._shifts = 2 * padding + 1
+        reflects = fill == "reflect"
+        self._padded = reflect(images, padding) if reflects else F.pad(images, (padding,) * 4)
+
+    def __call__(self, samples: Tensor, draws: SampleDraws) -> Tensor:
+        """The windows of the samples with these indices, `[B]` int64."""
+        top, left = (draws.integers(f"crop.{edge}", self._shifts) for edge in ("top", "left"))
+        return take_windows(self._padded, samples, top, left, self._size)
 
 
-def mirrored(places: Tensor, size: int) -> Tensor:
-    """Where in 0 ... `size` - 1 a place outside lies when the edges are mirrors, not repeated."""
-    period = max(1, 2 * (size - 1))
-    places = places % period
-    return torch.minimum(places, period - places)
-
-
-def reflect_columns(images: Tensor, padding: int) -> Tensor:
-    """Put `padding` mirrored columns on either side: `[B, C, H, W]` to `[B, C, H, W + 2 padding]`.
+def reflect(images: Tensor, padding: int) -> Tensor:
+    """Surround `[B, C, H, W]` by `padding` mirrored pixels; the edge itself is not repeated.
 
     As `F.pad(mode="reflect")`, but padding may be wider than the image.
     """
-    width = images.shape[-1]
-    sources = mirrored(torch.arange(-padding, width + padding), width).tolist()
-    padded = images.new_empty((*images.shape[:-1], width + 2 * padding))
-    padded[..., padding : padding + width] = images
-    for column in (*range(padding), *range(padding + width, width + 2 * padding)):
-        padded[..., column] = images[..., sources[column]]
-    return padded
+    for dim in (-2, -1):
+        size = images.shape[dim]
+        period = max(1, 2 * (size - 1))
+        places = torch.arange(-padding, size + padding, device=images.device) % period
+        images = images.index_select(dim, torch.minimum(places, period - places))
+    return images
 
 
-def take_windows(images: Tensor, rows: Tensor, left: Tensor, width: int) -> Tensor:
-    """Cut `images[i, :, rows[i], left[i]:left[i]+width]` for every i; `rows` is `[B, H]`.
+def take_windows(
+    images: Tensor, samples: Tensor, top: Tensor, left: Tensor, size: tuple[int, ...]
+) -> Tensor:
+    """Cut `images[samples[i], :, top[i]:top[i]+height, left[i]:left[i]+width]` for every i.
 
-    Returns the rows of all windows, `[B * C * H, width]`.
+    Returns `[B, C, height, width]`; `size` is the height and width, `images` contiguous.
     """
-    n, channels, full_height, full_width = images.shape
-    flat = images.reshape(-1)
-    planes = torch.arange(n * channels, device=images.device).view(n, channels, 1)
-    starts = (planes * full_height + rows.view(n, 1, -1)) * full_width + left.view(n, 1, 1)
+    _, channels, full_height, full_width = images.shape
+    height, width = size
+    device, flat = images.device, images.view(-1)
+    planes = samples.view(-1, 1, 1) * channels + torch.arange(channels, device=device).view(-1, 1)
+    rows = planes * full_height + top.view(-1, 1, 1) + torch.arange(height, device=device)
+    starts = rows * full_width + left.view(-1, 1, 1)
     every_row = flat.as_strided((flat.numel() - width + 1, width), (1, 1))
-    return every_row.index_select(0, starts.view(-1))
+    return every_row.index_select(0, starts.view(-1)).view(-1, channels, height, width)
 
 
 def flip(images: Tensor, draws: SampleDraws) -> Tensor:
@@ -89,12 +90,17 @@ def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return either.index_select(0, torch.arange(n, device=images.device) + n * mirrored)
 
 
+_FUNCTIONS: dict[str, Augmentation] = {"flip": flip, "alternating-flip": alternating_flip}
+assert ("crop", *_FUNCTIONS) == AUGMENTATIONS
+
+
+def get_reader(recipe: Recipe, images: Tensor) -> Reader:
+    """What gets samples out of a split, cropped if the recipe says so."""
+    if "crop" in recipe.augment:
+        return Crop(images, recipe.crop_padding, recipe.crop_fill)
+    return lambda samples, _: images.index_select(0, samples)
+
+
 def get_augmentations(recipe: Recipe) -> tuple[Augmentation, ...]:
-    """The functions that a recipe names, in its order."""
-    functions: dict[str, Augmentation] = {
-        "crop": functools.partial(crop, padding=recipe.crop_padding, fill=recipe.crop_fill),
-        "flip": flip,
-        "alternating-flip": alternating_flip,
-    }
-    assert tuple(functions) == AUGMENTATIONS
-    return tuple(functions[name] for name in recipe.augment)
+    """The other functions that a recipe names, in its order."""
+    return tuple(_FUNCTIONS[name] for name in recipe.augment if name != "crop")

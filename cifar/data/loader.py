@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar.data.augment import Augmentation
+from cifar.config import Recipe
+from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 
@@ -106,7 +107,7 @@ class TrainLoader:
     def __init__(
         self,
         images: DeviceImages,
-        augmentations: tuple[Augmentation, ...],
+        recipe: Recipe,
         *,
         per_device_batch_size: int,
         accumulation_steps: int = 1,
@@ -114,7 +115,8 @@ class TrainLoader:
         seed: int = 0,
     ) -> None:
         self._images = images
-        self._augmentations = augmentations
+        self._read = get_reader(recipe, images.images)
+        self._augmentations = get_augmentations(recipe)
         self._shape = (accumulation_steps, place.count, per_device_batch_size)
         self._place = place
         self._seed = seed
@@ -141,8 +143,8 @@ class TrainLoader:
 
     def load(self, samples: Tensor) -> Batch:
         """The augmented images and labels of any samples of this epoch, `[B]` int64."""
-        images = self._images.images.index_select(0, samples)
         draws = self._draws.of(samples)
+        images = self._read(samples, draws)
         for augmentation in self._augmentations:
             images = augmentation(images, draws)
         return Batch(self._images.normalize(images), self._images.labels.index_select(0, samples))
