@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,7 +13,7 @@ from bench.protocol import Protocol
 from bench.record import Environment
 from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import get_suite, override
-from cifar.config import DataConfig, option_name, parse_data, require
+from cifar.config import CompileMode, DataConfig, option_name, parse_data, require
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
 
@@ -78,9 +78,7 @@ class RunOptions:
     """Keep images and convolution weights in NHWC order."""
     compile: Flag = False
     """Run the model through torch.compile."""
-    compile_mode: Annotated[
-        Literal["default", "reduce-overhead", "max-autotune"] | None, arg(metavar="MODE")
-    ] = None
+    compile_mode: Annotated[CompileMode | None, arg(metavar="MODE")] = None
     """torch.compile's mode: default, reduce-overhead or max-autotune."""
     accumulation_steps: Annotated[int | None, arg(name="accumulation", metavar="N")] = None
     """Micro-batches per optimiser step."""

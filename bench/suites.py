@@ -1,12 +1,12 @@
 """The named suites: one function each, whose docstring gives purpose and cost."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from bench.protocol import BACKENDS, Protocol
 from bench.spec import Cell, Plan, Suite, grid, seeded
-from cifar.config import DataConfig, Recipe
+from cifar.config import DataConfig, TrainConfig
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
 
@@ -138,30 +138,9 @@ def get_suite(name: str) -> Suite:
 
 
 def override(
-    suite: Suite,
-    *,
-    data: DataConfig | None = None,
-    recipe: Recipe | None = None,
-    batch_size: int | None = None,
-    accumulation_steps: int | None = None,
-    channels_last: bool | None = None,
-    compile: bool | None = None,  # noqa: A002 - the option's name everywhere
-    compile_mode: str | None = None,
-    seeds: int | None = None,
-    launcher: str | None = None,
-    num_processes: int | None = None,
-    train_samples: int | None = None,
-    warmup_steps: int | None = None,
-    timed_steps: int | None = None,
-    timed_seconds: float | None = None,
-    repeats: int | None = None,
-    target_interval: float | None = None,
-    inference_batch_sizes: tuple[int, ...] | None = None,
-    inference_backends: tuple[str, ...] | None = None,
-    metrics: tuple[str, ...] | None = None,
-    timeout: float | None = None,
+    suite: Suite, *, batch_size: int | None = None, seeds: int | None = None, **changes: Any
 ) -> Suite:
-    """The suite with what is given (not None) changed in all of its cells and protocols.
+    """The suite with these fields of `TrainConfig`, `Cell` and `Protocol` changed everywhere.
 
     A recipe brings its own batch size unless `batch_size` is given too. Cells that become equal
     are measured once (`bench.spec.expand`).
@@ -169,27 +148,9 @@ def override(
     Raises:
         ConfigError: a value out of range, or a batch that does not divide.
     """
-    train = _given(
-        data=data,
-        recipe=recipe,
-        accumulation_steps=accumulation_steps,
-        channels_last=channels_last,
-        compile=compile,
-        compile_mode=compile_mode,
-    )
-    own = _given(launcher=launcher, num_processes=num_processes)
-    protocol = _given(
-        train_samples=train_samples,
-        warmup_steps=warmup_steps,
-        timed_steps=timed_steps,
-        timed_seconds=timed_seconds,
-        repeats=repeats,
-        target_interval=target_interval,
-        inference_batch_sizes=inference_batch_sizes,
-        inference_backends=inference_backends,
-        metrics=metrics,
-        timeout=timeout,
-    )
+    train, own, protocol = (_of(cls, changes) for cls in (TrainConfig, Cell, Protocol))
+    if unknown := changes.keys() - {*train, *own, *protocol}:
+        raise TypeError(f"no such field: {', '.join(unknown)}")
 
     def changed(cells: Sequence[Cell]) -> tuple[Cell, ...]:
         new = tuple(_changed(cell, train, own, batch_size) for cell in cells)
@@ -202,8 +163,9 @@ def override(
     return replace(suite, plans=plans)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those that are fields of a dataclass."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 def _changed(

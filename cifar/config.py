@@ -134,6 +134,8 @@ class Precision:
     loss_scaling: bool = False
 
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+"""What torch.compile calls its modes."""
 PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
 """The keys of `PRECISIONS`, as options and configurations accept them."""
 
@@ -328,7 +330,7 @@ class TrainConfig:
     """Keep images and convolution weights in NHWC order."""
     compile: bool = False
     """Run the model through torch.compile."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    compile_mode: CompileMode = "default"
     """torch.compile's mode."""
     accumulation_steps: Annotated[int, arg(name="accumulation")] = 1
     """Micro-batches per optimiser step."""

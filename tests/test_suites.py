@@ -104,6 +104,11 @@ def test_override_reaches_every_cell_and_protocol():
         assert (protocol.warmup_steps, protocol.timed_steps) == (1, 3)
 
 
+def test_a_field_that_nothing_has_is_refused():
+    with pytest.raises(TypeError, match="no such field: speed"):
+        override(quick(), speed=1)
+
+
 def test_a_recipe_brings_its_batch_size_unless_one_is_given():
     recipe = Recipe(name="other", lr=0.2, global_batch_size=96)
     alone = override(quick(), recipe=recipe, num_processes=3)
