@@ -18,7 +18,7 @@ def default() -> Recipe:
     """
     return Recipe(
         name="default",
-        lr=0.15,
+        lr=0.1,
         schedule="triangle",
         global_batch_size=64,
         label_smoothing=0.1,
