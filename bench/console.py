@@ -47,6 +47,8 @@ def counted(tasks: Sequence[Task]) -> str:
 def stoppable(resume: str = "") -> Iterator[None]:
     """While entered, SIGINT, SIGTERM and SIGHUP end the cell's processes as well.
 
+    One that is ignored stays so, as `nohup` wants it of SIGHUP.
+
     Raises:
         Stopped: one of them came; the message tells that the command `resume`, if any, goes on.
     """
@@ -55,7 +57,9 @@ def stoppable(resume: str = "") -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number, f"stopped by {signal.Signals(number).name}{further}")
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGHUP)}
+    stopping = (signal.SIGTERM, signal.SIGHUP)
+    heeded = [each for each in stopping if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, stop) for each in heeded}
     try:
         yield
     except KeyboardInterrupt:

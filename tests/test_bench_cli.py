@@ -232,6 +232,24 @@ def test_a_broken_cell_is_survived_and_told_by_the_exit_code(tmp_path, fake, cod
     assert ("try them again: bench run --resume runs/" in done.stdout) == (code == 1)
 
 
+def test_a_run_goes_on_when_its_terminal_closes_if_nohup_started_it(tmp_path):
+    process = subprocess.Popen(
+        ["nohup", sys.executable, str(FAKE), *CELLS, "--timeout", "5"],
+        cwd=tmp_path,
+        env=environ(FAKE="resnet18=hang,ok"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("runs/*/cells/*/child")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert statuses(tmp_path) == ["ok", "timeout"]
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
