@@ -116,7 +116,7 @@ def _measure(run: runs.Run, past: Sequence[Record]) -> int:
         records = runs.execute(run, past=past)
     print(_render(records, "terminal", sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
-    broken = [record for record in records if record.status not in ("ok", "unsupported")]
+    broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)
     more = f" ({skipped} more were not needed)" if skipped else ""
     print(f"{len(records)} cells in {took}{more}; records and logs are in {shown(run.folder)}")

@@ -11,7 +11,7 @@ from bench.launchers import launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
-from bench.runs import Launch, Present, Run, latest, measure, reusable, taken_up
+from bench.runs import Launch, Present, Run, is_from_here, latest, measure, taken_up
 from bench.spec import Task
 
 ANSWERS: tuple[Status, ...] = ("ok", "oom")
@@ -69,7 +69,8 @@ class _Searches:
         """The record of a probe, old or new."""
         progress.start(number, task.cell.label, None)
         kept = self._old.get(task.key)
-        if kept and reusable(kept, self._here(task), (*ANSWERS, "unsupported")):
+        usable = kept and kept.status in (*ANSWERS, "unsupported")
+        if kept and usable and is_from_here(kept, self._here(task)):
             progress.finish(f"kept {outcome(kept)}", None)
             return kept
         record = measure(self._run, len(self._done) + 1, task, self._launch)

@@ -118,7 +118,7 @@ class Environment:
     cudnn: str | None = None
 
     code_digest: str
-    """Over the sources of `bench` and `cifar`."""
+    """Over the sources of `bench`, `cifar` and `launch`."""
     git_sha: str | None = None
     git_dirty: bool | None = None
     git_reason: str = ""
@@ -230,6 +230,12 @@ class Record:
     def valid(self) -> bool:
         """Whether nothing disturbed the measurement."""
         return not self.invalid
+
+    @property
+    def finished(self) -> bool:
+        """Whether trying again would change nothing: it is ok or unsupported, with every number."""
+        broken = any(each.status == "failed" for each in self.measurements)
+        return self.status in ("ok", "unsupported") and not broken
 
     @property
     def exit_code(self) -> int:

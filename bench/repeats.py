@@ -3,12 +3,9 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.record import Record, Status
+from bench.record import Record
 from bench.spec import Task
 from bench.stats import reach
-
-FINISHED: tuple[Status, ...] = ("ok", "unsupported")
-"""Statuses of what trying again would not change."""
 
 Key = tuple[str, str, int]
 """Of a task and its record: digests of cell and protocol, and the repeat."""
@@ -78,9 +75,7 @@ class Standing:
         self.kept = kept
         self._repeats = Repeats(kept.values())
         self._broken = {
-            key
-            for key, record in latest.items()
-            if record.status not in FINISHED or not record.valid
+            key for key, record in latest.items() if not (record.finished and record.valid)
         }
 
     def add(self, record: Record) -> None:

@@ -20,9 +20,9 @@ from bench.job import Fault, Job
 from bench.launchers import end_leftovers, launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
-from bench.record import Environment, Record, Status
+from bench.record import Environment, Record
 from bench.record_file import append_record, read_records
-from bench.repeats import FINISHED, Standing, interleaved
+from bench.repeats import Standing, interleaved
 from bench.spec import Suite, Task, expand
 from cifar import files
 from cifar.errors import UserError
@@ -216,15 +216,9 @@ def taken_up(run: Run) -> Iterator[None]:
             raise _unwritable(run.folder, error) from None
 
 
-def reusable(
-    record: Record, environment: Environment, statuses: Sequence[Status] = FINISHED
-) -> bool:
-    """Whether a record of one of these statuses tells what measuring again, here and now, would."""
-    return (
-        record.status in statuses
-        and record.environment is not None
-        and record.environment.key() == environment.key()
-    )
+def is_from_here(record: Record, environment: Environment) -> bool:
+    """Whether a record was taken in the circumstances of here and now."""
+    return record.environment is not None and record.environment.key() == environment.key()
 
 
 def execute(
@@ -323,7 +317,8 @@ def _standing(run: Run, present: Present) -> Standing:
         key: record
         for key, record in old.items()
         if record.environment
+        and record.finished
         and record.valid
-        and reusable(record, environments[record.cell.num_processes])
+        and is_from_here(record, environments[record.cell.num_processes])
     }
     return Standing(old, kept)

@@ -232,6 +232,21 @@ def test_a_broken_cell_is_survived_and_told_by_the_exit_code(tmp_path, fake, cod
     assert ("try them again: bench run --resume runs/" in done.stdout) == (code == 1)
 
 
+@pytest.mark.parametrize("how", ["crash", "oom", "sleep"])
+def test_a_cell_that_broke_after_its_training_is_told_and_tried_again(tmp_path, how):
+    timeout = "3" if how == "sleep" else "60"
+    done = bench(tmp_path, *CELLS, "--timeout", timeout, fake=f"resnet20=later-{how},ok")
+    assert done.returncode == 1, done.stderr
+    assert "ok 256 images/s" in done.stderr.splitlines()[0], "what was measured counts"
+    assert "1 did not finish; to try them again: bench run --resume runs/" in done.stdout
+    again = bench(tmp_path, "run", "--resume", runs.newest(tmp_path / "runs").id)
+    assert again.returncode == 0, again.stderr
+    assert [" kept " in line for line in again.stderr.splitlines()] == [False, True]
+    records = runs.newest(tmp_path / "runs").records()
+    assert [record.status for record in records] == ["ok"] * 3
+    assert [record.finished for record in records] == [False, True, True]
+
+
 def test_a_run_goes_on_when_its_terminal_closes_if_nohup_started_it(tmp_path):
     process = subprocess.Popen(
         ["nohup", sys.executable, str(FAKE), *CELLS, "--timeout", "5"],
