@@ -139,6 +139,11 @@ class Environment:
         return len(self.gpu_names)
 
     @property
+    def device(self) -> str:
+        """The kind of device that processes compute on here: `cuda`, or `cpu` without a GPU."""
+        return "cuda" if self.gpu_names else "cpu"
+
+    @property
     def hardware(self) -> str:
         """The folder under `results/`: `nvidia-h200-x1`, or `amd-epyc-9b45-2c` without a GPU."""
         name = self.gpu_names[0] if self.gpu_names else self.cpu_model

@@ -309,6 +309,7 @@ def test_hardware_is_named_without_marketing():
     assert ENVIRONMENT.hardware == "amd-epyc-7b13-2c"
     gpu = replace(ENVIRONMENT, gpu_names=("NVIDIA H200", "NVIDIA H200"))
     assert gpu.hardware == "nvidia-h200-x2"
+    assert (ENVIRONMENT.device, gpu.device) == ("cpu", "cuda")
     assert replace(ENVIRONMENT, cpu_model="").hardware == "unknown-2c"
 
 
