@@ -28,7 +28,7 @@ from bench.options import (
 )
 from bench.record import Record
 from bench.record_file import TornLineWarning, read_records
-from bench.repeats import interleaved
+from bench.repeats import Fingerprints, interleaved
 from bench.spec import expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
@@ -94,26 +94,26 @@ def run_run(argv: list[str]) -> int:
         selfcheck.refuse(run)
         if run.plan.search is not None:
             raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
-        check(run.plan.tasks)
+        fingerprints = check(run.plan.tasks)
         if options.dry_run:
-            return show_plan(runs.missing(run), past)
+            return show_plan(runs.missing(run, fingerprints=fingerprints), past)
     else:
         suite = build_suite(options)
         tasks = expand(suite)
-        check(tasks)
+        fingerprints = check(tasks)
         if options.dry_run:
             return show_plan(interleaved(tasks), past)
         runs.check_writable(folder)
         run = runs.create(suite, folder, argv)
-    return _measure(run, past)
+    return _measure(run, past, fingerprints)
 
 
-def _measure(run: runs.Run, past: Sequence[Record]) -> int:
+def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) -> int:
     """Execute a run, print its tables, and return the exit code."""
     start = time.monotonic()
     resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
     with stoppable(resume):
-        records = runs.execute(run, past=past)
+        records = runs.execute(run, past=past, fingerprints=fingerprints)
     print(_render(records, "terminal", sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if not record.finished]

@@ -22,7 +22,7 @@ from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record
 from bench.record_file import append_record, read_records
-from bench.repeats import Standing, interleaved
+from bench.repeats import UNCHANGED, Fingerprints, Standing, interleaved, is_from_here
 from bench.spec import Suite, Task, expand
 from cifar import files
 from cifar.errors import UserError
@@ -216,17 +216,13 @@ def taken_up(run: Run) -> Iterator[None]:
             raise _unwritable(run.folder, error) from None
 
 
-def is_from_here(record: Record, environment: Environment) -> bool:
-    """Whether a record was taken in the circumstances of here and now."""
-    return record.environment is not None and record.environment.key() == environment.key()
-
-
 def execute(
     run: Run,
     *,
     launch: Launch = launch,
     present: Present = present_environment,
     past: Sequence[Record] = (),
+    fingerprints: Fingerprints = UNCHANGED,
 ) -> list[Record]:
     """Measure what has no record that can be used again; returns the records in the plan's order.
 
@@ -234,13 +230,13 @@ def execute(
     (`Protocol.target_interval`). Tasks are measured in the order of `bench.repeats.interleaved`.
     Every record is on disk before the next process starts. `past` records serve to estimate
     durations; `present` tells what a worker of so many processes runs on now, and is asked only
-    if there are records.
+    if there are records; `fingerprints` tell which images there are now.
 
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
     """
     with taken_up(run):
-        return _Execution(run, launch, present, past).all()
+        return _Execution(run, launch, _standing(run, present, fingerprints), past).all()
 
 
 def measure(
@@ -257,19 +253,23 @@ def measure(
     return record
 
 
-def missing(run: Run, *, present: Present = present_environment) -> list[Task]:
+def missing(
+    run: Run, *, present: Present = present_environment, fingerprints: Fingerprints = UNCHANGED
+) -> list[Task]:
     """The tasks that `execute` would measure, in its order; fewer if it comes to know enough."""
-    standing = _standing(run, present)
+    standing = _standing(run, present, fingerprints)
     return [task for task in interleaved(run.plan.tasks) if standing.needs(task)]
 
 
 class _Execution:
     """The loop over a run's tasks."""
 
-    def __init__(self, run: Run, launch: Launch, present: Present, past: Sequence[Record]) -> None:
+    def __init__(
+        self, run: Run, launch: Launch, standing: Standing, past: Sequence[Record]
+    ) -> None:
         self._run = run
         self._launch = launch
-        self._standing = _standing(run, present)
+        self._standing = standing
         self._known = [*past, *run.records()]
         self._order = interleaved(run.plan.tasks)
 
@@ -308,7 +308,7 @@ class _Execution:
         )
 
 
-def _standing(run: Run, present: Present) -> Standing:
+def _standing(run: Run, present: Present, fingerprints: Fingerprints) -> Standing:
     """What the run has, and what of it can be used again here and now; nothing disturbed can."""
     old = latest(run.records())
     counts = {record.cell.num_processes for record in old.values() if record.environment}
@@ -319,6 +319,6 @@ def _standing(run: Run, present: Present) -> Standing:
         if record.environment
         and record.finished
         and record.valid
-        and is_from_here(record, environments[record.cell.num_processes])
+        and is_from_here(record, environments[record.cell.num_processes], fingerprints)
     }
     return Standing(old, kept)

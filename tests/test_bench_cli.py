@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from fake_worker import environment, record_of
@@ -19,11 +20,13 @@ from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
 from bench.protocol import Protocol
-from bench.record import SCHEMA_VERSION
+from bench.record import SCHEMA_VERSION, DataFacts
 from bench.record_file import append_record, read_records
 from bench.spec import Plan, Suite, Task, grid
 from bench.suites import SUITES
+from cifar.config import DataConfig, parse_data
 from cifar.data.shapes import load_shapes
+from cifar.data.sources import load_dataset
 from cifar.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +148,21 @@ def test_a_damaged_data_set_is_found_before_anything_starts(files, npz, capsys):
 def test_a_batch_larger_than_the_data_is_refused(files, npz, capsys):
     assert main([*CELLS, "--data", f"npz:{npz}", "-b", "97"]) == 2
     assert "batch-size: 97: npz:" in capsys.readouterr().err
+
+
+def test_every_data_set_is_known_by_its_images_but_the_embedded_one(npz):
+    named = parse_data(f"npz:{npz}")
+    tasks = [
+        Task(cell=cell, protocol=Protocol())
+        for data in (DataConfig(), named)
+        for cell in grid(["resnet20"], ["fp32"], data=data, batch_sizes=(16,))
+    ]
+    before = options.check_data(tasks)
+    assert before == {named: load_dataset(named).fingerprint()}
+    arrays = dict(np.load(npz))
+    arrays["test_images"][0, 0, 0, 0] ^= 1
+    np.savez(npz, **arrays)
+    assert options.check_data(tasks)[named] != before[named]
 
 
 def test_the_embedded_data_set_has_as_many_images_as_is_said():
@@ -318,6 +336,20 @@ def test_a_dry_run_of_a_resumed_run_shows_what_is_missing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "[1/1] resnet20 fp32" in done.stdout and "resnet18" not in done.stdout
     assert statuses(tmp_path) == ["failed", "ok"]
+
+
+def test_resume_measures_anew_what_is_of_images_that_changed(tmp_path, npz):
+    data = parse_data(f"npz:{npz}")
+    cells = grid(["resnet20"], ["fp32"], data=data, batch_sizes=(16,))
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=cells),))
+    run = runs.create(suite, tmp_path / "runs")
+    for fingerprint, count in (("other", 1), (load_dataset(data).fingerprint(), 0)):
+        facts = DataFacts(
+            name="npz", fingerprint=fingerprint, train_samples=96, test_samples=50, classes=10
+        )
+        append_record(run.records_file, record_of(Job(task=run.plan.tasks[0]), data=facts))
+        done = bench(tmp_path, "run", "--resume", run.id, "--dry-run")
+        assert done.stdout.splitlines()[-1].startswith(f"{count} cells, about "), done.stderr
 
 
 def test_more_processes_than_gpus_are_refused():

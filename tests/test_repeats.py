@@ -144,7 +144,7 @@ def test_totals_and_exit_code_count_what_ran(
     launch = FakeLaunch(resnet20=CLOSE)
     measured = functools.partial(runs.execute, launch=launch, present=present)
     monkeypatch.setattr(runs, "execute", measured)
-    assert _measure(run, []) == 0
+    assert _measure(run, [], {}) == 0
     output = capsys.readouterr()
     assert "6 cells in 0 s (3 more were not needed); records" in output.out
     lines = output.err.splitlines()
