@@ -19,6 +19,7 @@ from fake_worker import environment, record_of
 from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
+from bench.launchers import environment_for
 from bench.protocol import Protocol
 from bench.record import SCHEMA_VERSION, DataFacts
 from bench.record_file import append_record, read_records
@@ -28,6 +29,7 @@ from cifar.config import DataConfig, parse_data
 from cifar.data.shapes import load_shapes
 from cifar.data.sources import load_dataset
 from cifar.errors import ConfigError
+from cifar.process import recorded_environment
 
 ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).with_name("fake_bench.py")
@@ -209,6 +211,19 @@ def test_a_dry_run_shows_commands_that_a_shell_can_read_and_starts_nothing(files
     assert command[-3:] == ["-m", "bench.worker", "FOLDER"]
     assert lines[-1].startswith("12 cells, about ")
     assert not (files / "runs").exists()
+
+
+def test_a_dry_run_shows_the_settings_that_would_be_recorded(files, capsys, monkeypatch):
+    chosen = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_PLACES": "{0:4}, {4:4}", "MALLOC_TOP_PAD_": "1"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert main([*CELLS, "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    settings = dict(word.split("=", 1) for word in words[: words.index(sys.executable)])
+    (cell, _) = grid(["resnet20", "resnet18"], ["fp32"])
+    assert settings == recorded_environment(environment_for(cell, os.environ))
+    assert settings.items() >= chosen.items()
+    assert "GOMP_SPINCOUNT" not in settings, "a user's own wait policy stands"
 
 
 def test_options_change_the_cells_of_a_suite(files, capsys):
