@@ -90,7 +90,7 @@ def run_run(argv: list[str]) -> int:
     past = runs.history(folder)
     if options.resume is not None:
         check_resume(options)
-        run = runs.find(options.resume, folder)
+        run = runs.find(options.resume, folder).with_timeout(options.timeout)
         selfcheck.refuse(run)
         if run.plan.search is not None:
             raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")

@@ -86,7 +86,7 @@ class FrontierOptions:
     resolution: Annotated[float | None, arg(metavar="FRACTION")] = None
     """How close to find the largest batch, as a fraction of it; 0.0625 when not given."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
-    """Seconds after which a probe is ended."""
+    """Seconds after which a probe is ended; with --resume for what is missing."""
     dry_run: Flag = False
     """Show the next probe of every search, its command and time; start nothing."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
@@ -126,7 +126,7 @@ def run_frontier(argv: list[str]) -> int:
     folder = runs_folder(options.runs_dir)
     if options.resume is not None:
         check_resume(options, SEARCH_OPTIONS)
-        run = runs.find(options.resume, folder)
+        run = runs.find(options.resume, folder).with_timeout(options.timeout)
         if run.plan.search is None:
             raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench run")
         fingerprints = check(run.plan.tasks)

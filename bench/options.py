@@ -108,7 +108,7 @@ class RunOptions:
     metrics: CommaList = ()
     """Further metrics: anatomy, pipeline, utilization."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
-    """Seconds after which a cell is ended."""
+    """Seconds after which a cell is ended; with --resume for what is missing."""
     dry_run: Flag = False
     """Show the cells, their commands and the expected time; start nothing."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
@@ -188,16 +188,18 @@ def _start(options: RunOptions) -> Suite:
     )
 
 
-RESUME_EXCLUDES = ("suite", "models", "precisions", *CELL_OPTIONS)
+RUN_OPTIONS = ("suite", "models", "precisions", *CELL_OPTIONS)
 
 
-def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> None:
-    """Refuse options that would change the run to resume.
+def check_resume(options: object, names: Iterable[str] = RUN_OPTIONS) -> None:
+    """Refuse options, of those of these names, that would change what the run to resume measures.
 
     Raises:
-        ConfigError: one of them is given as well.
+        ConfigError: one of them is given; a time limit changes nothing that is measured.
     """
-    for name, value in _given(options, excluded).items():
+    for name, value in _given(options, names).items():
+        if name == "timeout":
+            continue
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError(
             f"{option_name(name)}: {shown}: not with --resume, which does what the run was "

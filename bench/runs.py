@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -74,6 +74,20 @@ class Run:
     def cell_folder(self, number: int, task: Task) -> Path:
         """Of a task that is measured as the `number`th one, counted from 1."""
         return self.folder / "cells" / f"{number:02d}-{task.slug}"
+
+    def with_timeout(self, seconds: float | None) -> "Run":
+        """This run with another time limit per process, or as it is if None; for this time only.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        if seconds is None:
+            return self
+        tasks = tuple(
+            replace(task, protocol=replace(task.protocol, timeout=seconds))
+            for task in self.plan.tasks
+        )
+        return replace(self, plan=replace(self.plan, tasks=tasks))
 
     def records(self) -> list[Record]:
         """All records so far, in the order of the plan; those of one task oldest first.

@@ -367,6 +367,23 @@ def test_resume_measures_anew_what_is_of_images_that_changed(tmp_path, npz):
         assert done.stdout.splitlines()[-1].startswith(f"{count} cells, about "), done.stderr
 
 
+def test_a_cell_that_timed_out_is_given_more_time_on_resume(tmp_path):
+    assert bench(tmp_path, *CELLS, "--timeout", "2", fake="resnet20=hang,ok").returncode == 1
+    name = runs.newest(tmp_path / "runs").id
+    done = bench(tmp_path, "run", "--resume", name, "--timeout", "0")
+    assert (done.returncode, done.stderr) == (2, "bench: timeout: 0.0: give a positive number\n")
+    done = bench(tmp_path, "run", "--resume", name, "--timeout", "60")
+    assert done.returncode == 0, done.stderr
+    old, new, _ = runs.newest(tmp_path / "runs").records()
+    assert [(each.status, each.protocol.timeout) for each in (old, new)] == [
+        ("timeout", 2.0),
+        ("ok", 60.0),
+    ]
+    assert old.key == new.key
+    done = bench(tmp_path, "run", "--resume", name, "--timeout", "90", "--dry-run")
+    assert done.stdout.startswith("0 cells"), "another limit makes no record less good"
+
+
 def test_more_processes_than_gpus_are_refused():
     cells = grid(["resnet20"], ["fp32"], num_processes=4)
     tasks = [Task(cell=cell, protocol=Protocol()) for cell in cells]
