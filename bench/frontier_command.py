@@ -108,7 +108,6 @@ SEARCH_OPTIONS = (
     "start",
     "largest",
     "resolution",
-    "timeout",
 )
 """The options that change what is searched."""
 

@@ -188,18 +188,20 @@ def _start(options: RunOptions) -> Suite:
     )
 
 
-RUN_OPTIONS = ("suite", "models", "precisions", *CELL_OPTIONS)
+RESUME_EXCLUDES = (
+    *("suite", "models", "precisions"),
+    *(name for name in CELL_OPTIONS if name != "timeout"),
+)
+"""The options that would change what the run to resume measures; a time limit does not."""
 
 
-def check_resume(options: object, names: Iterable[str] = RUN_OPTIONS) -> None:
-    """Refuse options, of those of these names, that would change what the run to resume measures.
+def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> None:
+    """Refuse options that would change the run to resume.
 
     Raises:
-        ConfigError: one of them is given; a time limit changes nothing that is measured.
+        ConfigError: one of them is given as well.
     """
-    for name, value in _given(options, names).items():
-        if name == "timeout":
-            continue
+    for name, value in _given(options, excluded).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         raise ConfigError(
             f"{option_name(name)}: {shown}: not with --resume, which does what the run was "

@@ -2,7 +2,9 @@
 before, every one of them in fresh processes."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench.frontier import Search, next_batch, probe
@@ -43,17 +45,20 @@ def missing(
     run: Run, *, present: Present = present_environment, fingerprints: Fingerprints = UNCHANGED
 ) -> list[Task]:
     """The probe that every unfinished search goes on with; what comes after it depends on it."""
-    known = _Known(run, present, fingerprints)
-    found = (_first_unknown(first, _search(run), known) for first in run.plan.tasks)
+    search, known = _search(run), _Known(run, present, fingerprints)
+    found = (_follow(first, search, known.record) for first in run.plan.tasks)
     return [task for task in found if task is not None]
 
 
-def _first_unknown(first: Task, search: Search, known: "_Known") -> Task | None:
-    """The probe that a search needs next; None if its known ones end it."""
+def _follow(first: Task, search: Search, record_of: Callable[[Task], Record | None]) -> Task | None:
+    """Do a search until `record_of` gives no record for a probe, which is returned; None: it ended.
+
+    What is no answer ends it.
+    """
     fits: dict[int, bool] = {}
     while (batch := next_batch(fits, search)) is not None:
         task = probe(first, batch)
-        record = known.record(task)
+        record = record_of(task)
         if record is None:
             return task
         if record.status not in ANSWERS:
@@ -91,34 +96,23 @@ class _Execution:
     """The loop over a run's searches and their probes."""
 
     def __init__(self, run: Run, known: _Known, launch: Launch) -> None:
-        self._run, self._search, self._known = run, _search(run), known
-        self._process = launch
+        self._run, self._known, self._process = run, known, launch
         self._done: list[Record] = []
 
     def all(self) -> list[Record]:
-        tasks = self._run.plan.tasks
+        tasks, search = self._run.plan.tasks, _search(self._run)
         with SuiteProgress(len(tasks), sys.stderr) as progress:
             for number, first in enumerate(tasks, 1):
-                self._one(number, first, progress)
+                _follow(first, search, partial(self._probe, number, progress))
         return self._done
 
-    def _one(self, number: int, first: Task, progress: SuiteProgress) -> None:
-        fits: dict[int, bool] = {}
-        while (batch := next_batch(fits, self._search)) is not None:
-            record = self._probe(number, probe(first, batch), progress)
-            self._done.append(record)
-            if record.status not in ANSWERS:
-                return
-            fits[batch] = record.status == "ok"
-
-    def _probe(self, number: int, task: Task, progress: SuiteProgress) -> Record:
+    def _probe(self, number: int, progress: SuiteProgress, task: Task) -> Record:
         """The record of a probe, old or new."""
         progress.start(number, task.cell.label, None)
-        if kept := self._known.record(task):
-            progress.finish(f"kept {outcome(kept)}", None)
-            return kept
-        record = measure(self._run, len(self._done) + 1, task, self._launch)
-        progress.finish(outcome(record), None)
+        kept = self._known.record(task)
+        record = kept or measure(self._run, len(self._done) + 1, task, self._launch)
+        progress.finish(f"kept {outcome(record)}" if kept else outcome(record), None)
+        self._done.append(record)
         return record
 
     def _launch(self, job: Job, folder: Path) -> Record:

@@ -458,6 +458,11 @@ def test_a_failure_is_told_by_the_exit_code(tmp_path) -> None:
     assert done.returncode == 1
     assert "batch 64: ValueError: the worker broke" in " ".join(done.stdout.split())
     assert "to try them again: bench frontier --resume runs/" in done.stdout
+    name = runs.newest(tmp_path / "runs").id
+    done = bench(tmp_path, "frontier", "--resume", name, "--timeout", "77", fake="crash")
+    assert done.returncode == 1
+    limits = [record.protocol.timeout for record in runs.newest(tmp_path / "runs").records()]
+    assert limits == [probe_protocol().timeout, 77.0]
     assert bench(tmp_path, *LIMITED, fake="oom").returncode == 0
 
 
