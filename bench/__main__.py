@@ -28,7 +28,7 @@ from bench.options import (
 )
 from bench.record import Record
 from bench.record_file import TornLineWarning, read_records
-from bench.repeats import interleaved
+from bench.repeats import Fingerprints, interleaved
 from bench.spec import expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
@@ -90,33 +90,33 @@ def run_run(argv: list[str]) -> int:
     past = runs.history(folder)
     if options.resume is not None:
         check_resume(options)
-        run = runs.find(options.resume, folder)
+        run = runs.find(options.resume, folder).with_timeout(options.timeout)
         selfcheck.refuse(run)
         if run.plan.search is not None:
             raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
-        check(run.plan.tasks)
+        fingerprints = check(run.plan.tasks)
         if options.dry_run:
-            return show_plan(runs.missing(run), past)
+            return show_plan(runs.missing(run, fingerprints=fingerprints), past)
     else:
         suite = build_suite(options)
         tasks = expand(suite)
-        check(tasks)
+        fingerprints = check(tasks)
         if options.dry_run:
             return show_plan(interleaved(tasks), past)
         runs.check_writable(folder)
         run = runs.create(suite, folder, argv)
-    return _measure(run, past)
+    return _measure(run, past, fingerprints)
 
 
-def _measure(run: runs.Run, past: Sequence[Record]) -> int:
+def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) -> int:
     """Execute a run, print its tables, and return the exit code."""
     start = time.monotonic()
     resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
     with stoppable(resume):
-        records = runs.execute(run, past=past)
+        records = runs.execute(run, past=past, fingerprints=fingerprints)
     print(_render(records, "terminal", sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
-    broken = [record for record in records if record.status not in ("ok", "unsupported")]
+    broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)
     more = f" ({skipped} more were not needed)" if skipped else ""
     print(f"{len(records)} cells in {took}{more}; records and logs are in {shown(run.folder)}")

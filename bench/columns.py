@@ -93,7 +93,7 @@ IDENTITY = (
     ("accumulation_steps", "Accum.", "{} accumulation step(s)"),
     ("data", "Data", ""),
     ("recipe", "Recipe", "recipe {}"),
-    ("train_samples", "Trained (samples)", "top-1 after {} training samples"),
+    ("trained_samples", "Trained (samples)", "top-1 after {} training samples"),
     ("torch", "torch", ""),
     ("code", "Sources", ""),
     ("runs", "Runs", "{} run(s) each"),
@@ -123,13 +123,17 @@ SPEEDS = (
 
 def distinct(table: Sequence[Row], key: str) -> list[str]:
     """The texts of a column in order; rows that trained or finished nothing say nothing of it."""
-    silent = key in ("train_samples", "runs")
-    return list(dict.fromkeys(_text(key)(row) for row in table if not (silent and row[key] == 0)))
+    silent = key in ("trained_samples", "runs")
+    return list(dict.fromkeys(_text(key)(row) for row in table if row[key] or not silent))
 
 
 def _identity_columns(table: Sequence[Row], always: Sequence[str]) -> list[Column]:
     return [
-        Column(heading=heading, show=_text(key), numeric=isinstance(table[0][key], int))
+        Column(
+            heading=heading,
+            show=_text(key),
+            numeric=any(isinstance(row[key], int) for row in table),
+        )
         for key, heading, _ in IDENTITY
         if key in always or (key not in ALWAYS and len(distinct(table, key)) > 1)
     ]

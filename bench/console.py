@@ -1,6 +1,7 @@
 """What the commands that measure share: plans on paper, signals, paths as people read them."""
 
 import contextlib
+import os
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from bench.launchers import argv_for, environment_for
 from bench.record import Record
 from bench.spec import Task
 from cifar.errors import Stopped
+from cifar.process import recorded_environment
 
 
 def expected_seconds(tasks: Sequence[Task], past: Sequence[Record]) -> float:
@@ -29,8 +31,8 @@ def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
         about = format_duration(seconds[task.cell, task.protocol])
         repeat = f" repeat {task.repeat}" if task.repeat else ""
         print(f"[{number}/{len(tasks)}] {task.cell.label}{repeat}  about {about}")
-        added = environment_for(task.cell, {})
-        settings = " ".join(f"{name}={value}" for name, value in added.items())
+        chosen = recorded_environment(environment_for(task.cell, os.environ))
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in chosen.items())
         print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
     total = sum(seconds[task.cell, task.protocol] for task in tasks)
     print(f"{counted(tasks)}, about {format_duration(total)}")
@@ -47,6 +49,8 @@ def counted(tasks: Sequence[Task]) -> str:
 def stoppable(resume: str = "") -> Iterator[None]:
     """While entered, SIGINT, SIGTERM and SIGHUP end the cell's processes as well.
 
+    One that is ignored stays so, as `nohup` wants it of SIGHUP.
+
     Raises:
         Stopped: one of them came; the message tells that the command `resume`, if any, goes on.
     """
@@ -55,7 +59,9 @@ def stoppable(resume: str = "") -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(number, f"stopped by {signal.Signals(number).name}{further}")
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGHUP)}
+    stopping = (signal.SIGTERM, signal.SIGHUP)
+    heeded = [each for each in stopping if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, stop) for each in heeded}
     try:
         yield
     except KeyboardInterrupt:

@@ -35,23 +35,24 @@ def estimate_seconds(
 ) -> float:
     """Expected seconds of wall time of one repeat, from launch to end.
 
-    The median duration of finished records of the same cell and protocol in `history`; without one,
-    multiply-adds over an assumed rate, corrected by the median ratio of actual to estimated time
-    over the finished records in `history`. Only records of this machine (`host`) count.
+    The median duration of the ok or unsupported records of the same cell and protocol in `history`;
+    without one, multiply-adds over an assumed rate, corrected by the median ratio of actual to
+    estimated time over the ok records in `history`. Only records of this machine (`host`) count.
     """
     host = host or this_host()
-    mine = [
-        record
-        for record in history
-        if record.status == "ok" and record.environment and record.environment.host == host
-    ]
+    mine = [record for record in history if record.environment and record.environment.host == host]
     wanted = (cell.digest, protocol.digest)
-    same = [record.duration_s for record in mine if record.key[:2] == wanted]
+    same = [
+        record.duration_s
+        for record in mine
+        if record.status in ("ok", "unsupported") and record.key[:2] == wanted
+    ]
     if same:
         return statistics.median(same)
     ratios = [
         max(record.duration_s - START_SECONDS, 0.0) / _work_seconds(record.cell, record.protocol)
         for record in mine
+        if record.status == "ok"
     ]
     ratio = statistics.median(ratios) if ratios else 1.0
     return START_SECONDS + ratio * _work_seconds(cell, protocol)
@@ -61,15 +62,21 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
-    timed = protocol.timed_steps if protocol.timed_seconds is None else 0
-    steps = 1 + 2 * protocol.warmup_steps + timed
-    trained = steps * train.recipe.global_batch_size + protocol.train_samples
-    seconds = TRAINING_COST * forward * trained + (protocol.timed_seconds or 0.0)
+    seconds = _training_seconds(forward, train.recipe.global_batch_size, protocol)
     seconds += FURTHER_SECONDS * len(protocol.metrics)
     if protocol.train_samples:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
     seconds += _inference_seconds(forward, protocol)
     return seconds + (COMPILE_SECONDS if train.compile else 0.0)
+
+
+def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> float:
+    """Seconds of all steps, at `forward` seconds for one sample; a budget holds the timed ones."""
+    if protocol.train_samples:
+        return TRAINING_COST * forward * protocol.train_samples
+    timed = protocol.timed_steps if protocol.timed_seconds is None else 0
+    steps = 1 + 2 * protocol.warmup_steps + timed
+    return TRAINING_COST * forward * steps * batch_size + (protocol.timed_seconds or 0.0)
 
 
 def _inference_seconds(forward: float, protocol: Protocol) -> float:

@@ -22,11 +22,12 @@ from bench.options import (
     Flag,
     check,
     check_resume,
+    examine,
     runs_folder,
-    train_size,
 )
 from bench.present import present_environment
 from bench.record import Environment
+from bench.repeats import Fingerprints
 from bench.spec import Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
@@ -85,9 +86,9 @@ class FrontierOptions:
     resolution: Annotated[float | None, arg(metavar="FRACTION")] = None
     """How close to find the largest batch, as a fraction of it; 0.0625 when not given."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
-    """Seconds after which a probe is ended."""
+    """Seconds after which a probe is ended; with --resume for what is missing."""
     dry_run: Flag = False
-    """Show the first probe of every search, its command and time; start nothing."""
+    """Show the next probe of every search, its command and time; start nothing."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Go on with a frontier, given by its run's id or folder; finished probes are used again."""
     runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
@@ -107,7 +108,6 @@ SEARCH_OPTIONS = (
     "start",
     "largest",
     "resolution",
-    "timeout",
 )
 """The options that change what is searched."""
 
@@ -125,18 +125,21 @@ def run_frontier(argv: list[str]) -> int:
     folder = runs_folder(options.runs_dir)
     if options.resume is not None:
         check_resume(options, SEARCH_OPTIONS)
-        run = runs.find(options.resume, folder)
+        run = runs.find(options.resume, folder).with_timeout(options.timeout)
         if run.plan.search is None:
             raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench run")
-        check(run.plan.tasks)
-        return show_plan(run.plan.tasks, runs.history(folder)) if options.dry_run else _measure(run)
+        fingerprints = check(run.plan.tasks)
+        if options.dry_run:
+            left = probes.missing(run, fingerprints=fingerprints)
+            return show_plan(left, runs.history(folder))
+        return _measure(run, fingerprints)
     suite, search = build_searches(options)
     tasks = expand(suite)
-    check(tasks)
+    fingerprints = check(tasks)
     if options.dry_run:
         return show_plan(tasks, runs.history(folder))
     runs.check_writable(folder)
-    return _measure(runs.create(suite, folder, argv, search=search))
+    return _measure(runs.create(suite, folder, argv, search=search), fingerprints)
 
 
 def build_searches(
@@ -154,9 +157,10 @@ def build_searches(
     data = DataConfig() if options.data is None else parse_data(options.data)
     launcher = "ddp" if options.launcher is None else options.launcher
     get_launcher(launcher)
+    images, _ = examine(data)
     search = plan_search(
         processes,
-        images=train_size(data),
+        images=images,
         start=START if options.start is None else options.start,
         largest=options.largest,
         resolution=RESOLUTION if options.resolution is None else options.resolution,
@@ -215,7 +219,7 @@ def _left_in_container(folder: Path, limit: str, usage: str, cache: str) -> int 
     return max(0, int(most) - int(read(usage) or 0) + int(stat.get(cache, 0)))
 
 
-def _measure(run: runs.Run) -> int:
+def _measure(run: runs.Run, fingerprints: Fingerprints) -> int:
     """Do the searches of a run, print the frontier, and return the exit code."""
     start = time.monotonic()
     resume = f"bench frontier --resume {shlex.quote(shown(run.folder))}"
@@ -223,7 +227,7 @@ def _measure(run: runs.Run) -> int:
     each = "none but the device's" if limit is None else f"{limit / 2**20:,.0f} MiB per process"
     print(f"memory limit: {each}", file=sys.stderr)
     with stoppable(resume):
-        records = probes.execute(run)
+        records = probes.execute(run, fingerprints=fingerprints)
     table = frontier(records)
     print(render_terminal(table, frontier_columns, color=sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)

@@ -34,22 +34,26 @@ def changes(before: Labels, after: Labels) -> str:
     )
 
 
-def mismatches(cell: Cell, effective: Labels) -> list[str]:
-    """What differs from what was asked, and what spoilt the timed window, one phrase each."""
+def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
+    """What differs from what was asked, and what spoilt the timed window, one phrase each.
+
+    `device` is the kind that the record's environment names: see `Environment.device`.
+    """
     told = [
         f"{name}: {effective.get(name, UNOBSERVED)} where {value} was asked"
-        for name, value in _asked(cell, effective).items()
+        for name, value in _asked(cell, effective, device).items()
         if effective.get(name, UNOBSERVED) != value
     ]
     return [*told, *_disturbances(effective)]
 
 
-def _asked(cell: Cell, effective: Labels) -> Labels:
+def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     """What the observations must be; compiled code need not show what it keeps to itself."""
     train, precision = cell.train, PRECISIONS[cell.precision]
     computed = precision.autocast or "float32"
     batch = train.recipe.global_batch_size
     asked: Labels = {
+        "device": device,
         "num_processes": cell.num_processes,
         "compile": train.compile,
         "autocast": precision.autocast or "off",

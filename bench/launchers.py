@@ -89,8 +89,13 @@ def argv_for(cell: Cell, folder: Path) -> list[str]:
 
 
 def environment_for(cell: Cell, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment that a cell's processes run in."""
-    return worker_environment(cell.num_processes, base)
+    """The environment that a cell's processes run in.
+
+    Accelerate's own variables in `base` are left out: they would change what is launched, as
+    `ACCELERATE_USE_CPU` the device, and the cell and its launcher's file say that.
+    """
+    rest = {name: value for name, value in base.items() if not name.startswith("ACCELERATE_")}
+    return worker_environment(cell.num_processes, rest)
 
 
 @contextlib.contextmanager

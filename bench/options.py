@@ -11,6 +11,7 @@ from bench.launchers import get_launcher
 from bench.present import present_environment
 from bench.protocol import Protocol
 from bench.record import Environment
+from bench.repeats import Fingerprints
 from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import get_suite, override
 from cifar.config import CompileMode, DataConfig, option_name, parse_data, require
@@ -107,7 +108,7 @@ class RunOptions:
     metrics: CommaList = ()
     """Further metrics: anatomy, pipeline, utilization."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
-    """Seconds after which a cell is ended."""
+    """Seconds after which a cell is ended; with --resume for what is missing."""
     dry_run: Flag = False
     """Show the cells, their commands and the expected time; start nothing."""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
@@ -187,7 +188,11 @@ def _start(options: RunOptions) -> Suite:
     )
 
 
-RESUME_EXCLUDES = ("suite", "models", "precisions", *CELL_OPTIONS)
+RESUME_EXCLUDES = (
+    *("suite", "models", "precisions"),
+    *(name for name in CELL_OPTIONS if name != "timeout"),
+)
+"""The options that would change what the run to resume measures; a time limit does not."""
 
 
 def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> None:
@@ -204,25 +209,30 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
         )
 
 
-def check(tasks: Sequence[Task]) -> None:
+def check(tasks: Sequence[Task]) -> Fingerprints:
     """Refuse what no process needs to be started for; see `check_data` and `check_devices`."""
-    check_data(tasks)
+    fingerprints = check_data(tasks)
     check_devices(tasks)
+    return fingerprints
 
 
-def check_data(tasks: Iterable[Task]) -> None:
-    """Read every data set that the tasks name, as their workers will.
+def check_data(tasks: Iterable[Task]) -> Fingerprints:
+    """Read every data set that the tasks name, as their workers will; returns the fingerprints.
+
+    The embedded one is left out: nothing can be wrong with it, and the code alone determines it.
 
     Raises:
         DataError: one is missing, damaged or of the wrong form.
         ConfigError: a batch is larger than its training split.
     """
-    sizes: dict[DataConfig, int] = {}
+    found: dict[DataConfig, tuple[int, str]] = {}
     for task in tasks:
         data, batch = task.cell.train.data, task.cell.train.recipe.global_batch_size
-        if data not in sizes:
-            sizes[data] = train_size(data)
-        require(batch <= sizes[data], "batch-size", batch, f"{data} has {sizes[data]} images")
+        if data not in found:
+            found[data] = examine(data)
+        size, _ = found[data]
+        require(batch <= size, "batch-size", batch, f"{data} has {size} images")
+    return {data: fingerprint for data, (_, fingerprint) in found.items() if fingerprint}
 
 
 def check_devices(
@@ -244,17 +254,18 @@ def check_devices(
         )
 
 
-def train_size(data: DataConfig) -> int:
-    """How many training images a data set has.
+def examine(data: DataConfig) -> tuple[int, str]:
+    """How many training images a data set has, and its fingerprint, empty of the embedded one.
 
     Raises:
         DataError: it is missing, damaged or of the wrong form.
     """
     if data.source == "shapes":
-        return SHAPES_TRAIN_IMAGES
+        return SHAPES_TRAIN_IMAGES, ""
     from cifar.data.sources import load_dataset
 
-    return len(load_dataset(data).train)
+    dataset = load_dataset(data)
+    return len(dataset.train), dataset.fingerprint()
 
 
 def runs_folder(runs_dir: str) -> Path:

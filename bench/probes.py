@@ -2,7 +2,9 @@
 before, every one of them in fresh processes."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench.frontier import Search, next_batch, probe
@@ -11,7 +13,8 @@ from bench.launchers import launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
-from bench.runs import Launch, Present, Run, latest, measure, reusable, taken_up
+from bench.repeats import UNCHANGED, Fingerprints, is_from_here
+from bench.runs import Launch, Present, Run, latest, measure, taken_up
 from bench.spec import Task
 
 ANSWERS: tuple[Status, ...] = ("ok", "oom")
@@ -23,6 +26,7 @@ def execute(
     *,
     launch: Launch = launch,
     present: Present = present_environment,
+    fingerprints: Fingerprints = UNCHANGED,
 ) -> list[Record]:
     """Do all searches of a memory frontier; the records of their probes, in the order of probing.
 
@@ -33,53 +37,86 @@ def execute(
     Raises:
         UserError: another process runs the run, or its folder cannot be written.
     """
-    assert run.plan.search is not None, "the run of a memory frontier"
     with taken_up(run):
-        return _Searches(run, run.plan.search, launch, present).all()
+        return _Execution(run, _Known(run, present, fingerprints), launch).all()
 
 
-class _Searches:
-    """The loop over a run's searches and their probes."""
+def missing(
+    run: Run, *, present: Present = present_environment, fingerprints: Fingerprints = UNCHANGED
+) -> list[Task]:
+    """The probe that every unfinished search goes on with; what comes after it depends on it."""
+    search, known = _search(run), _Known(run, present, fingerprints)
+    found = (_follow(first, search, known.record) for first in run.plan.tasks)
+    return [task for task in found if task is not None]
 
-    def __init__(self, run: Run, search: Search, launch: Launch, present: Present) -> None:
-        self._run, self._search = run, search
+
+def _follow(first: Task, search: Search, record_of: Callable[[Task], Record | None]) -> Task | None:
+    """Do a search until `record_of` gives no record for a probe, which is returned; None: it ended.
+
+    What is no answer ends it.
+    """
+    fits: dict[int, bool] = {}
+    while (batch := next_batch(fits, search)) is not None:
+        task = probe(first, batch)
+        record = record_of(task)
+        if record is None:
+            return task
+        if record.status not in ANSWERS:
+            return None
+        fits[batch] = record.status == "ok"
+    return None
+
+
+def _search(run: Run) -> Search:
+    assert run.plan.search is not None, "the run of a memory frontier"
+    return run.plan.search
+
+
+class _Known:
+    """What the machine is like, and a run's records that can be used again on it."""
+
+    def __init__(self, run: Run, present: Present, fingerprints: Fingerprints) -> None:
         counts = sorted({task.cell.num_processes for task in run.plan.tasks})
         self._environments = {count: present(count) for count in counts}
-        self._process = launch
-        self._old = latest(run.records())
+        self._fingerprints = fingerprints
+        self._records = latest(run.records())
+
+    def environment(self, task: Task) -> Environment:
+        return self._environments[task.cell.num_processes]
+
+    def record(self, task: Task) -> Record | None:
+        found = self._records.get(task.key)
+        if found is None or found.status not in (*ANSWERS, "unsupported"):
+            return None
+        here = is_from_here(found, self.environment(task), self._fingerprints)
+        return found if here else None
+
+
+class _Execution:
+    """The loop over a run's searches and their probes."""
+
+    def __init__(self, run: Run, known: _Known, launch: Launch) -> None:
+        self._run, self._known, self._process = run, known, launch
         self._done: list[Record] = []
 
     def all(self) -> list[Record]:
-        tasks = self._run.plan.tasks
+        tasks, search = self._run.plan.tasks, _search(self._run)
         with SuiteProgress(len(tasks), sys.stderr) as progress:
             for number, first in enumerate(tasks, 1):
-                self._one(number, first, progress)
+                _follow(first, search, partial(self._probe, number, progress))
         return self._done
 
-    def _one(self, number: int, first: Task, progress: SuiteProgress) -> None:
-        fits: dict[int, bool] = {}
-        while (batch := next_batch(fits, self._search)) is not None:
-            record = self._probe(number, probe(first, batch), progress)
-            self._done.append(record)
-            if record.status not in ANSWERS:
-                return
-            fits[batch] = record.status == "ok"
-
-    def _probe(self, number: int, task: Task, progress: SuiteProgress) -> Record:
+    def _probe(self, number: int, progress: SuiteProgress, task: Task) -> Record:
         """The record of a probe, old or new."""
         progress.start(number, task.cell.label, None)
-        kept = self._old.get(task.key)
-        if kept and reusable(kept, self._here(task), (*ANSWERS, "unsupported")):
-            progress.finish(f"kept {outcome(kept)}", None)
-            return kept
-        record = measure(self._run, len(self._done) + 1, task, self._launch)
-        progress.finish(outcome(record), None)
+        kept = self._known.record(task)
+        record = kept or measure(self._run, len(self._done) + 1, task, self._launch)
+        progress.finish(f"kept {outcome(record)}" if kept else outcome(record), None)
+        self._done.append(record)
         return record
 
     def _launch(self, job: Job, folder: Path) -> Record:
         """Measure; a process that ran out of memory before it said where it ran, ran here."""
         record = self._process(job, folder)
-        return replace(record, environment=record.environment or self._here(job.task))
-
-    def _here(self, task: Task) -> Environment:
-        return self._environments[task.cell.num_processes]
+        here = self._known.environment(job.task)
+        return replace(record, environment=record.environment or here)

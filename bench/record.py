@@ -118,7 +118,7 @@ class Environment:
     cudnn: str | None = None
 
     code_digest: str
-    """Over the sources of `bench` and `cifar`."""
+    """Over the sources of `bench`, `cifar` and `launch`."""
     git_sha: str | None = None
     git_dirty: bool | None = None
     git_reason: str = ""
@@ -137,6 +137,11 @@ class Environment:
     def gpu_count(self) -> int:
         """Visible GPUs."""
         return len(self.gpu_names)
+
+    @property
+    def device(self) -> str:
+        """The kind of device that processes compute on here: `cuda`, or `cpu` without a GPU."""
+        return "cuda" if self.gpu_names else "cpu"
 
     @property
     def hardware(self) -> str:
@@ -230,6 +235,12 @@ class Record:
     def valid(self) -> bool:
         """Whether nothing disturbed the measurement."""
         return not self.invalid
+
+    @property
+    def finished(self) -> bool:
+        """Whether trying again would change nothing: it is ok or unsupported, with every number."""
+        broken = any(each.status == "failed" for each in self.measurements)
+        return self.status in ("ok", "unsupported") and not broken
 
     @property
     def exit_code(self) -> int:

@@ -2,16 +2,20 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
-from bench.record import Record, Status
+from bench.record import Environment, Record
 from bench.spec import Task
 from bench.stats import reach
-
-FINISHED: tuple[Status, ...] = ("ok", "unsupported")
-"""Statuses of what trying again would not change."""
+from cifar.config import DataConfig
 
 Key = tuple[str, str, int]
 """Of a task and its record: digests of cell and protocol, and the repeat."""
+Fingerprints = Mapping[DataConfig, str]
+"""Of the data sets as they are now, see `cifar.data.dataset.Dataset.fingerprint`; one that is not
+in here is taken to be as it was."""
+UNCHANGED: Fingerprints = MappingProxyType({})
+"""Every data set is taken to be as it was."""
 
 
 def interleaved(tasks: Sequence[Task]) -> tuple[Task, ...]:
@@ -28,6 +32,19 @@ def interleaved(tasks: Sequence[Task]) -> tuple[Task, ...]:
         for each in rounds.values():
             generator.shuffle(each)
     return tuple(task for repeat in sorted(rounds) for task in rounds[repeat])
+
+
+def is_from_here(record: Record, environment: Environment, fingerprints: Fingerprints) -> bool:
+    """Whether a record was taken in the circumstances, and of the images, of here and now.
+
+    One that died before it read any images tells of whichever there are.
+    """
+    images = fingerprints.get(record.cell.train.data)
+    return (
+        record.environment is not None
+        and record.environment.key() == environment.key()
+        and (images is None or record.data is None or record.data.fingerprint == images)
+    )
 
 
 class Repeats:
@@ -78,9 +95,7 @@ class Standing:
         self.kept = kept
         self._repeats = Repeats(kept.values())
         self._broken = {
-            key
-            for key, record in latest.items()
-            if record.status not in FINISHED or not record.valid
+            key for key, record in latest.items() if not (record.finished and record.valid)
         }
 
     def add(self, record: Record) -> None:

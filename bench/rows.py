@@ -119,6 +119,7 @@ def _row(group: Sequence[Record]) -> Row:
         "status": status,
         "reason": " ".join(reason.split()),
         "runs": len(finished),
+        "trained_samples": _trained_samples(finished),
         **_validity(finished),
         "failed_measurements": "",
         "vs_fp32": None,
@@ -173,6 +174,16 @@ def _scores(key: str, found: Iterable[tuple[int, Measurement]]) -> Row:
     if not means:
         return {key: None, f"{key}_status": status}
     return {key: statistics.fmean(means), f"{key}_std": spread(means), f"{key}_n": len(means)}
+
+
+def _trained_samples(finished: Iterable[Record]) -> int | None:
+    """How many samples the weights had been trained on that top-1 was taken of; None: it was not.
+
+    They are whole batches, and so may be fewer than the budget of the protocol, `train_samples`.
+    """
+    scores = (found for record in finished if (found := record.find("top1")))
+    counts = (each.labels.get("trained_samples") for each in scores)
+    return next((int(count) for count in counts if count is not None), None)
 
 
 def _validity(finished: Sequence[Record]) -> Row:

@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
@@ -20,9 +20,9 @@ from bench.job import Fault, Job
 from bench.launchers import end_leftovers, launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
-from bench.record import Environment, Record, Status
+from bench.record import Environment, Record
 from bench.record_file import append_record, read_records
-from bench.repeats import FINISHED, Standing, interleaved
+from bench.repeats import UNCHANGED, Fingerprints, Standing, interleaved, is_from_here
 from bench.spec import Suite, Task, expand
 from cifar import files
 from cifar.errors import UserError
@@ -74,6 +74,20 @@ class Run:
     def cell_folder(self, number: int, task: Task) -> Path:
         """Of a task that is measured as the `number`th one, counted from 1."""
         return self.folder / "cells" / f"{number:02d}-{task.slug}"
+
+    def with_timeout(self, seconds: float | None) -> "Run":
+        """This run with another time limit per process, or as it is if None; for this time only.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        if seconds is None:
+            return self
+        tasks = tuple(
+            replace(task, protocol=replace(task.protocol, timeout=seconds))
+            for task in self.plan.tasks
+        )
+        return replace(self, plan=replace(self.plan, tasks=tasks))
 
     def records(self) -> list[Record]:
         """All records so far, in the order of the plan; those of one task oldest first.
@@ -216,23 +230,13 @@ def taken_up(run: Run) -> Iterator[None]:
             raise _unwritable(run.folder, error) from None
 
 
-def reusable(
-    record: Record, environment: Environment, statuses: Sequence[Status] = FINISHED
-) -> bool:
-    """Whether a record of one of these statuses tells what measuring again, here and now, would."""
-    return (
-        record.status in statuses
-        and record.environment is not None
-        and record.environment.key() == environment.key()
-    )
-
-
 def execute(
     run: Run,
     *,
     launch: Launch = launch,
     present: Present = present_environment,
     past: Sequence[Record] = (),
+    fingerprints: Fingerprints = UNCHANGED,
 ) -> list[Record]:
     """Measure what has no record that can be used again; returns the records in the plan's order.
 
@@ -240,13 +244,13 @@ def execute(
     (`Protocol.target_interval`). Tasks are measured in the order of `bench.repeats.interleaved`.
     Every record is on disk before the next process starts. `past` records serve to estimate
     durations; `present` tells what a worker of so many processes runs on now, and is asked only
-    if there are records.
+    if there are records; `fingerprints` tell which images there are now.
 
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
     """
     with taken_up(run):
-        return _Execution(run, launch, present, past).all()
+        return _Execution(run, launch, _standing(run, present, fingerprints), past).all()
 
 
 def measure(
@@ -263,19 +267,23 @@ def measure(
     return record
 
 
-def missing(run: Run, *, present: Present = present_environment) -> list[Task]:
+def missing(
+    run: Run, *, present: Present = present_environment, fingerprints: Fingerprints = UNCHANGED
+) -> list[Task]:
     """The tasks that `execute` would measure, in its order; fewer if it comes to know enough."""
-    standing = _standing(run, present)
+    standing = _standing(run, present, fingerprints)
     return [task for task in interleaved(run.plan.tasks) if standing.needs(task)]
 
 
 class _Execution:
     """The loop over a run's tasks."""
 
-    def __init__(self, run: Run, launch: Launch, present: Present, past: Sequence[Record]) -> None:
+    def __init__(
+        self, run: Run, launch: Launch, standing: Standing, past: Sequence[Record]
+    ) -> None:
         self._run = run
         self._launch = launch
-        self._standing = _standing(run, present)
+        self._standing = standing
         self._known = [*past, *run.records()]
         self._order = interleaved(run.plan.tasks)
 
@@ -314,7 +322,7 @@ class _Execution:
         )
 
 
-def _standing(run: Run, present: Present) -> Standing:
+def _standing(run: Run, present: Present, fingerprints: Fingerprints) -> Standing:
     """What the run has, and what of it can be used again here and now; nothing disturbed can."""
     old = latest(run.records())
     counts = {record.cell.num_processes for record in old.values() if record.environment}
@@ -323,7 +331,8 @@ def _standing(run: Run, present: Present) -> Standing:
         key: record
         for key, record in old.items()
         if record.environment
+        and record.finished
         and record.valid
-        and reusable(record, environments[record.cell.num_processes])
+        and is_from_here(record, environments[record.cell.num_processes], fingerprints)
     }
     return Standing(old, kept)

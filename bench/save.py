@@ -19,8 +19,8 @@ from cifar.serialize import to_json
 def save(run: Run, results_dir: Path) -> list[Path]:
     """Add a run's records to the results and render their table; returns the files written.
 
-    The latest records of a cell take the place of all that are stored of it, whichever repeats
-    those are: a run of fewer repeats would else be mixed with an older one.
+    The latest records of a cell take the place of all that are stored of it and of the same images,
+    whichever repeats those are: a run of fewer repeats would else be mixed with an older one.
 
     Raises:
         UserError: the run has no record that says what it ran on, or a file cannot be read or
@@ -32,8 +32,7 @@ def save(run: Run, results_dir: Path) -> list[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = read_records(path) if path.exists() else []
-            anew = {record.key[:2] for record in records}
-            merged = [*(each for each in stored if each.key[:2] not in anew), *records]
+            merged = [*_others(stored, records), *records]
             write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
             text = f"# {run.plan.suite}\n\n{table(run.plan.suite, merged)}\n"
             write_atomic(path.with_suffix(".md"), text)
@@ -44,6 +43,26 @@ def save(run: Run, results_dir: Path) -> list[Path]:
             ) from None
         written += [path, path.with_suffix(".md")]
     return written
+
+
+def _others(stored: Iterable[Record], records: Iterable[Record]) -> list[Record]:
+    """The stored records that are of other cells than these records, or of other images.
+
+    One that died before it read its images is of the same ones as any other of its cell.
+    """
+    anew: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        images = anew.setdefault(record.key[:2], set())
+        if record.data:
+            images.add(record.data.fingerprint)
+
+    def is_replaced(old: Record) -> bool:
+        if old.key[:2] not in anew:
+            return False
+        images = anew[old.key[:2]]
+        return not images or old.data is None or old.data.fingerprint in images
+
+    return [old for old in stored if not is_replaced(old)]
 
 
 def table(suite: str, records: Iterable[Record]) -> str:

@@ -10,7 +10,7 @@ ALIASES = {
     "batch": "batch_size",
     "procs": "num_processes",
     "accumulation": "accumulation_steps",
-    "samples": "train_samples",
+    "samples": "trained_samples",
     "size": "checkpoint_bytes",
     "params": "param_count",
     "inference_b1": "inference_latency_b1",

@@ -94,7 +94,8 @@ class Worker:
         for metric in self._core(trainer):
             _take(subject, metric)
         self._effective = subject.witness.effective()
-        wrong = told_by_all(mismatches(task.cell, self._effective), trainer.device)
+        phrases = mismatches(task.cell, self._effective, self._environment.device)
+        wrong = told_by_all(phrases, trainer.device)
         return (subject, "failed", "; ".join(wrong)) if wrong else (subject, "ok", "")
 
     def _core(self, trainer: Trainer) -> tuple[Metric, ...]:

@@ -24,6 +24,7 @@ def install():
     runs.execute = functools.partial(runs.execute, launch=launch, present=present)
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)
     runs.missing = functools.partial(runs.missing, present=present)
+    probes.missing = functools.partial(probes.missing, present=present)
 
 
 if __name__ == "__main__":

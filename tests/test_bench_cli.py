@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from fake_worker import environment, record_of
@@ -18,13 +19,17 @@ from fake_worker import environment, record_of
 from bench import options, runs
 from bench.__main__ import main
 from bench.job import Job
+from bench.launchers import environment_for
 from bench.protocol import Protocol
-from bench.record import SCHEMA_VERSION
+from bench.record import SCHEMA_VERSION, DataFacts
 from bench.record_file import append_record, read_records
 from bench.spec import Plan, Suite, Task, grid
 from bench.suites import SUITES
+from cifar.config import DataConfig, parse_data
 from cifar.data.shapes import load_shapes
+from cifar.data.sources import load_dataset
 from cifar.errors import ConfigError
+from cifar.process import recorded_environment
 
 ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).with_name("fake_bench.py")
@@ -147,6 +152,21 @@ def test_a_batch_larger_than_the_data_is_refused(files, npz, capsys):
     assert "batch-size: 97: npz:" in capsys.readouterr().err
 
 
+def test_every_data_set_is_known_by_its_images_but_the_embedded_one(npz):
+    named = parse_data(f"npz:{npz}")
+    tasks = [
+        Task(cell=cell, protocol=Protocol())
+        for data in (DataConfig(), named)
+        for cell in grid(["resnet20"], ["fp32"], data=data, batch_sizes=(16,))
+    ]
+    before = options.check_data(tasks)
+    assert before == {named: load_dataset(named).fingerprint()}
+    arrays = dict(np.load(npz))
+    arrays["test_images"][0, 0, 0, 0] ^= 1
+    np.savez(npz, **arrays)
+    assert options.check_data(tasks)[named] != before[named]
+
+
 def test_the_embedded_data_set_has_as_many_images_as_is_said():
     assert len(load_shapes(test=100).train) == options.SHAPES_TRAIN_IMAGES
 
@@ -193,6 +213,19 @@ def test_a_dry_run_shows_commands_that_a_shell_can_read_and_starts_nothing(files
     assert not (files / "runs").exists()
 
 
+def test_a_dry_run_shows_the_settings_that_would_be_recorded(files, capsys, monkeypatch):
+    chosen = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_PLACES": "{0:4}, {4:4}", "MALLOC_TOP_PAD_": "1"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert main([*CELLS, "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[1])
+    settings = dict(word.split("=", 1) for word in words[: words.index(sys.executable)])
+    (cell, _) = grid(["resnet20", "resnet18"], ["fp32"])
+    assert settings == recorded_environment(environment_for(cell, os.environ))
+    assert settings.items() >= chosen.items()
+    assert "GOMP_SPINCOUNT" not in settings, "a user's own wait policy stands"
+
+
 def test_options_change_the_cells_of_a_suite(files, capsys):
     assert main(["run", "quick", "-b", "64", "--train-samples", "0", "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -230,6 +263,39 @@ def test_a_broken_cell_is_survived_and_told_by_the_exit_code(tmp_path, fake, cod
     assert statuses(tmp_path) == expected
     assert f"{expected[0]}:" in done.stdout, "the table shows the row with its status"
     assert ("try them again: bench run --resume runs/" in done.stdout) == (code == 1)
+
+
+@pytest.mark.parametrize("how", ["crash", "oom", "sleep"])
+def test_a_cell_that_broke_after_its_training_is_told_and_tried_again(tmp_path, how):
+    timeout = "3" if how == "sleep" else "60"
+    done = bench(tmp_path, *CELLS, "--timeout", timeout, fake=f"resnet20=later-{how},ok")
+    assert done.returncode == 1, done.stderr
+    assert "ok 256 images/s" in done.stderr.splitlines()[0], "what was measured counts"
+    assert "1 did not finish; to try them again: bench run --resume runs/" in done.stdout
+    again = bench(tmp_path, "run", "--resume", runs.newest(tmp_path / "runs").id)
+    assert again.returncode == 0, again.stderr
+    assert [" kept " in line for line in again.stderr.splitlines()] == [False, True]
+    records = runs.newest(tmp_path / "runs").records()
+    assert [record.status for record in records] == ["ok"] * 3
+    assert [record.finished for record in records] == [False, True, True]
+
+
+def test_a_run_goes_on_when_its_terminal_closes_if_nohup_started_it(tmp_path):
+    process = subprocess.Popen(
+        ["nohup", sys.executable, str(FAKE), *CELLS, "--timeout", "5"],
+        cwd=tmp_path,
+        env=environ(FAKE="resnet18=hang,ok"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("runs/*/cells/*/child")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert statuses(tmp_path) == ["ok", "timeout"]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +351,37 @@ def test_a_dry_run_of_a_resumed_run_shows_what_is_missing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "[1/1] resnet20 fp32" in done.stdout and "resnet18" not in done.stdout
     assert statuses(tmp_path) == ["failed", "ok"]
+
+
+def test_resume_measures_anew_what_is_of_images_that_changed(tmp_path, npz):
+    data = parse_data(f"npz:{npz}")
+    cells = grid(["resnet20"], ["fp32"], data=data, batch_sizes=(16,))
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=cells),))
+    run = runs.create(suite, tmp_path / "runs")
+    for fingerprint, count in (("other", 1), (load_dataset(data).fingerprint(), 0)):
+        facts = DataFacts(
+            name="npz", fingerprint=fingerprint, train_samples=96, test_samples=50, classes=10
+        )
+        append_record(run.records_file, record_of(Job(task=run.plan.tasks[0]), data=facts))
+        done = bench(tmp_path, "run", "--resume", run.id, "--dry-run")
+        assert done.stdout.splitlines()[-1].startswith(f"{count} cells, about "), done.stderr
+
+
+def test_a_cell_that_timed_out_is_given_more_time_on_resume(tmp_path):
+    assert bench(tmp_path, *CELLS, "--timeout", "2", fake="resnet20=hang,ok").returncode == 1
+    name = runs.newest(tmp_path / "runs").id
+    done = bench(tmp_path, "run", "--resume", name, "--timeout", "0")
+    assert (done.returncode, done.stderr) == (2, "bench: timeout: 0.0: give a positive number\n")
+    done = bench(tmp_path, "run", "--resume", name, "--timeout", "60")
+    assert done.returncode == 0, done.stderr
+    old, new, _ = runs.newest(tmp_path / "runs").records()
+    assert [(each.status, each.protocol.timeout) for each in (old, new)] == [
+        ("timeout", 2.0),
+        ("ok", 60.0),
+    ]
+    assert old.key == new.key
+    done = bench(tmp_path, "run", "--resume", name, "--timeout", "90", "--dry-run")
+    assert done.stdout.startswith("0 cells"), "another limit makes no record less good"
 
 
 def test_more_processes_than_gpus_are_refused():

@@ -215,6 +215,42 @@ def test_a_failed_probe_is_tried_again_and_other_code_probes_anew(tmp_path) -> N
     assert other.batches == [64, 128, 96, 112]
 
 
+def test_what_is_missing_is_where_every_search_goes_on(tmp_path) -> None:
+    run = make_run(tmp_path, ("resnet20", "resnet18"))
+
+    def missing(**options) -> list[tuple[str, int]]:
+        left = probes.missing(run, present=present_of(), **options)
+        return [(task.cell.train.model.label, batch_of(task)) for task in left]
+
+    assert missing() == [("resnet20", 64), ("resnet18", 64)]
+    launch = FakeLaunch(100)
+
+    def interrupted(job: Job, folder: Path) -> Record:
+        if len(launch.seen) == 6:
+            raise KeyboardInterrupt
+        return launch(job, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        probes.execute(run, launch=interrupted, present=present_of())
+    assert missing() == [("resnet18", 96)], "the other search has ended"
+    probes.execute(run, launch=FakeLaunch(100, {96: "timeout"}), present=present_of())
+    assert missing() == [("resnet18", 96)], "a timeout is no answer"
+    probes.execute(run, launch=FakeLaunch(100, {96: "unsupported"}), present=present_of())
+    assert missing() == [], "an unsupported probe ends its search"
+
+
+def test_probes_of_other_images_are_made_again(tmp_path) -> None:
+    run, launch = make_run(tmp_path), FakeLaunch(7)
+
+    def of_old_images(job: Job, folder: Path) -> Record:
+        return replace(launch(job, folder), data=replace(DATA, fingerprint="old"))
+
+    probes.execute(run, launch=of_old_images, present=present_of())
+    data = run.plan.tasks[0].cell.train.data
+    for name, left in (("old", []), ("new", run.plan.tasks)):
+        assert probes.missing(run, present=present_of(), fingerprints={data: name}) == [*left]
+
+
 def test_runs_and_frontiers_are_told_apart(tmp_path, monkeypatch, capsys) -> None:
     cells = grid(["resnet20"], ["fp32"])
     plans = (Plan(protocol=Protocol(), cells=cells),)
@@ -411,6 +447,8 @@ def test_a_frontier_ends_in_a_table_and_its_run_can_be_shown_and_saved(tmp_path)
     shown = bench(tmp_path, "table").stdout
     assert "Largest batch" in " ".join(shown.split())
     assert bench(tmp_path, "save", name).stdout.split()[1].endswith("frontier.md")
+    done = bench(tmp_path, "frontier", "--resume", name, "--dry-run")
+    assert (done.returncode, done.stdout) == (0, "0 cells, about 0 s\n")
     done = bench(tmp_path, "frontier", "--resume", name, fake="crash")
     assert (done.returncode, done.stderr.count("kept ok")) == (0, 2)
 
@@ -420,6 +458,11 @@ def test_a_failure_is_told_by_the_exit_code(tmp_path) -> None:
     assert done.returncode == 1
     assert "batch 64: ValueError: the worker broke" in " ".join(done.stdout.split())
     assert "to try them again: bench frontier --resume runs/" in done.stdout
+    name = runs.newest(tmp_path / "runs").id
+    done = bench(tmp_path, "frontier", "--resume", name, "--timeout", "77", fake="crash")
+    assert done.returncode == 1
+    limits = [record.protocol.timeout for record in runs.newest(tmp_path / "runs").records()]
+    assert limits == [probe_protocol().timeout, 77.0]
     assert bench(tmp_path, *LIMITED, fake="oom").returncode == 0
 
 

@@ -16,7 +16,7 @@ from fake_worker import record_of
 from bench import launchers
 from bench.failure import classify
 from bench.job import Job
-from bench.launchers import LAUNCHERS, argv_for, get_launcher, launch
+from bench.launchers import LAUNCHERS, argv_for, environment_for, get_launcher, launch
 from bench.protocol import Protocol
 from bench.spec import Task, grid
 from bench.unfinished import explained, is_unfinished, unfinished
@@ -96,6 +96,14 @@ def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
     assert recorded["OMP_NUM_THREADS"] == "5"
     assert recorded.keys() >= process.MALLOC.keys()
     assert "HOME" not in recorded
+
+
+def test_accelerate_is_told_by_the_command_alone():
+    (cell,) = grid(["resnet20"], ["fp32"])
+    base = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "HOME": "/home/x"}
+    environment = environment_for(cell, base)
+    assert not [name for name in environment if name.startswith("ACCELERATE_")]
+    assert environment["HOME"] == "/home/x"
 
 
 def test_settings_of_the_compilers_are_recorded_and_places_are_not():

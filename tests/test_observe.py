@@ -76,7 +76,7 @@ def told(cell: Cell, act: Act = lambda _: None, **trainer: Any) -> list[str]:
     """What is told of a cell whose trainer was tampered with before the first step."""
     subject = make_subject(cell, **trainer)
     act(subject.trainer)
-    return mismatches(cell, measured(subject))
+    return mismatches(cell, measured(subject), "cpu")
 
 
 def told_of_window(cell: Cell, act: Act, **trainer: Any) -> list[str]:
@@ -179,7 +179,13 @@ def test_what_was_asked_is_observed(precision: str, channels_last: bool) -> None
         "samples_seen": 96,
     }
     assert {name: effective[name] for name in expected} == expected
-    assert mismatches(cell, effective) == []
+    assert mismatches(cell, effective, "cpu") == []
+
+
+def test_another_device_is_told() -> None:
+    """As of a launcher that was told to train on the CPU of a machine with a GPU."""
+    effective = measured(make_subject(make_cell(), steps=4))
+    assert mismatches(make_cell(), effective, "cuda") == asked(device=("cpu", "cuda"))
 
 
 def test_native_instructions_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +197,7 @@ def test_native_instructions_are_those_of_the_device(monkeypatch: pytest.MonkeyP
 
 def test_a_1x1_convolution_is_not_asked_for_its_memory_format() -> None:
     (cell,) = grid(["resnet50-w4"], ["fp32"], channels_last=(True,), batch_sizes=(16,))
-    assert mismatches(cell, measured(make_subject(cell, steps=4))) == []
+    assert mismatches(cell, measured(make_subject(cell, steps=4)), "cpu") == []
 
 
 def test_another_memory_format_is_told() -> None:
@@ -258,11 +264,11 @@ def test_loss_scaling_and_the_steps_it_skips_are_told() -> None:
 
 def test_one_skipped_step_is_how_a_scale_is_sought() -> None:
     effective = {**measured(make_subject(make_cell(), steps=8)), "skipped_steps_in_window": 1}
-    assert mismatches(make_cell(), effective) == []
+    assert mismatches(make_cell(), effective, "cpu") == []
     effective |= {"skipped_steps_in_window": 2}
-    assert len(mismatches(make_cell(), effective)) == 1
+    assert len(mismatches(make_cell(), effective, "cpu")) == 1
     effective |= {"timed_steps": 2000, "samples_in_window": 32_000}
-    assert mismatches(make_cell(), effective) == []
+    assert mismatches(make_cell(), effective, "cpu") == []
 
 
 def test_the_wrong_number_of_processes_is_told_and_a_missing_wrapper() -> None:
@@ -312,7 +318,7 @@ def test_formats_in_compiled_code_are_observed() -> None:
     effective = measured(make_subject(cell, steps=4))
     assert effective["input_dtype"] == effective["weight_dtype"] == "bfloat16"
     assert effective["input_channels_last"] is effective["weight_channels_last"] is True
-    assert mismatches(cell, effective) == []
+    assert mismatches(cell, effective, "cpu") == []
 
 
 @pytest.mark.usefixtures("quick_compiler")
@@ -348,7 +354,7 @@ def test_code_of_the_true_compiler_is_observed() -> None:
     effective = measured(make_subject(cell, steps=4))
     assert effective["compile"] is True
     assert effective["input_dtype"] == effective["weight_dtype"] == "float32"
-    assert mismatches(cell, effective) == []
+    assert mismatches(cell, effective, "cpu") == []
     torch._dynamo.reset()
 
 
@@ -360,7 +366,7 @@ def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> 
         pytest.skip(f"this GPU has no {precision}")
     cell = make_cell(precision, channels_last=(True,), compile=(compiled,))
     effective = measured(make_subject(cell, run=RunConfig()))
-    assert mismatches(cell, effective) == []
+    assert mismatches(cell, effective, "cuda") == []
     assert effective["device"] == "cuda"
     assert effective["native_dtype"] is True
     assert ("loss_scale" in effective) == (precision == "fp16")
@@ -400,7 +406,7 @@ def test_a_small_budget_is_never_exceeded(steps: int, timed: int, after: bool) -
     assert subject.trainer.step == effective["steps"] == steps
     assert effective["timed_steps"] == timed
     assert ("changed_in_window" in effective) == after
-    assert mismatches(make_cell(), effective) == []
+    assert mismatches(make_cell(), effective, "cpu") == []
 
 
 TAMPERED = """

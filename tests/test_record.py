@@ -114,6 +114,16 @@ def test_the_value_of_several_ranks():
     assert latency((1.0, 1.0), (4.0, 2.0)).value == 3.0
 
 
+def test_a_record_is_finished_when_trying_again_would_change_nothing():
+    absent = Measurement(name="a", unit="1", better="none", status="absent", reason="why")
+    assert make_record(measurements=(absent,)).finished
+    assert make_record(status="unsupported", reason="why", measurements=()).finished
+    for status in ("failed", "oom", "timeout"):
+        assert not make_record(status=status, reason="why").finished
+    measurements = (*make_record().measurements, replace(absent, status="failed"))
+    assert not make_record(measurements=measurements).finished
+
+
 def test_what_is_absent_has_no_value_but_a_reason():
     absent = Measurement(
         name="top1", unit="fraction", better="higher", status="absent", reason="not trained"
@@ -299,6 +309,7 @@ def test_hardware_is_named_without_marketing():
     assert ENVIRONMENT.hardware == "amd-epyc-7b13-2c"
     gpu = replace(ENVIRONMENT, gpu_names=("NVIDIA H200", "NVIDIA H200"))
     assert gpu.hardware == "nvidia-h200-x2"
+    assert (ENVIRONMENT.device, gpu.device) == ("cpu", "cuda")
     assert replace(ENVIRONMENT, cpu_model="").hardware == "unknown-2c"
 
 

@@ -18,6 +18,7 @@ from bench.repeats import Repeats
 from bench.rows import rows
 from bench.runs import Run
 from bench.spec import Plan, Suite, Task, grid
+from bench.unfinished import explained, unfinished
 
 CLOSE = [100.0, 101.0, 99.0, 100.0, 101.0, 99.0, 100.0, 100.0, 100.0]
 """Their interval reaches 1 % from the median at most, with any six or more of them."""
@@ -119,6 +120,23 @@ def test_resuming_tries_again_what_broke_though_the_cell_is_known(tmp_path: Path
     assert {record.status for record in records} == {"ok"}
 
 
+def test_resuming_tries_again_what_broke_after_its_training_though_the_cell_is_known(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path, "resnet20")
+    launch = FakeLaunch(resnet20=CLOSE)
+
+    def partly(job: Job, folder: Path) -> Record:
+        record = launch(job, folder)
+        return explained(unfinished(record, ["flops"]), "oom") if job.task.repeat == 0 else record
+
+    assert len(execute(run, partly)) == 6, "its throughput counts"
+    again = FakeLaunch(resnet20=CLOSE)
+    records = execute(run, again)
+    assert again.repeats("resnet20") == [0]
+    assert all(record.finished for record in records)
+
+
 def test_totals_and_exit_code_count_what_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +144,7 @@ def test_totals_and_exit_code_count_what_ran(
     launch = FakeLaunch(resnet20=CLOSE)
     measured = functools.partial(runs.execute, launch=launch, present=present)
     monkeypatch.setattr(runs, "execute", measured)
-    assert _measure(run, []) == 0
+    assert _measure(run, [], {}) == 0
     output = capsys.readouterr()
     assert "6 cells in 0 s (3 more were not needed); records" in output.out
     lines = output.err.splitlines()

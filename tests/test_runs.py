@@ -13,11 +13,11 @@ from bench import present, runs
 from bench.job import Job
 from bench.progress import SuiteProgress, outcome
 from bench.protocol import Protocol
-from bench.record import Record
+from bench.record import DataFacts, Record
 from bench.record_file import append_record, read_records
 from bench.runs import Run
 from bench.save import save, uncommitted
-from bench.spec import Plan, Suite, grid
+from bench.spec import Plan, Suite, Task, grid
 from cifar.errors import CifarError, ConfigError, UserError
 from cifar.serialize import to_json
 
@@ -163,6 +163,31 @@ def test_a_record_from_other_circumstances_is_measured_anew(run: Run, change: di
     launch = FakeLaunch()
     runs.execute(run, launch=launch, present=present_of(**change))
     assert launch.models == ["resnet20", "resnet18"]
+
+
+def images(fingerprint: str, source: str = "shapes") -> DataFacts:
+    return DataFacts(
+        name=source, fingerprint=fingerprint, train_samples=10, test_samples=2, classes=10
+    )
+
+
+def test_a_record_of_other_images_is_measured_anew(run: Run) -> None:
+    first, second = run.plan.tasks
+    append_record(run.records_file, record_of(Job(task=first), data=images("old")))
+    early = record_of(Job(task=second), status="unsupported", reason="no such unit")
+    append_record(run.records_file, early)
+
+    def missing(now: str) -> list[Task]:
+        fingerprints = {first.cell.train.data: now}
+        return runs.missing(run, present=present_of(), fingerprints=fingerprints)
+
+    assert runs.missing(run, present=present_of()) == missing("old") == []
+    assert missing("new") == [first], "the other one read no images"
+    launch = FakeLaunch()
+    runs.execute(
+        run, launch=launch, present=present_of(), fingerprints={first.cell.train.data: "new"}
+    )
+    assert launch.models == ["resnet20"]
 
 
 def test_time_memory_and_commit_do_not_matter(run: Run) -> None:
@@ -315,6 +340,30 @@ def test_a_saved_run_replaces_all_repeats_of_its_cells(tmp_path: Path) -> None:
         files = save(run, tmp_path / "results")
     assert [record.repeat for record in read_records(files[0])] == [0, 1]
     assert {record.run_id for record in read_records(files[0])} == {run.id}
+
+
+def test_saved_records_of_other_images_stay(tmp_path: Path, run: Run) -> None:
+    results, (first, second) = tmp_path / "results", run.plan.tasks
+
+    def stored(*records: Record) -> list[tuple[str, str, str | None]]:
+        """What the results hold once a run of these records is saved."""
+        other = runs.create(make_suite(), tmp_path / "runs")
+        for record in records:
+            append_record(other.records_file, replace(record, run_id=other.id))
+        return [
+            (record.cell.train.model.label, record.status, record.data and record.data.fingerprint)
+            for record in read_records(save(other, results)[0])
+        ]
+
+    old, new = (record_of(Job(task=first), data=images(name)) for name in ("old", "new"))
+    early = record_of(Job(task=first), status="unsupported", reason="why")
+    beside = record_of(Job(task=second), data=images("old"))
+    assert len(stored(old, beside)) == 2
+    kept = [("resnet20", "ok", "old"), ("resnet18", "ok", "old"), ("resnet20", "ok", "new")]
+    assert stored(new) == kept
+    assert stored(new) == kept, "its own place"
+    assert stored(early) == [kept[1], ("resnet20", "unsupported", None)], "of unknown images"
+    assert stored(old) == [kept[1], kept[0]]
 
 
 def test_a_record_that_died_early_goes_with_its_run(tmp_path: Path, run: Run) -> None:

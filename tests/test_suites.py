@@ -192,6 +192,28 @@ def test_estimate_takes_a_finished_record_of_the_same_cell():
     assert estimate(cell, Protocol(), *history) == 70.0
 
 
+def test_estimate_knows_what_is_not_supported_and_learns_no_speed_from_it():
+    (cell,), (other,) = grid(["resnet18"], ["fp16"]), grid(["resnet34"], ["fp32"])
+    record = finished(cell, Protocol(), 12.0, status="unsupported", reason="no fp16 here")
+    assert estimate(cell, Protocol(), record, replace(record, duration_s=8.0)) == 10.0
+    assert estimate(other, Protocol(), record) == estimate(other, Protocol())
+    for status in ("failed", "oom", "timeout"):
+        broken = replace(record, status=status)
+        assert estimate(cell, Protocol(), broken) == estimate(cell, Protocol())
+
+
+def test_estimate_counts_timed_steps_within_the_budget():
+    (cell,) = grid(["resnet18"], ["fp32"], batch_sizes=(128,))
+    budget = Protocol(train_samples=12_800, inference_batch_sizes=())
+    more = replace(budget, timed_steps=40), replace(budget, timed_seconds=60.0)
+    assert [estimate(cell, protocol) for protocol in more] == [estimate(cell, budget)] * 2
+    # 2,000 test images are a forward pass each, 12,800 training ones three: 40,400 passes.
+    speed = Protocol(timed_steps=20, warmup_steps=5, inference_batch_sizes=())
+    # 1 + 2 x 5 + 20 steps of 128 are 3 x 3,968 = 11,904 passes.
+    ratio = (estimate(cell, budget) - START_SECONDS) / (estimate(cell, speed) - START_SECONDS)
+    assert ratio == pytest.approx(40_400 / 11_904)
+
+
 def test_estimate_is_calibrated_by_other_records_of_this_machine():
     (cell,), (other,) = grid(["resnet18"], ["fp32"]), grid(["resnet34"], ["fp32"])
     plain = estimate(cell, Protocol())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.columns import DASH
 from bench.protocol import Protocol
 from bench.record import DataFacts, Environment, Measurement, Record
 from bench.rows import rows
@@ -62,8 +63,13 @@ def latency(size, *samples):
     )  # fmt: skip
 
 
+def top1_after(trained_samples, value):
+    found = scalar("top1", "fraction", value, "higher")
+    return replace(found, labels={"trained_samples": trained_samples})
+
+
 def measurements(*, rate=200.0, top1=None):
-    trained = [] if top1 is None else [scalar("top1", "fraction", top1, "higher")]
+    trained = [] if top1 is None else [top1_after(12_800, top1)]
     return (
         Measurement(
             name="train_throughput", unit="samples/s", better="higher",
@@ -304,6 +310,23 @@ def test_what_differs_has_its_own_row_and_is_not_compared(change):
     )} if isinstance(cell, Cell) else change  # fmt: skip
     table = rows([first, replace(second, **other)])
     assert [row["vs_fp32"] for row in table] == [1.0, None]
+
+
+def test_tables_tell_the_samples_that_were_trained_and_not_the_budget():
+    protocol = Protocol(train_samples=12_850)
+    first = make_record(protocol=protocol)
+    broke = broken(make_cell("resnet18"), "oom", "no room", protocol=protocol)
+    text = render_markdown(rows([first, broke]))
+    assert "top-1 after 12,800 training samples" in text, "100 batches of 128"
+    assert "12,850" not in text and "Trained" not in text
+    found = (*measurements(), top1_after(6_400, 0.5))
+    half = make_record(protocol=Protocol(train_samples=6_400), found=found)
+    table = rows([broke, first, half])
+    assert [row["trained_samples"] for row in table] == [None, 12_800, 6_400]
+    text = render_markdown(table)
+    assert "training samples" not in text
+    for model, trained in (("resnet18", DASH), ("resnet20", "12,800"), ("resnet20", "6,400")):
+        assert f"| {model} | 128 | {trained} |" in text
 
 
 def test_vs_fp32_is_the_ratio_to_the_otherwise_equal_row():
