@@ -32,6 +32,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     device = torch.device("cpu" if cpu else "cuda")
     check_supported(name, device)
     if config.compile:
+        check_compile_mode(config.compile_mode, device)
         check_compiler(device.type)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
@@ -110,6 +111,15 @@ def check_supported(name: str, device: torch.device) -> None:
     if device.type == "cuda" and name == "tf32" and torch.cuda.get_device_capability() < (8, 0):
         raise UnsupportedError(
             "precision: 'tf32': this GPU has no TensorFloat-32 units (Ampere or newer); use fp32"
+        )
+
+
+def check_compile_mode(mode: str, device: torch.device) -> None:
+    """Raise an UnsupportedError if torch.compile would quietly run another mode than this one."""
+    if device.type == "cpu" and mode == "reduce-overhead":
+        raise UnsupportedError(
+            "compile-mode: 'reduce-overhead': a CPU has no CUDA graphs, which it stands for; use "
+            "default or max-autotune"
         )
 
 

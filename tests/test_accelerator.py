@@ -11,6 +11,7 @@ from training import make_trainer, tiny_recipe
 from cifar import accelerator
 from cifar.accelerator import (
     allow_tf32,
+    check_compile_mode,
     check_launch,
     check_processes,
     check_supported,
@@ -128,6 +129,18 @@ def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:
         os.environ.pop("CXX", None)
         with pytest.raises(UnsupportedError, match=r"compile: .*compiler"):
             make_trainer(compile=True)
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_compile_modes_that_a_cpu_has_pass(mode: str) -> None:
+    check_compile_mode(mode, CPU)
+
+
+def test_a_mode_that_means_cuda_graphs_is_unsupported_on_a_cpu() -> None:
+    """Inductor would leave them out without a word."""
+    with pytest.raises(UnsupportedError, match=r"compile-mode: 'reduce-overhead': .* use default"):
+        make_trainer(compile=True, compile_mode="reduce-overhead")
+    check_compile_mode("reduce-overhead", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
