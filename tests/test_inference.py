@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from training import ROOT, finish, make_trainer, reset_accelerate, start
+from training import ROOT, finish, make_trainer, reset_accelerate, start, tiny_recipe
 
 from bench.measure import backends, comparison, inference
 from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
 from bench.measure.comparison import Comparison, Reference, sample_images
-from bench.measure.inference import Trouble, measure_inference
+from bench.measure.inference import Trouble, evaluated_module, measure_inference
+from bench.measure.outcome import measure_accuracy
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
@@ -85,6 +86,53 @@ def test_every_backend_has_its_latency_at_every_size(monkeypatch: pytest.MonkeyP
     assert not [each for each in found if each.name == "output_agreement" and not each.labels]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_weights_are_those_that_are_scored(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The moving average, where there is one, in the cell's own backend and in further ones."""
+    subject = make_subject(recipe=tiny_recipe(ema_decay=0.5), precision=precision)
+    trainer = subject.trainer
+    for _ in range(3):
+        trainer.train_step()
+    kept = {name: tensor.clone() for name, tensor in trainer.weights().items()}
+    seen: list[Source] = []
+
+    def watched(source: Source, images: Tensor) -> Run:
+        seen.append(source)
+        return plain(source)
+
+    for name in ("eager", "exported"):
+        monkeypatch.setitem(BACKENDS, name, watched)
+    found = list(measure_inference(subject))
+    assert trainer.average is not None and len(seen) == 4
+    for source in seen:
+        for name, tensor in source.module.state_dict().items():
+            assert torch.equal(tensor, trainer.average.weights[name])
+    assert any(not torch.equal(kept[name], trainer.average.weights[name]) for name in kept)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.weights().items())
+    assert find(found, "output_agreement", backend="exported").value >= 0.9
+    scored = {each.name: each for each in measure_accuracy(with_budget(subject))}
+    assert scored["top1"].labels["weights"] == "average"
+    with torch.no_grad():
+        test = trainer.dataset.test
+        logits = plain(seen[0])(sample_images(trainer, len(test)))
+    right = logits.argmax(1) == torch.from_numpy(test.labels)
+    assert scored["top1"].value == pytest.approx(right.double().mean().item(), abs=1e-9)
+
+
+def test_without_an_average_the_last_weights_are_run_and_scored() -> None:
+    subject = make_subject(PROTOCOL)
+    assert evaluated_module(subject.trainer) is subject.trainer.module
+    (top1, *_) = measure_accuracy(with_budget(subject))
+    assert top1.labels["weights"] == "last"
+
+
+def with_budget(subject: Subject) -> Subject:
+    """With a training budget, without which nothing is scored."""
+    return Subject(subject.trainer, replace(subject.protocol, train_samples=96))
+
+
 def test_the_first_inference_holds_the_build_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([10.0, 13.0, 13.5])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(moments))
@@ -100,7 +148,8 @@ def test_the_first_inference_is_told_of_the_first_size(monkeypatch: pytest.Monke
     for backend in (None, "exported"):
         first = find(found, "first_inference", backend=backend)
         build = find(found, "inference_build", backend=backend)
-        assert (first.unit, first.labels["batch_size"]) == ("s", 1)
+        assert first.unit == "s"
+        assert first.labels.items() >= {"batch_size": 1, "after_training": True}.items()
         assert 0 < build.value < first.value
 
 
@@ -417,7 +466,8 @@ def test_what_one_process_alone_meets_keeps_both_together(tmp_path: Path) -> Non
 def check_for_real(name: str, precision: str) -> None:
     """Twice, because the second build finds other caches than the first, cold one."""
     protocol = replace(PROTOCOL, inference_batch_sizes=(1, 2), inference_backends=(name,))
-    found = list(measure_inference(make_subject(protocol, precision=precision)))
+    subject = make_subject(protocol, precision=precision, recipe=tiny_recipe(ema_decay=0.5))
+    found = list(measure_inference(subject))
     mine = [each for each in found if each.labels.get("backend") == name]
     assert {(each.status, each.reason) for each in mine} == {("ok", "")}
     assert [each.name for each in mine] == [

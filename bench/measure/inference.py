@@ -1,6 +1,7 @@
 """Inference latency: seconds per sample from images on the device to finished logits."""
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.clock import synchronize
@@ -17,22 +18,24 @@ from bench.measure.subject import Better, Subject
 from bench.record import Label, Measurement
 from cifar.distributed import barrier, least
 from cifar.errors import UnsupportedError
+from cifar.trainer import Trainer
 
 
 @torch.inference_mode()
 def measure_inference(subject: Subject) -> Iterable[Measurement]:
-    """Latency, cold start and outputs of the cell's own backend and those the protocol names.
+    """Latency, start and outputs of the cell's own backend and those the protocol names.
 
     Every batch is waited for, so at batch 1 this is the latency of images that come one at a time
     (DAWNBench, https://dawn.cs.stanford.edu/benchmark/). The number of processes does not matter:
     each one measures on its own device. What is measured of a further backend has its name in the
-    label `backend`; the cell's own is eager, or compiled where it trains so.
+    label `backend`; the cell's own is eager, or compiled where it trains so. The weights are those
+    that the top-1 is measured of.
     """
     trainer = subject.trainer
     trainer.module.eval()
     assert trainer.config.precision is not None
     source = Source(
-        module=trainer.module,
+        module=evaluated_module(trainer),
         precision=trainer.config.precision,
         device=trainer.device,
         compile_mode=trainer.config.compile_mode,
@@ -44,6 +47,17 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
         for name in subject.protocol.inference_backends:
             if name != own:
                 yield from Candidate(subject, source, name, reference, backend=name).measure()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def evaluated_module(trainer: Trainer) -> nn.Module:
+    """The network with the weights to evaluate, a copy where they are not those it trains with."""
+    if trainer.average is None:
+        return trainer.module
+    module = copy.deepcopy(trainer.module)
+    module.load_state_dict(trainer.average.weights)
+    return module
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +94,7 @@ class Candidate:
         self._trouble: Trouble | None = None
 
     def measure(self) -> Iterator[Measurement]:
-        """Latency at every batch size, then what starting cost, then how right the outputs are."""
+        """Latency at every batch size, then what the start took, then how right the outputs are."""
         first: Started | None = None
         for size in self._subject.protocol.inference_batch_sizes:
             images = sample_images(self._subject.trainer, size)
@@ -140,13 +154,18 @@ class Candidate:
         return True
 
     def _beginning(self, first: Started) -> Iterator[Measurement]:
-        """Seconds from nothing to the first logits, and those of them before the first call."""
+        """Seconds to build and run the first batch, and those of them before the first call.
+
+        It is the first call at this batch size in a process that has trained, so libraries are
+        loaded and memory is there. What compiles does so from empty caches.
+        """
         size = first.batch_size
         for name, seconds in (
             ("first_inference", first.first_seconds),
             ("inference_build", first.build_seconds),
         ):
-            yield self._found(name, "s", "lower", [seconds], batch_size=size)
+            labels: dict[str, Label] = {"batch_size": size, "after_training": True}
+            yield self._found(name, "s", "lower", [seconds], **labels)
 
     def _outputs(self) -> Iterator[Measurement]:
         """How far from fp32 eager, at the batch size where it is farthest."""
