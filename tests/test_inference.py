@@ -153,6 +153,111 @@ def test_the_first_inference_is_told_of_the_first_size(monkeypatch: pytest.Monke
         assert 0 < build.value < first.value
 
 
+class Goat:
+    """A monitor that finds a disturbance in every window, and notes when it watches."""
+
+    watching = False
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def __enter__(self) -> "Goat":
+        Goat.watching = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Goat.watching = False
+
+    def report(self) -> tuple[list[Measurement], list[str]]:
+        steal = Measurement(name="window_steal", unit="1", better="lower", samples=((1.0,),))
+        return [steal], ["a goat"]
+
+
+def test_what_disturbs_timed_batches_makes_the_record_invalid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "Monitor", Goat)
+    put(monkeypatch, fake(lambda logits: logits))
+    subject = make_subject()
+    found = list(measure_inference(subject))
+    assert subject.invalid == [
+        f"inference {where}: a goat" for where in ("b1", "b8", "exported b1", "exported b8")
+    ]
+    assert not [each for each in found if each.name.startswith("window")], "names would clash"
+
+
+def test_the_timed_batches_alone_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[bool] = []
+
+    def run(images: Tensor) -> Tensor:
+        watched.append(Goat.watching)
+        return images
+
+    monkeypatch.setattr(inference, "Monitor", Goat)
+    subject = make_subject(replace(PROTOCOL, inference_warmup=3, max_warmup_steps=30))
+    monkeypatch.setattr(inference, "has_settled", lambda seconds, span: len(seconds) == 4)
+    seconds = inference._time_batches(run, torch.zeros(2), subject, "here")
+    assert watched == [False] * 4 + [True] * 4
+    assert len(seconds) == 4 and subject.invalid == ["here: a goat"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seconds", "taken", "settled"),
+    [
+        # The medians of the last two and of those before: 3 and 1, 1.5 and 1, 1 and 1.
+        ({"inference_warmup": 4}, [4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 9.0], 6, True),
+        ({"inference_warmup": 5}, [1.0, 1.0, 1.0, 1.0, 1.0, 9.0], 5, True),
+        ({"inference_warmup": 1}, [1.0, 9.0], 1, True),
+        ({"inference_warmup": 0}, [1.0, 9.0], 1, True),
+        ({"inference_warmup": 2}, [0.1 * 2**n for n in range(9)], 5, False),
+        ({"inference_warmup": 2, "inference_seconds": 1.0}, [0.2, 0.4, 0.8, 9.0], 3, False),
+        ({"inference_warmup": 4, "inference_seconds": 1.0}, [2.0, 4.0, 8.0, 16.0, 9.0], 4, False),
+    ],
+)
+def test_the_warm_up_ends_when_its_halves_agree_or_at_the_cap(
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: dict[str, float],
+    seconds: list[float],
+    taken: int,
+    settled: bool,
+) -> None:
+    told = iter(seconds)
+    monkeypatch.setattr(inference, "_seconds_of", lambda *_: next(told))
+    chosen = {"inference_seconds": 100.0, "warmup_steps": 1, "max_warmup_steps": 5, **protocol}
+    if settled:
+        chosen["max_warmup_steps"] = 30
+    subject = make_subject(Protocol(**chosen))
+    assert inference._warm_up(lambda x: x, torch.zeros(1), subject) == (taken, settled)
+
+
+def test_batches_that_do_not_settle_make_the_record_invalid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "has_settled", lambda seconds, span: False)
+    protocol = replace(PROTOCOL, inference_warmup=2, warmup_steps=1, max_warmup_steps=3)
+    subject = make_subject(replace(protocol, inference_backends=(), inference_batch_sizes=(2,)))
+    list(measure_inference(subject))
+    unsettled = "inference b2: warm-up: batch time had not settled after 3 batches"
+    assert subject.invalid[:1] == [unsettled]
+
+
+def test_the_warm_up_goes_on_until_all_processes_have_settled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process has neither settled nor reached its cap before its third batch."""
+    others = iter([0, 0, 0, 0, 1])
+    mine: list[int] = []
+
+    def agree(count: int, device: torch.device) -> int:
+        mine.append(int(count))
+        return min(count, next(others))
+
+    monkeypatch.setattr(inference, "least", agree)
+    monkeypatch.setattr(inference, "_seconds_of", lambda *_: 1.0)
+    subject = make_subject()
+    assert inference._warm_up(lambda x: x, torch.zeros(1), subject) == (3, True)
+    assert mine == [1, 0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.clock import synchronize
 from bench.measure.comparison import Comparison, Reference, sample_images
+from bench.measure.monitor import Monitor
 from bench.measure.subject import Better, Subject
+from bench.measure.training import has_settled
 from bench.record import Label, Measurement
 from cifar.distributed import barrier, least
 from cifar.errors import UnsupportedError
@@ -141,7 +143,11 @@ class Candidate:
             self._comparisons.append(comparison)
             fault = comparison.fault(self._source.precision)
             self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
-        return None if self._trouble else _time_batches(started.run, images, self._subject)
+        if self._trouble:
+            return None
+        backend = f" {self._name}" if self._labels else ""
+        where = f"inference{backend} b{len(images)}"
+        return _time_batches(started.run, images, self._subject, where)
 
     def _compare_once(self, started: Started) -> bool:
         """Compare eager, one program for all batch sizes; False in fp32, as that is the reference.
@@ -219,20 +225,52 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _time_batches(run: Run, images: Tensor, subject: Subject) -> list[float]:
-    protocol, device = subject.protocol, subject.device
-    for _ in range(max(1, protocol.inference_warmup)):
-        run(images)
-    synchronize(device)
+def _time_batches(run: Run, images: Tensor, subject: Subject, where: str) -> list[float]:
+    """Seconds of every timed batch; what disturbed them is noted, with `where` they were taken."""
+    warm, settled = _warm_up(run, images, subject)
     barrier()
+    with Monitor(subject.device) as monitor:
+        seconds = _timed(run, images, subject)
+    _, reasons = monitor.report()
+    if not settled:
+        reasons.insert(0, f"warm-up: batch time had not settled after {warm} batches")
+    subject.invalid += [f"{where}: {reason}" for reason in reasons]
+    return seconds[: least(len(seconds), subject.device)]
+
+
+def _warm_up(run: Run, images: Tensor, subject: Subject) -> tuple[int, bool]:
+    """Run batches until their time has settled on every rank, or the cap; how many, and which.
+
+    As many as `inference_warmup` in any case; their halves are the spans that are compared.
+    """
+    protocol, device = subject.protocol, subject.device
+    fewest, span = max(1, protocol.inference_warmup), protocol.inference_warmup // 2
+    seconds: list[float] = []
+    while True:
+        seconds.append(_seconds_of(run, images, device))
+        if len(seconds) < fewest:
+            continue
+        settled = bool(least(has_settled(seconds, span), device))
+        long = math.fsum(seconds) > protocol.inference_seconds
+        if settled or least(long or len(seconds) >= protocol.max_warmup_steps, device):
+            return len(seconds), settled
+
+
+def _timed(run: Run, images: Tensor, subject: Subject) -> list[float]:
+    protocol = subject.protocol
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < protocol.inference_iterations:
-        start = time.perf_counter()
-        run(images)
-        synchronize(device)
-        end = time.perf_counter()
-        seconds.append(end - start)
-        if end - began > protocol.inference_seconds and len(seconds) >= 3:
+        seconds.append(_seconds_of(run, images, subject.device))
+        late = time.perf_counter() - began > protocol.inference_seconds
+        if late and len(seconds) >= 3:
             break
-    return seconds[: least(len(seconds), device)]
+    return seconds
+
+
+def _seconds_of(run: Run, images: Tensor, device: torch.device) -> float:
+    """Seconds of one batch, waited for."""
+    start = time.perf_counter()
+    run(images)
+    synchronize(device)
+    return time.perf_counter() - start
