@@ -16,11 +16,13 @@ import psutil
 import torch
 
 from bench.record import Environment, this_host
+from cifar.compilers import compiler_versions
 from cifar.process import available_cores, recorded_environment
 from cifar.serialize import to_json
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("bench", "cifar", "launch")
+_TOOLS = ("triton", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript")
 
 
 def collect() -> Environment:
@@ -42,6 +44,7 @@ def collect() -> Environment:
         numpy=_version("numpy") or "unknown",
         cuda=torch.version.cuda,
         cudnn=_cudnn(),
+        tools=_tools(),
         code_digest=code_digest(),
         git_sha=sha,
         git_dirty=dirty,
@@ -51,6 +54,12 @@ def collect() -> Environment:
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         host=this_host(),
     )
+
+
+def _tools() -> dict[str, str]:
+    """What compiled and exported backends are built with."""
+    versions = {package: _version(package) for package in _TOOLS}
+    return compiler_versions() | {name: found for name, found in versions.items() if found}
 
 
 def _version(package: str) -> str | None:

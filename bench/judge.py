@@ -44,7 +44,7 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
         for name, value in _asked(cell, effective, device).items()
         if effective.get(name, UNOBSERVED) != value
     ]
-    return [*told, *_disturbances(effective)]
+    return [*told, *_skipped_graphs(cell, effective), *_disturbances(effective)]
 
 
 def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
@@ -76,6 +76,17 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
             hidden += ["input_channels_last", "weight_channels_last"]
         asked = {name: value for name, value in asked.items() if name not in hidden}
     return asked
+
+
+def _skipped_graphs(cell: Cell, effective: Labels) -> Iterable[str]:
+    """Whether Inductor left out CUDA graphs that the mode asks for, as it does with a log line.
+
+    On a CPU `max-autotune` asks for none.
+    """
+    mode, skips = cell.train.compile_mode, effective["cudagraph_skips"]
+    with_graphs = {"reduce-overhead": True, "max-autotune": effective.get("device") == "cuda"}
+    if skips and with_graphs.get(mode, False):
+        yield f"compile_mode: CUDA graphs skipped {skips} times: {mode} was asked"
 
 
 def _disturbances(effective: Labels) -> Iterable[str]:

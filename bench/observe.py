@@ -37,6 +37,7 @@ class Witness:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._graphs = counters["stats"]["unique_graphs"]
+        self._skips = counters["inductor"]["cudagraph_skips"]
         self._before: Labels = {}
         self._window: Labels = {}
         self._start: dict[str, int] = {}
@@ -51,7 +52,8 @@ class Witness:
     def after_window(self, steps: int) -> None:
         """Count what the window's `steps` did, then observe a step if any is left."""
         trainer, end = self._trainer, self._counts()
-        self._window = {"timed_steps": steps, "graph_breaks": end["graph_breaks"]}
+        self._window = {name: end[name] for name in ("graph_breaks", "cudagraph_skips")}
+        self._window["timed_steps"] = steps
         for name in ("samples", "skipped_steps", "recompiles"):
             self._window[f"{name}_in_window"] = end[name] - self._start[name]
         if trainer.step < trainer.total_steps:
@@ -77,6 +79,7 @@ class Witness:
             "skipped_steps": meter.skipped_steps,
             "recompiles": max(stats["unique_graphs"], frames["total"]),
             "graph_breaks": sum(counters["graph_break"].values()),
+            "cudagraph_skips": counters["inductor"]["cudagraph_skips"] - self._skips,
         }
 
     def _observe_step(self) -> Labels:

@@ -23,7 +23,7 @@ class Protocol:
     warmup_steps: int = 5
     """Steps in each of two neighbouring spans whose median times must agree to end the warm-up."""
     max_warmup_steps: int = 30
-    """Steps after which the clock starts anyway."""
+    """Steps, or batches of inference, after which the clock starts anyway."""
     timed_steps: int = 20
     """Optimiser steps that are timed."""
     timed_seconds: float | None = None
@@ -40,7 +40,8 @@ class Protocol:
     """Training budget in samples; 0: speed only."""
     inference_batch_sizes: tuple[int, ...] = (1, 256)
     inference_warmup: int = 5
-    """Batches before the clock starts, at each batch size."""
+    """Batches before the clock starts, at each batch size; more until the median times of the last
+    half of so many and of those before agree, within `max_warmup_steps` and `inference_seconds`."""
     inference_iterations: int = 30
     """Batches timed at each batch size."""
     inference_seconds: float = 10.0

@@ -116,6 +116,8 @@ class Environment:
     numpy: str
     cuda: str | None = None
     cudnn: str | None = None
+    tools: dict[str, str] = field(default_factory=dict)
+    """Versions by name of the compilers and libraries that a backend may need: those installed."""
 
     code_digest: str
     """Over the sources of `bench`, `cifar` and `launch`."""
@@ -169,6 +171,7 @@ class Environment:
                 self.cuda,
                 self.cudnn,
                 self.driver,
+                tuple(sorted(self.tools.items())),
             ),
             "hardware": (self.cpu_model, self.cpu_count, self.gpu_names),
             "worker environment": (tuple(sorted(self.worker_env.items())), self.threads),

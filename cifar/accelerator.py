@@ -2,15 +2,13 @@
 
 import os
 import platform
-import shlex
-import shutil
-import sys
 from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
+from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.errors import ConfigError, UnsupportedError
 
@@ -34,7 +32,8 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     device = torch.device("cpu" if cpu else "cuda")
     check_supported(name, device)
     if config.compile:
-        check_compiler(device)
+        check_compile_mode(config.compile_mode, device)
+        check_compiler(device.type)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     accelerator = Accelerator(
@@ -115,6 +114,15 @@ def check_supported(name: str, device: torch.device) -> None:
         )
 
 
+def check_compile_mode(mode: str, device: torch.device) -> None:
+    """Raise an UnsupportedError if torch.compile would quietly run another mode than this one."""
+    if device.type == "cpu" and mode == "reduce-overhead":
+        raise UnsupportedError(
+            "compile-mode: 'reduce-overhead': a CPU has no CUDA graphs, which it stands for; use "
+            "default or max-autotune"
+        )
+
+
 def is_emulated(name: str, device: torch.device) -> bool:
     """Whether the device lacks even kernels for the precision and runs it far slower.
 
@@ -142,26 +150,6 @@ def is_native(name: str, device: torch.device) -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return True  # elsewhere oneDNN's kernels need the instructions
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise an UnsupportedError if torch.compile would find no compiler for what it generates.
-
-    That is C++ for a CPU (torch._inductor.config.cpp.cxx), and for a GPU C, with which Triton
-    builds its launcher (triton.runtime.build).
-    """
-    if device.type == "cuda":
-        variable, language, defaults = "CC", "C", ["gcc", "clang"]
-    else:
-        default = "clang++" if sys.platform == "darwin" else "g++"
-        variable, language, defaults = "CXX", "C++", [default]
-    command = os.environ.get(variable)
-    compilers = shlex.split(command)[:1] if command else defaults
-    if not any(map(shutil.which, compilers)):
-        raise UnsupportedError(
-            f"compile: True: no {language} compiler, {' or '.join(map(repr, compilers))} was not "
-            f"found; install it or set {variable}"
-        )
 
 
 def check_processes(accelerator: Accelerator, expected: int | None) -> None:

@@ -1,5 +1,4 @@
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from training import make_trainer, tiny_recipe
 from cifar import accelerator
 from cifar.accelerator import (
     allow_tf32,
-    check_compiler,
+    check_compile_mode,
     check_launch,
     check_processes,
     check_supported,
@@ -132,29 +131,16 @@ def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:
             make_trainer(compile=True)
 
 
-def test_the_compiler_is_the_one_that_torch_will_call(tmp_path: Path) -> None:
-    """A clang++ that torch does not look for is as good as none."""
-    for name in ("elsewhere++", "clang++" if sys.platform != "darwin" else "g++"):
-        (tmp_path / name).touch(mode=0o755)
-    with mock.patch.dict(os.environ, PATH=str(tmp_path)):
-        os.environ.pop("CXX", None)
-        with pytest.raises(UnsupportedError):
-            check_compiler(torch.device("cpu"))
-        os.environ["CXX"] = "elsewhere++ -std=c++20"
-        check_compiler(torch.device("cpu"))
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_compile_modes_that_a_cpu_has_pass(mode: str) -> None:
+    check_compile_mode(mode, CPU)
 
 
-def test_a_gpu_needs_the_c_compiler_that_triton_will_call(tmp_path: Path) -> None:
-    (tmp_path / "g++").touch(mode=0o755)
-    with mock.patch.dict(os.environ, PATH=str(tmp_path)):
-        os.environ.pop("CC", None)
-        with pytest.raises(UnsupportedError, match=r"no C compiler, 'gcc' or 'clang' .* set CC"):
-            check_compiler(torch.device("cuda"))
-        (tmp_path / "clang").touch(mode=0o755)
-        check_compiler(torch.device("cuda"))
-        os.environ["CC"] = "absent"
-        with pytest.raises(UnsupportedError, match="'absent' was not found"):
-            check_compiler(torch.device("cuda"))
+def test_a_mode_that_means_cuda_graphs_is_unsupported_on_a_cpu() -> None:
+    """Inductor would leave them out without a word."""
+    with pytest.raises(UnsupportedError, match=r"compile-mode: 'reduce-overhead': .* use default"):
+        make_trainer(compile=True, compile_mode="reduce-overhead")
+    check_compile_mode("reduce-overhead", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from training import ROOT, finish, make_trainer, reset_accelerate, start
+from training import ROOT, finish, make_trainer, reset_accelerate, start, tiny_recipe
 
 from bench.measure import backends, comparison, inference
 from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
 from bench.measure.comparison import Comparison, Reference, sample_images
-from bench.measure.inference import Trouble, measure_inference
+from bench.measure.inference import Trouble, evaluated_module, measure_inference
+from bench.measure.outcome import measure_accuracy
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
@@ -85,6 +86,53 @@ def test_every_backend_has_its_latency_at_every_size(monkeypatch: pytest.MonkeyP
     assert not [each for each in found if each.name == "output_agreement" and not each.labels]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_weights_are_those_that_are_scored(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The moving average, where there is one, in the cell's own backend and in further ones."""
+    subject = make_subject(recipe=tiny_recipe(ema_decay=0.5), precision=precision)
+    trainer = subject.trainer
+    for _ in range(3):
+        trainer.train_step()
+    kept = {name: tensor.clone() for name, tensor in trainer.weights().items()}
+    seen: list[Source] = []
+
+    def watched(source: Source, images: Tensor) -> Run:
+        seen.append(source)
+        return plain(source)
+
+    for name in ("eager", "exported"):
+        monkeypatch.setitem(BACKENDS, name, watched)
+    found = list(measure_inference(subject))
+    assert trainer.average is not None and len(seen) == 4
+    for source in seen:
+        for name, tensor in source.module.state_dict().items():
+            assert torch.equal(tensor, trainer.average.weights[name])
+    assert any(not torch.equal(kept[name], trainer.average.weights[name]) for name in kept)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.weights().items())
+    assert find(found, "output_agreement", backend="exported").value >= 0.9
+    scored = {each.name: each for each in measure_accuracy(with_budget(subject))}
+    assert scored["top1"].labels["weights"] == "average"
+    with torch.no_grad():
+        test = trainer.dataset.test
+        logits = plain(seen[0])(sample_images(trainer, len(test)))
+    right = logits.argmax(1) == torch.from_numpy(test.labels)
+    assert scored["top1"].value == pytest.approx(right.double().mean().item(), abs=1e-9)
+
+
+def test_without_an_average_the_last_weights_are_run_and_scored() -> None:
+    subject = make_subject(PROTOCOL)
+    assert evaluated_module(subject.trainer) is subject.trainer.module
+    (top1, *_) = measure_accuracy(with_budget(subject))
+    assert top1.labels["weights"] == "last"
+
+
+def with_budget(subject: Subject) -> Subject:
+    """With a training budget, without which nothing is scored."""
+    return Subject(subject.trainer, replace(subject.protocol, train_samples=96))
+
+
 def test_the_first_inference_holds_the_build_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([10.0, 13.0, 13.5])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(moments))
@@ -100,8 +148,114 @@ def test_the_first_inference_is_told_of_the_first_size(monkeypatch: pytest.Monke
     for backend in (None, "exported"):
         first = find(found, "first_inference", backend=backend)
         build = find(found, "inference_build", backend=backend)
-        assert (first.unit, first.labels["batch_size"]) == ("s", 1)
+        assert first.unit == "s"
+        assert first.labels.items() >= {"batch_size": 1, "after_training": True}.items()
         assert 0 < build.value < first.value
+
+
+class Goat:
+    """A monitor that finds a disturbance in every window, and notes when it watches."""
+
+    watching = False
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def __enter__(self) -> "Goat":
+        Goat.watching = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Goat.watching = False
+
+    def report(self) -> tuple[list[Measurement], list[str]]:
+        steal = Measurement(name="window_steal", unit="1", better="lower", samples=((1.0,),))
+        return [steal], ["a goat"]
+
+
+def test_what_disturbs_timed_batches_makes_the_record_invalid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "Monitor", Goat)
+    put(monkeypatch, fake(lambda logits: logits))
+    subject = make_subject()
+    found = list(measure_inference(subject))
+    assert subject.invalid == [
+        f"inference {where}: a goat" for where in ("b1", "b8", "exported b1", "exported b8")
+    ]
+    assert not [each for each in found if each.name.startswith("window")], "names would clash"
+
+
+def test_the_timed_batches_alone_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[bool] = []
+
+    def run(images: Tensor) -> Tensor:
+        watched.append(Goat.watching)
+        return images
+
+    monkeypatch.setattr(inference, "Monitor", Goat)
+    subject = make_subject(replace(PROTOCOL, inference_warmup=3, max_warmup_steps=30))
+    monkeypatch.setattr(inference, "has_settled", lambda seconds, span: len(seconds) == 4)
+    seconds = inference._time_batches(run, torch.zeros(2), subject, "here")
+    assert watched == [False] * 4 + [True] * 4
+    assert len(seconds) == 4 and subject.invalid == ["here: a goat"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seconds", "taken", "settled"),
+    [
+        # The medians of the last two and of those before: 3 and 1, 1.5 and 1, 1 and 1.
+        ({"inference_warmup": 4}, [4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 9.0], 6, True),
+        ({"inference_warmup": 5}, [1.0, 1.0, 1.0, 1.0, 1.0, 9.0], 5, True),
+        ({"inference_warmup": 1}, [1.0, 9.0], 1, True),
+        ({"inference_warmup": 0}, [1.0, 9.0], 1, True),
+        ({"inference_warmup": 2}, [0.1 * 2**n for n in range(9)], 5, False),
+        ({"inference_warmup": 2, "inference_seconds": 1.0}, [0.2, 0.4, 0.8, 9.0], 3, False),
+        ({"inference_warmup": 4, "inference_seconds": 1.0}, [2.0, 4.0, 8.0, 16.0, 9.0], 4, False),
+    ],
+)
+def test_the_warm_up_ends_when_its_halves_agree_or_at_the_cap(
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: dict[str, float],
+    seconds: list[float],
+    taken: int,
+    settled: bool,
+) -> None:
+    told = iter(seconds)
+    monkeypatch.setattr(inference, "_seconds_of", lambda *_: next(told))
+    chosen = {"inference_seconds": 100.0, "warmup_steps": 1, "max_warmup_steps": 5, **protocol}
+    if settled:
+        chosen["max_warmup_steps"] = 30
+    subject = make_subject(Protocol(**chosen))
+    assert inference._warm_up(lambda x: x, torch.zeros(1), subject) == (taken, settled)
+
+
+def test_batches_that_do_not_settle_make_the_record_invalid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "has_settled", lambda seconds, span: False)
+    protocol = replace(PROTOCOL, inference_warmup=2, warmup_steps=1, max_warmup_steps=3)
+    subject = make_subject(replace(protocol, inference_backends=(), inference_batch_sizes=(2,)))
+    list(measure_inference(subject))
+    unsettled = "inference b2: warm-up: batch time had not settled after 3 batches"
+    assert subject.invalid[:1] == [unsettled]
+
+
+def test_the_warm_up_goes_on_until_all_processes_have_settled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process has neither settled nor reached its cap before its third batch."""
+    others = iter([0, 0, 0, 0, 1])
+    mine: list[int] = []
+
+    def agree(count: int, device: torch.device) -> int:
+        mine.append(int(count))
+        return min(count, next(others))
+
+    monkeypatch.setattr(inference, "least", agree)
+    monkeypatch.setattr(inference, "_seconds_of", lambda *_: 1.0)
+    subject = make_subject()
+    assert inference._warm_up(lambda x: x, torch.zeros(1), subject) == (3, True)
+    assert mine == [1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +571,8 @@ def test_what_one_process_alone_meets_keeps_both_together(tmp_path: Path) -> Non
 def check_for_real(name: str, precision: str) -> None:
     """Twice, because the second build finds other caches than the first, cold one."""
     protocol = replace(PROTOCOL, inference_batch_sizes=(1, 2), inference_backends=(name,))
-    found = list(measure_inference(make_subject(protocol, precision=precision)))
+    subject = make_subject(protocol, precision=precision, recipe=tiny_recipe(ema_decay=0.5))
+    found = list(measure_inference(subject))
     mine = [each for each in found if each.labels.get("backend") == name]
     assert {(each.status, each.reason) for each in mine} == {("ok", "")}
     assert [each.name for each in mine] == [

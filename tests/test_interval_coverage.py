@@ -11,7 +11,7 @@ from typing import Any
 import interval_coverage
 import pytest
 from fake_worker import record_of
-from interval_coverage import ROOT, covered, deal, report, throughputs
+from interval_coverage import ROOT, covered, deal, exit_code, report, throughputs
 
 from bench import runs
 from bench.job import Job
@@ -47,6 +47,25 @@ def test_a_report_of_values_by_hand() -> None:
     assert found["processes"] == found["processes_per_group"] == 14
     assert found["grand_median_images_per_s"] == 4.0
     assert found["covered"] == found["covered_share_of_further_deals"] == 1
+
+
+@pytest.mark.parametrize(
+    ("covered", "groups", "code"), [(34, 40, 0), (33, 40, 1), (68, 80, 0), (67, 80, 1), (0, 39, 0)]
+)
+def test_forty_groups_or_more_are_judged(covered: int, groups: int, code: int) -> None:
+    assert exit_code(covered, groups) == code
+
+
+@pytest.mark.parametrize(("covered", "code"), [(34, 0), (33, 1)])
+def test_too_few_covering_groups_are_told_by_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, covered: int, code: int
+) -> None:
+    run = make_run(tmp_path, 6)
+    monkeypatch.setattr(interval_coverage, "throughputs", lambda run: [1.0] * 240)
+    monkeypatch.setattr(interval_coverage, "report", lambda *_: {"covered": covered})
+    words = ["interval_coverage.py", "--run", run.id, "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*words, "--processes", "6"])
+    assert interval_coverage.main() == code
 
 
 def make_run(folder: Path, repeats: int) -> runs.Run:
@@ -115,7 +134,8 @@ def test_the_script_measures_and_takes_up_an_earlier_run(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["processes"], found["groups"], found["processes_per_group"]) == (12, 2, 6)
-    assert 0 <= found["covered"] <= 2
+    values = throughputs(runs.find(found["run"], tmp_path / "runs"))
+    assert found == {"run": found["run"]} | json.loads(json.dumps(report(values, 2, seed=0)))
     assert json.loads(run(*small, "--run", found["run"]).stdout) == found
     short = run("--groups", "3", "--processes", "6", "--run", found["run"])
     assert (short.returncode, short.stderr.count("\n")) == (2, 1)

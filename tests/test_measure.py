@@ -405,13 +405,15 @@ def test_worker_fails_when_the_effective_configuration_differs(
     assert "weight_channels_last: True where False was asked" in record.reason
 
 
-def test_worker_records_what_disturbed_the_window(
+def test_worker_records_what_disturbed_the_windows(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training.Monitor, "report", lambda _: ([], ["a goat"]))
     assert run_worker(tmp_path / "job", make_cell(npz), replace(PROTOCOL, warmup_steps=0)) == 0
     record = parse_record((tmp_path / "job" / "record.json").read_text())
-    assert (record.status, record.invalid) == ("ok", ("a goat",))
+    assert (record.status, record.invalid[0]) == ("ok", "a goat")
+    sizes = PROTOCOL.inference_batch_sizes
+    assert {f"inference b{size}: a goat" for size in sizes} <= set(record.invalid)
 
 
 def test_worker_records_the_wrong_number_of_processes(npz: Path, tmp_path: Path) -> None:

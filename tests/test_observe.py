@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_dataset
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from training import finish, reset_accelerate, start
 
@@ -336,6 +337,33 @@ def test_a_recompilation_in_the_window_is_told() -> None:
     assert text == "recompiled 1 times in the timed window"
 
 
+@pytest.mark.usefixtures("quick_compiler")
+def test_cuda_graphs_that_the_compiler_left_out_are_told() -> None:
+    """The counter is Inductor's; here something else counts in the first step."""
+    counters["inductor"]["cudagraph_skips"] += 5  # of another model
+    cell = make_cell(compile=(True,))
+    subject = make_subject(cell, steps=4)
+
+    def skip(*_: object) -> None:
+        counters["inductor"]["cudagraph_skips"] += 2
+        handle.remove()
+
+    handle = subject.trainer.module.register_forward_pre_hook(torch._dynamo.disable(skip))
+    effective = measured(subject)
+    assert effective["cudagraph_skips"] == 2
+
+    def judged(mode: str, **changes: object) -> list[str]:
+        other = replace(cell, train=replace(cell.train, compile_mode=mode))
+        return mismatches(other, {**effective, **changes})
+
+    skipped = "compile_mode: CUDA graphs skipped 2 times: {} was asked"
+    assert judged("default") == judged("max-autotune") == []
+    assert judged("reduce-overhead") == [skipped.format("reduce-overhead")]
+    assert judged("reduce-overhead", cudagraph_skips=0) == []
+    assert judged("max-autotune", device="cuda") == [skipped.format("max-autotune")]
+    assert judged("default", device="cuda") == []
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.usefixtures("quick_compiler")
 def test_graph_breaks_are_counted() -> None:
@@ -370,6 +398,16 @@ def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> 
     assert effective["device"] == "cuda"
     assert effective["native_dtype"] is True
     assert ("loss_scale" in effective) == (precision == "fp16")
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_run_where_they_are_asked_for() -> None:
+    cell = make_cell(compile=(True,))
+    cell = replace(cell, train=replace(cell.train, compile_mode="reduce-overhead"))
+    effective = measured(make_subject(cell, run=RunConfig()))
+    assert effective["cudagraph_skips"] == 0
+    assert mismatches(cell, effective) == []
     torch._dynamo.reset()
 
 

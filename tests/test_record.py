@@ -319,6 +319,7 @@ def test_hardware_is_named_without_marketing():
         ("code", {"code_digest": "other"}),
         ("software", {"torch": "2.16.0"}),
         ("software", {"driver": "550"}),
+        ("software", {"tools": {"CXX": "g++ 12"}}),
         ("hardware", {"cpu_count": 4}),
         ("hardware", {"gpu_names": ("NVIDIA H200",)}),
         ("worker environment", {"threads": 1}),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from cifar.accelerator import check_compiler
+from cifar.compilers import check_compiler, find_compiler
 from cifar.config import PRECISIONS
 from cifar.errors import UnsupportedError
 
@@ -81,7 +81,7 @@ def compiled(source: Source, images: Tensor) -> Run:  # noqa: ARG001 - the first
     Raises:
         UnsupportedError: no compiler.
     """
-    check_compiler(source.device)
+    check_compiler(source.device.type)
     mode = source.compile_mode
     run: Run = torch.compile(plain(source), mode=mode, dynamic=False, fullgraph=True)
     return run
@@ -95,12 +95,13 @@ def exported(source: Source, images: Tensor) -> Run:
     Raises:
         UnsupportedError: no compiler, C++ on every device, or no CUDA toolkit for a GPU.
     """
-    for device in (torch.device("cpu"), source.device):
-        check_compiler(device)
-    from torch.utils.cpp_extension import CUDA_HOME  # imports setuptools
+    find_compiler("CXX")
+    if source.device.type == "cuda":
+        check_compiler("cuda")
+        from torch.utils.cpp_extension import CUDA_HOME  # imports setuptools
 
-    if source.device.type == "cuda" and CUDA_HOME is None:
-        raise UnsupportedError("inference-backends: exported: no CUDA toolkit; set CUDA_HOME")
+        if CUDA_HOME is None:
+            raise UnsupportedError("inference-backends: exported: no CUDA toolkit; set CUDA_HOME")
     program = torch.export.export(plain(source), (images,))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         package = torch._inductor.aoti_compile_and_package(

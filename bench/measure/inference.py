@@ -1,6 +1,7 @@
 """Inference latency: seconds per sample from images on the device to finished logits."""
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -8,31 +9,35 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.clock import synchronize
 from bench.measure.comparison import Comparison, Reference, sample_images
+from bench.measure.monitor import Monitor
 from bench.measure.subject import Better, Subject
+from bench.measure.training import has_settled
 from bench.record import Label, Measurement
 from cifar.distributed import barrier, least
 from cifar.errors import UnsupportedError
+from cifar.trainer import Trainer
 
 
 @torch.inference_mode()
 def measure_inference(subject: Subject) -> Iterable[Measurement]:
-    """Latency, cold start and outputs of the cell's own backend and those the protocol names.
+    """Latency, start and outputs of the cell's own backend and those the protocol names.
 
     Every batch is waited for, so at batch 1 this is the latency of images that come one at a time
     (DAWNBench, https://dawn.cs.stanford.edu/benchmark/). The number of processes does not matter:
     each one measures on its own device. What is measured of a further backend has its name in the
-    label `backend`; the cell's own is eager, or compiled where it trains so.
+    label `backend`; the cell's own is eager, or compiled where it trains so. The weights are those
+    that the top-1 is measured of.
     """
     trainer = subject.trainer
     trainer.module.eval()
     assert trainer.config.precision is not None
     source = Source(
-        module=trainer.module,
+        module=evaluated_module(trainer),
         precision=trainer.config.precision,
         device=trainer.device,
         compile_mode=trainer.config.compile_mode,
@@ -44,6 +49,17 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
         for name in subject.protocol.inference_backends:
             if name != own:
                 yield from Candidate(subject, source, name, reference, backend=name).measure()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def evaluated_module(trainer: Trainer) -> nn.Module:
+    """The network with the weights to evaluate, a copy where they are not those it trains with."""
+    if trainer.average is None:
+        return trainer.module
+    module = copy.deepcopy(trainer.module)
+    module.load_state_dict(trainer.average.weights)
+    return module
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +96,7 @@ class Candidate:
         self._trouble: Trouble | None = None
 
     def measure(self) -> Iterator[Measurement]:
-        """Latency at every batch size, then what starting cost, then how right the outputs are."""
+        """Latency at every batch size, then what the start took, then how right the outputs are."""
         first: Started | None = None
         for size in self._subject.protocol.inference_batch_sizes:
             images = sample_images(self._subject.trainer, size)
@@ -127,7 +143,11 @@ class Candidate:
             self._comparisons.append(comparison)
             fault = comparison.fault(self._source.precision)
             self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
-        return None if self._trouble else _time_batches(started.run, images, self._subject)
+        if self._trouble:
+            return None
+        backend = f" {self._name}" if self._labels else ""
+        where = f"inference{backend} b{len(images)}"
+        return _time_batches(started.run, images, self._subject, where)
 
     def _compare_once(self, started: Started) -> bool:
         """Compare eager, one program for all batch sizes; False in fp32, as that is the reference.
@@ -140,13 +160,18 @@ class Candidate:
         return True
 
     def _beginning(self, first: Started) -> Iterator[Measurement]:
-        """Seconds from nothing to the first logits, and those of them before the first call."""
+        """Seconds to build and run the first batch, and those of them before the first call.
+
+        It is the first call at this batch size in a process that has trained, so libraries are
+        loaded and memory is there. What compiles does so from empty caches.
+        """
         size = first.batch_size
         for name, seconds in (
             ("first_inference", first.first_seconds),
             ("inference_build", first.build_seconds),
         ):
-            yield self._found(name, "s", "lower", [seconds], batch_size=size)
+            labels: dict[str, Label] = {"batch_size": size, "after_training": True}
+            yield self._found(name, "s", "lower", [seconds], **labels)
 
     def _outputs(self) -> Iterator[Measurement]:
         """How far from fp32 eager, at the batch size where it is farthest."""
@@ -200,20 +225,52 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _time_batches(run: Run, images: Tensor, subject: Subject) -> list[float]:
-    protocol, device = subject.protocol, subject.device
-    for _ in range(max(1, protocol.inference_warmup)):
-        run(images)
-    synchronize(device)
+def _time_batches(run: Run, images: Tensor, subject: Subject, where: str) -> list[float]:
+    """Seconds of every timed batch; what disturbed them is noted, with `where` they were taken."""
+    warm, settled = _warm_up(run, images, subject)
     barrier()
+    with Monitor(subject.device) as monitor:
+        seconds = _timed(run, images, subject)
+    _, reasons = monitor.report()
+    if not settled:
+        reasons.insert(0, f"warm-up: batch time had not settled after {warm} batches")
+    subject.invalid += [f"{where}: {reason}" for reason in reasons]
+    return seconds[: least(len(seconds), subject.device)]
+
+
+def _warm_up(run: Run, images: Tensor, subject: Subject) -> tuple[int, bool]:
+    """Run batches until their time has settled on every rank, or the cap; how many, and which.
+
+    As many as `inference_warmup` in any case; their halves are the spans that are compared.
+    """
+    protocol, device = subject.protocol, subject.device
+    fewest, span = max(1, protocol.inference_warmup), protocol.inference_warmup // 2
+    seconds: list[float] = []
+    while True:
+        seconds.append(_seconds_of(run, images, device))
+        if len(seconds) < fewest:
+            continue
+        settled = bool(least(has_settled(seconds, span), device))
+        long = math.fsum(seconds) > protocol.inference_seconds
+        if settled or least(long or len(seconds) >= protocol.max_warmup_steps, device):
+            return len(seconds), settled
+
+
+def _timed(run: Run, images: Tensor, subject: Subject) -> list[float]:
+    protocol = subject.protocol
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < protocol.inference_iterations:
-        start = time.perf_counter()
-        run(images)
-        synchronize(device)
-        end = time.perf_counter()
-        seconds.append(end - start)
-        if end - began > protocol.inference_seconds and len(seconds) >= 3:
+        seconds.append(_seconds_of(run, images, subject.device))
+        late = time.perf_counter() - began > protocol.inference_seconds
+        if late and len(seconds) >= 3:
             break
-    return seconds[: least(len(seconds), device)]
+    return seconds
+
+
+def _seconds_of(run: Run, images: Tensor, device: torch.device) -> float:
+    """Seconds of one batch, waited for."""
+    start = time.perf_counter()
+    run(images)
+    synchronize(device)
+    return time.perf_counter() - start

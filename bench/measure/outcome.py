@@ -10,7 +10,10 @@ from bench.record import Label, Measurement
 
 
 def measure_accuracy(subject: Subject) -> Iterable[Measurement]:
-    """Top-1, top-5 and loss of the last weights on the whole test split, after the budget."""
+    """Top-1, top-5 and loss on the whole test split, after the budget.
+
+    Of the moving average of the weights where the recipe keeps one, else of the last ones.
+    """
     trainer = subject.trainer
     if not subject.protocol.train_samples:
         reason = "not trained: the protocol's training budget is 0 samples"
@@ -21,7 +24,7 @@ def measure_accuracy(subject: Subject) -> Iterable[Measurement]:
     result = trainer.evaluate()
     labels: dict[str, Label] = {
         "split": "test",
-        "weights": "last",
+        "weights": "average" if trainer.average else "last",
         "samples": result.samples,
         "trained_samples": trainer.samples_seen,
     }
