@@ -354,7 +354,8 @@ def test_cuda_graphs_that_the_compiler_left_out_are_told() -> None:
 
     def judged(mode: str, **changes: object) -> list[str]:
         other = replace(cell, train=replace(cell.train, compile_mode=mode))
-        return mismatches(other, {**effective, **changes})
+        seen = {**effective, **changes}
+        return mismatches(other, seen, seen["device"])
 
     skipped = "compile_mode: CUDA graphs skipped 2 times: {} was asked"
     assert judged("default") == judged("max-autotune") == []
@@ -407,7 +408,7 @@ def test_cuda_graphs_run_where_they_are_asked_for() -> None:
     cell = replace(cell, train=replace(cell.train, compile_mode="reduce-overhead"))
     effective = measured(make_subject(cell, run=RunConfig()))
     assert effective["cudagraph_skips"] == 0
-    assert mismatches(cell, effective) == []
+    assert mismatches(cell, effective, "cuda") == []
     torch._dynamo.reset()
 
 
