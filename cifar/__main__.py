@@ -18,7 +18,6 @@ import tyro
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
 from cifar.config import (
-    DataOption,
     ModelConfig,
     PrecisionName,
     Recipe,
@@ -27,6 +26,7 @@ from cifar.config import (
     option_name,
     require,
 )
+from cifar.data.config import DataOption
 from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment

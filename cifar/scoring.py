@@ -10,7 +10,8 @@ import torch
 
 from cifar.accelerator import allow_tf32, check_supported
 from cifar.checkpoint import ModelCard, find_weights, load_into, load_weights
-from cifar.config import PRECISIONS, DataConfig
+from cifar.config import PRECISIONS
+from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset
 from cifar.data.loader import DeviceImages, Place, eval_batches
 from cifar.data.sources import load_dataset
