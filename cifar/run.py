@@ -19,20 +19,30 @@ from cifar.evaluation import Evaluation
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
 from cifar.signals import StopSignals
-from cifar.trainer import Trainer
+from cifar.trainer import ComputeLoss, Trainer, Update, descend
 
 
-def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: bool) -> Evaluation:
+def train(
+    config: TrainConfig,
+    run: RunConfig,
+    folder: Path | None,
+    *,
+    resume: bool,
+    compute_loss: ComputeLoss | None = None,
+    update: Update = descend,
+) -> Evaluation:
     """Train as configured, writing to `folder` (None on processes that write nothing).
 
-    Returns the evaluation of the last epoch's weights on the whole test split.
+    Loss and update are those of `cifar.trainer`; nothing on disk knows of others, so give them
+    again to resume. Returns the evaluation of the last epoch's weights on the whole test split.
 
     Raises:
         UserError: bad input.
         TrainingError: training went wrong.
         Stopped: by a signal, after saving.
     """
-    trainer = Trainer(config, run, load_dataset(config.data))
+    dataset = load_dataset(config.data)
+    trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
     _tell_of_emulation(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
         session = Session(trainer, folder, signals)

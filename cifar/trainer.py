@@ -18,7 +18,15 @@ from cifar.accelerator import start_accelerator
 from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset, Split
-from cifar.data.loader import Batch, DeviceImages, Normalization, Place, TrainLoader, eval_batches
+from cifar.data.loader import (
+    Batch,
+    DeviceImages,
+    Normalization,
+    Place,
+    TrainBatch,
+    TrainLoader,
+    eval_batches,
+)
 from cifar.distributed import broadcast_from_first
 from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
@@ -34,8 +42,8 @@ from cifar.optim import (
 
 EVAL_BATCH_SIZE = 500
 
-ComputeLoss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-"""(model, batch) -> (mean loss, logits `[B, K]`)."""
+ComputeLoss = Callable[[nn.Module, TrainBatch], tuple[Tensor, Tensor]]
+"""(model, batch) -> (mean loss, logits `[B, K]`); the batch can load partners to be mixed with."""
 Update = Callable[["Trainer", Callable[[], None]], None]
 """(trainer, forward_backward) -> None: fill gradients by `forward_backward`, once or more often
 (the metrics count the first time), and change the weights."""
@@ -177,7 +185,7 @@ class Trainer:
         """The learning rate of the 0-based optimiser step `step`."""
         return lr_at(step, self.total_steps, self.loader.steps_per_epoch, self.config.recipe)
 
-    def batches_of(self, step: int) -> list[Batch]:
+    def batches_of(self, step: int) -> list[TrainBatch]:
         """This process's augmented micro-batches of the 0-based optimiser step `step`."""
         epoch, position = divmod(step, self.loader.steps_per_epoch)
         if epoch != self.loader.epoch:
@@ -198,7 +206,7 @@ class Trainer:
         if self.average:
             self.average.update()
 
-    def _forward_backward(self, batches: list[Batch], *, record: bool) -> None:
+    def _forward_backward(self, batches: list[TrainBatch], *, record: bool) -> None:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():

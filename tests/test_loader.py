@@ -145,6 +145,27 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(
             assert torch.equal(torch.stack([found[i] for i in ids]), whole.images)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_partners_are_the_same_for_any_number_of_processes(
+    processes: int, accumulation: int
+) -> None:
+    """The first sample of the global batch goes with the last."""
+    single = make_loader()
+    for epoch, step in ((0, 0), (1, 1)):
+        single.set_epoch(epoch)
+        ids = single.samples(step)[0]
+        found: dict[int, int] = {}
+        for index in range(processes):
+            loader = make_loader(Place(index, processes), accumulation)
+            loader.set_epoch(epoch)
+            for batch in loader.micro_batches(step):
+                partners = batch.load_partners()
+                found.update(zip(batch.samples.tolist(), partners.samples.tolist(), strict=True))
+                assert torch.equal(partners.images, single.load(partners.samples).images)
+        assert found == dict(zip(ids.tolist(), ids.flip(0).tolist()))
+
+
 def test_the_last_incomplete_batch_is_dropped_and_no_sample_repeats() -> None:
     loader = make_loader()
     assert loader.steps_per_epoch == 2

@@ -21,17 +21,33 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset
-from training import cifar, complaints, finish, metrics, resume, start, train
+from torch import nn
+from training import (
+    TINY,
+    cifar,
+    complaints,
+    finish,
+    metrics,
+    mixup,
+    reset_accelerate,
+    resume,
+    start,
+    tiny_recipe,
+    train,
+)
 
 from cifar import checkpoint, run_folder
 from cifar.checkpoint import list_checkpoints, load_weights, read_folder
-from cifar.config import TrainConfig
-from cifar.errors import ConfigError
+from cifar.config import RunConfig, TrainConfig
+from cifar.data.config import parse_data
+from cifar.data.loader import TrainBatch
+from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
 from cifar.progress import TrainingProgress
 from cifar.run import Session
+from cifar.run import train as train_run
 from cifar.signals import ECHO_SECONDS, StopSignals
-from cifar.trainer import Trainer
+from cifar.trainer import Trainer, descend
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -138,6 +154,35 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
         f"step-{step:09d}"]  # fmt: skip
     assert resume(folder) == 0
     assert_same(folder, straight(variant))
+
+
+def test_a_run_with_functions_of_its_own_is_saved_and_resumed_like_any(
+    npz: Path, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def loss(model: nn.Module, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append("loss")
+        return mixup(model, batch)
+
+    def update(trainer: Trainer, forward_backward: Callable[[], None]) -> None:
+        calls.append("update")
+        descend(trainer, forward_backward)
+
+    config = TrainConfig(model=TINY, recipe=tiny_recipe(), data=parse_data(f"npz:{npz}"))
+
+    def run(folder: Path, *, resume: bool = False) -> None:
+        folder.mkdir(exist_ok=True)
+        reset_accelerate()
+        train_run(config, RunConfig(cpu=True), folder, resume=resume, compute_loss=loss,
+                  update=update)  # fmt: skip
+
+    run(tmp_path / "straight")
+    with after_step(4, kill(signal.SIGTERM)), pytest.raises(Stopped):
+        run(tmp_path / "stopped")
+    run(tmp_path / "stopped", resume=True)
+    assert_same(tmp_path / "stopped", tmp_path / "straight")
+    assert calls == ["update", "loss"] * 12
 
 
 @pytest.mark.parametrize(

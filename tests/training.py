@@ -1,5 +1,6 @@
 """What the tests of the trainer share: tiny trainers, and the program run in this process."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,15 +10,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import make_dataset
+from torch import Tensor, nn
 
 from cifar.__main__ import COMMANDS, SUMMARY
 from cifar.cli import run_program
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
+from cifar.data.loader import TrainBatch
 from cifar.process import MALLOC
-from cifar.trainer import Trainer
+from cifar.trainer import Trainer, cross_entropy
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(name="resnet20", width=4)
@@ -35,6 +39,14 @@ def reset_accelerate() -> None:
 
 def tiny_recipe(**fields: Any) -> Recipe:
     return Recipe(**{"epochs": 2, "global_batch_size": 32, "lr": 0.05, **fields})
+
+
+def mixup(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """https://arxiv.org/abs/1710.09412 with partners from the same global batch."""
+    partners = batch.load_partners()
+    hard, other = (F.one_hot(each.targets, 10).float() for each in (batch, partners))
+    images, targets = batch.images.lerp(partners.images, 0.3), hard.lerp(other, 0.3)
+    return cross_entropy(0.0)(model, dataclasses.replace(batch, images=images, targets=targets))
 
 
 def make_trainer(
