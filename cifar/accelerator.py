@@ -17,6 +17,9 @@ from cifar.errors import ConfigError, UnsupportedError
 _NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's `--mixed_precision` words and the precision that each means here."""
 
+_STRICT = ("", "strict")
+"""Values of oneDNN's default math mode that leave fp32 alone."""
+
 
 def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator, str]:
     """The Accelerator of this process and the name of the precision to train in.
@@ -112,6 +115,29 @@ def check_supported(name: str, device: torch.device) -> None:
     if device.type == "cuda" and name == "tf32" and torch.cuda.get_device_capability() < (8, 0):
         raise UnsupportedError(
             "precision: 'tf32': this GPU has no TensorFloat-32 units (Ampere or newer); use fp32"
+        )
+    _check_overrides(name, device, os.environ)
+
+
+def _check_overrides(name: str, device: torch.device, environ: Mapping[str, str]) -> None:
+    """Raise an UnsupportedError for a variable that changes the format beneath torch's switches.
+
+    NVIDIA's libraries obey theirs whatever the program asks for; oneDNN computes fp32 convolutions
+    in the format that its default math mode names
+    (https://uxlfoundation.github.io/oneDNN/dev_guide_attributes_fpmath_mode.html).
+    """
+    if device.type == "cuda":
+        tf32 = {"0": False, "1": True}.get(environ.get("NVIDIA_TF32_OVERRIDE", ""))
+        contradicting = (
+            ["NVIDIA_TF32_OVERRIDE"] if tf32 not in (None, PRECISIONS[name].tf32) else []
+        )
+    else:
+        modes = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+        contradicting = [mode for mode in modes if environ.get(mode, "").lower() not in _STRICT]
+    for variable in contradicting:
+        raise UnsupportedError(
+            f"precision: {name!r}: {variable}={environ[variable]} in the environment makes it "
+            f"another one; unset {variable}"
         )
 
 

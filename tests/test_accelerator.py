@@ -1,3 +1,4 @@
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -64,6 +65,36 @@ def test_a_cpu_refuses_what_it_would_compute_in_fp32(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cpu_supports_the_others(precision: str) -> None:
     check_supported(precision, CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "setting", "refused"),
+    [
+        ("cpu", "fp32", "ONEDNN_DEFAULT_FPMATH_MODE=BF16", True),
+        ("cpu", "bf16", "DNNL_DEFAULT_FPMATH_MODE=any", True),
+        ("cpu", "fp32", "ONEDNN_DEFAULT_FPMATH_MODE=STRICT", False),
+        ("cpu", "fp32", "NVIDIA_TF32_OVERRIDE=1", False),
+        ("cuda", "fp32", "NVIDIA_TF32_OVERRIDE=1", True),
+        ("cuda", "bf16", "NVIDIA_TF32_OVERRIDE=1", True),
+        ("cuda", "tf32", "NVIDIA_TF32_OVERRIDE=0", True),
+        ("cuda", "fp32", "NVIDIA_TF32_OVERRIDE=0", False),
+        ("cuda", "tf32", "NVIDIA_TF32_OVERRIDE=1", False),
+        ("cuda", "fp32", "NVIDIA_TF32_OVERRIDE=", False),
+        ("cuda", "fp32", "ONEDNN_DEFAULT_FPMATH_MODE=BF16", False),
+    ],
+)
+def test_a_variable_that_would_change_the_precision_unseen_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    precision: str,
+    setting: str,
+    refused: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setenv(*setting.split("="))
+    raises = pytest.raises(UnsupportedError, match=f"precision: '{precision}': {setting}")
+    with raises if refused else contextlib.nullcontext():
+        check_supported(precision, torch.device(device))
 
 
 def test_the_launchers_precision_is_trained_in_and_noted() -> None:
