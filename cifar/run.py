@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
+from cifar.process import differences
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
 from cifar.signals import StopSignals
@@ -43,7 +45,8 @@ def train(
     """
     dataset = load_dataset(config.data)
     trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
-    _tell_of_emulation(trainer)
+    if trainer.is_main:
+        _tell_of_speed(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
         session = Session(trainer, folder, signals)
         if resume:
@@ -55,15 +58,18 @@ def train(
     return result
 
 
-def _tell_of_emulation(trainer: Trainer) -> None:
-    name = trainer.config.precision
-    if trainer.is_main and name is not None and is_emulated(name, trainer.device):
-        print(
-            f"note: precision: {name}: this {trainer.device.type} has no instructions for it and "
-            "is many times slower than with --precision fp32",
-            file=sys.stderr,
-            flush=True,
+def _tell_of_speed(trainer: Trainer) -> None:
+    """Say what makes this process slower than another one, or another speed than bench measures."""
+    name, notes = trainer.config.precision, []
+    if name is not None and is_emulated(name, trainer.device):
+        notes.append(
+            f"precision: {name}: this {trainer.device.type} has no instructions for it and is many "
+            "times slower than with --precision fp32"
         )
+    if different := differences(os.environ):
+        notes.append(f"environment: {', '.join(different)}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from cifar.data.config import parse_data
 from cifar.data.loader import TrainBatch
 from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
+from cifar.process import MALLOC
 from cifar.progress import TrainingProgress
 from cifar.run import Session
 from cifar.run import train as train_run
@@ -785,6 +786,21 @@ def test_final_weights_have_the_whole_configuration_beside_them(
         assert dataclasses.replace(card.config, model=stored.model) == stored
         assert sorted(path.name for path in (folder / "final").iterdir()) == [
             "manifest.json", "model.json", "model.safetensors"]  # fmt: skip
+
+
+def test_settings_other_than_bench_s_are_told_once(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(npz, tmp_path / "usual", "--epochs", "1") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("cifar.process.available_cores", lambda: 99)
+    given = {**MALLOC, "GOMP_SPINCOUNT": "3"}
+    with mock.patch("training.worker_environment", return_value=given):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert train(npz, tmp_path / "other", "--epochs", "1") == 0
+    assert capsys.readouterr().err == (
+        "note: environment: GOMP_SPINCOUNT=3 (bench: 100000), OMP_NUM_THREADS=1 (bench: 99)\n"
+    )
 
 
 def test_a_precision_that_is_emulated_is_told_once(

@@ -20,7 +20,7 @@ from cifar.cli import run_program
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.loader import TrainBatch
-from cifar.process import MALLOC
+from cifar.process import worker_environment
 from cifar.trainer import Trainer, cross_entropy
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def make_trainer(
 def cifar(*words: object) -> int:
     """Run the program in this process; its exit code."""
     reset_accelerate()
-    with mock.patch.dict(os.environ, MALLOC):
+    with mock.patch.dict(os.environ, worker_environment(1, {})):
         return run_program("cifar", SUMMARY, COMMANDS, [str(word) for word in words])
 
 
