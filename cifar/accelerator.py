@@ -26,7 +26,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
 
     Raises:
         ConfigError: the precision contradicts Accelerate's, or another number of processes runs
-            than was asked for.
+            than was asked for or than there are GPUs for.
         UnsupportedError: this device or stack cannot run the precision or compile, or Accelerate
             was launched with an engine or setting that this program does not have.
     """
@@ -38,6 +38,8 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     check_supported(name, device)
     if config.compile:
         check_compiler(device)
+    if not cpu:
+        check_devices(os.environ)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     accelerator = Accelerator(
@@ -187,6 +189,19 @@ def check_compiler(device: torch.device) -> None:
         raise UnsupportedError(
             f"compile: True: no {language} compiler, {' or '.join(map(repr, compilers))} was not "
             f"found; install it or set {variable}"
+        )
+
+
+def check_devices(environ: Mapping[str, str]) -> None:
+    """Raise a ConfigError if torchrun or Accelerate started more processes here than GPUs are seen.
+
+    NCCL would end them with tracebacks. Other launchers may show every process its own GPU alone.
+    """
+    processes, count = int(environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if "TORCHELASTIC_RUN_ID" in environ and processes > count > 0:
+        raise ConfigError(
+            f"num-processes: {processes}: this machine has {count} GPU(s), and every process needs "
+            "one; start at most that many on it, or give --cpu"
         )
 
 

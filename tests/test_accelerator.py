@@ -14,6 +14,7 @@ from cifar import accelerator
 from cifar.accelerator import (
     allow_tf32,
     check_compiler,
+    check_devices,
     check_launch,
     check_processes,
     check_supported,
@@ -154,6 +155,25 @@ def test_another_number_of_processes_is_refused(
         pytest.raises(ConfigError, match=f"num-processes: .*{running} run together"),
     ):
         check_processes(SimpleNamespace(num_processes=running), expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "refused"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "3"}, 2, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}, 2, False),
+        ({"LOCAL_WORLD_SIZE": "3"}, 1, False),
+        ({}, 1, False),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_nccl_meets_them(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, refused: bool
+) -> None:
+    """But for launchers that may show each its own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    raises = pytest.raises(ConfigError, match=r"num-processes: 3: this machine has 2 GPU\(s\)")
+    with raises if refused else contextlib.nullcontext():
+        check_devices(environment)
 
 
 def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:
