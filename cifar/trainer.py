@@ -25,6 +25,7 @@ from cifar.data.loader import (
     Place,
     TrainBatch,
     TrainLoader,
+    eval_batch_size,
     eval_batches,
 )
 from cifar.distributed import broadcast_from_first
@@ -39,8 +40,6 @@ from cifar.optim import (
     lr_at,
     optimizer_tensors,
 )
-
-EVAL_BATCH_SIZE = 500
 
 ComputeLoss = Callable[[nn.Module, TrainBatch], tuple[Tensor, Tensor]]
 """(model, batch) -> (mean loss, logits `[B, K]`); the batch can load partners to be mixed with."""
@@ -125,6 +124,7 @@ class Trainer:
             seed=self.config.seed,
         )
         self.test_images = on_device(dataset.test)
+        self._eval_batch_size = eval_batch_size(self.test_images)
 
     def _build_model(self) -> None:
         config = self.config
@@ -270,8 +270,8 @@ class Trainer:
         return result
 
     def _eval_batches(self, between: Callable[[], object]) -> Iterator[Batch]:
-        everywhere = len(self.test_images) // self.place.count // EVAL_BATCH_SIZE
-        batches = eval_batches(self.test_images, EVAL_BATCH_SIZE, self.place)
+        everywhere = len(self.test_images) // self.place.count // self._eval_batch_size
+        batches = eval_batches(self.test_images, self._eval_batch_size, self.place)
         for number, batch in enumerate(batches):
             if 0 < number < everywhere:
                 between()

@@ -9,7 +9,14 @@ from cifar.config import AUGMENTATIONS, Recipe
 from cifar.data.augment import alternating_flip, flip, get_augmentations, get_reader, reflect
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
-from cifar.data.loader import DeviceImages, Normalization, Place, TrainLoader, eval_batches
+from cifar.data.loader import (
+    DeviceImages,
+    Normalization,
+    Place,
+    TrainLoader,
+    eval_batch_size,
+    eval_batches,
+)
 
 CPU = torch.device("cpu")
 
@@ -190,6 +197,18 @@ def test_channels_last_batches_hold_the_same_numbers() -> None:
     (nhwc,) = make_loader(channels_last=True).micro_batches(0)
     assert nhwc.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain.images, nhwc.images)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(32, 32, 500), (8, 8, 500), (64, 32, 250), (224, 224, 10), (1000, 1000, 1)],
+)
+def test_large_images_are_evaluated_fewer_at_once(height: int, width: int, expected: int) -> None:
+    """512,000 pixels in all at most: 224 x 224 = 50,176 of them fit 10 times."""
+    images = np.zeros((1, 1, height, width), np.uint8)
+    split = Split(images=images, labels=np.zeros(1, np.int64))
+    normalization = Normalization(mean=(0.5,), std=(0.5,))
+    assert eval_batch_size(DeviceImages(split, normalization, CPU)) == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -257,7 +257,7 @@ def test_a_signal_ends_an_evaluation_between_its_batches(
 ) -> None:
     folder = tmp_path / "run"
     with (
-        mock.patch("cifar.trainer.EVAL_BATCH_SIZE", 10),
+        mock.patch("cifar.data.loader.EVAL_PIXELS", 10 * 16 * 16),
         in_evaluation(1, kill(signal.SIGTERM)),
     ):
         assert train(npz, folder) == 143

@@ -17,6 +17,10 @@ from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 
+EVAL_PIXELS = 500 * 32 * 32
+"""Height x width x images that are evaluated at once at most, so that memory does not grow with the
+size of the images."""
+_EVAL_IMAGES = 500
 _CHUNK = 1000
 """Images counted at once for the statistics."""
 _LEAST_STD = 1 / 255
@@ -176,6 +180,12 @@ class TrainLoader:
             images = augmentation(images, draws)
         labels = self._images.labels.index_select(0, samples)
         return Batch(self._images.normalize(images), labels, samples)
+
+
+def eval_batch_size(images: DeviceImages) -> int:
+    """Images to evaluate at once: 500, or of large ones as many as have `EVAL_PIXELS`."""
+    height, width = images.images.shape[2:]
+    return max(1, min(_EVAL_IMAGES, EVAL_PIXELS // (height * width)))
 
 
 def eval_batches(images: DeviceImages, batch_size: int, place: Place) -> Iterator[Batch]:
