@@ -1,18 +1,21 @@
 """A training run from start or checkpoint to final weights: loop, signals, files, progress."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cifar import checkpoint, run_folder
 from cifar.accelerator import is_emulated
 from cifar.config import RunConfig, TrainConfig
+from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
@@ -81,6 +84,11 @@ def _writing(folder: Path) -> Iterator[None]:
             f"checkpoint: {folder}: cannot be written: {error.strerror}; make room, then continue "
             "with --resume"
         ) from None
+
+
+def _but_for_images(config: TrainConfig) -> Any:
+    """What a configuration holds, without where its images lie: a fingerprint tells them apart."""
+    return contents(dataclasses.replace(config, data=DataConfig()))
 
 
 class Session:
@@ -235,7 +243,7 @@ class Session:
         state, card = checkpoint.read_state(files, where), checkpoint.read_card(files, where)
         own = trainer.card()
         same_images = card.fingerprint == own.fingerprint  # else that is what there is to say
-        if same_images and contents(card.config) != contents(own.config):
+        if same_images and _but_for_images(card.config) != _but_for_images(own.config):
             raise CheckpointError(
                 f"checkpoint: {where}: of another configuration than {run_folder.CONFIG} of its "
                 "run; put back the one it was started with"

@@ -347,7 +347,7 @@ def test_a_finished_run_is_not_trained_again(
         (("--batch-size", "16"), "batch-size: 16: the run to resume has 32"),
         (("--seed", "3"), "seed: 3: the run to resume has 'default'"),
         (("--precision", "bf16"), "precision: 'bf16': the run to resume has 'fp32'"),
-        (("--data", "shapes"), "data: 'shapes': the run to resume has 'npz:"),
+        (("--data", "shapes"), "data: 'shapes': the run to resume has 'npz'"),
         (("--accumulation", "2"), "accumulation: 2: the run to resume has 'default'"),
         (("--recipe", "other"), "recipe: 'other'"),
         (("--output-dir", "elsewhere"), "output-dir: 'elsewhere'"),
@@ -433,6 +433,20 @@ def test_other_images_under_the_same_name_are_refused(
     assert resume(tmp_path / "run") == 2
     (line,) = complaints(capsys.readouterr().err)
     assert "not the images this run was started with" in line
+
+
+def test_a_run_is_resumed_on_images_that_have_moved(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        train(npz, folder)
+    moved = npz.rename(tmp_path / "elsewhere.npz")
+    assert resume(folder) == 2, "there are none where they were"
+    with after_step(4, kill(signal.SIGTERM)):
+        assert resume(folder, "--data", f"npz:{moved}") == 143
+    assert resume(folder, "--data", f"npz:{moved}") == 0
+    assert metrics(folder) == metrics(straight("plain"))
 
 
 def test_a_new_run_never_overwrites(
