@@ -189,6 +189,9 @@ def run_evaluate(argv: list[str]) -> int:
         prog="cifar evaluate",
         description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix.",
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    remedy = "evaluate runs in one process; start it without a launcher"
+    require(started == 1, "processes", started, remedy)
     size = options.batch_size
     require(size is None or size >= 1, "batch-size", size, "give 1 or more")
     ensure_environment()

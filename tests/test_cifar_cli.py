@@ -206,6 +206,14 @@ def test_weights_are_evaluated_on_the_images_they_were_trained_on(
     assert str(npz) in line and "name another --data" in line
 
 
+def test_under_a_launcher_nothing_is_evaluated_many_times(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cifar("evaluate", "absent") == 2
+    assert "processes: 2: evaluate runs in one process; start it without" in only_line(capsys)
+
+
 def test_an_optimizer_with_a_learning_rate_is_taken(
     npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
