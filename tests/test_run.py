@@ -552,6 +552,38 @@ def test_a_run_is_trained_by_one_process_at_a_time(
     assert resume(folder) == 0
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_nothing_can_be_locked_a_run_is_started_with_a_note(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("cifar.files.fcntl.flock", flock)
+    with run_folder.created(TrainConfig(), str(tmp_path / "run")) as folder:
+        (folder / "config.json").touch()
+    with run_folder.resumed(folder):
+        lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"note: {folder}: cannot be locked here; start one run at a time there"] * 2
+
+
+def test_a_folder_that_fails_to_be_locked_otherwise_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("cifar.files.fcntl.flock", flock)
+    with (
+        pytest.raises(ConfigError, match=r"output-dir: .*cannot be written"),
+        run_folder.created(TrainConfig(), str(tmp_path / "run")),
+    ):
+        pass
+
+
 def test_a_folder_asked_for_by_two_runs_goes_to_the_first(tmp_path: Path) -> None:
     asked = str(tmp_path / "run")
     with (
