@@ -110,7 +110,24 @@ class Session:
         )
 
     def fit(self) -> Evaluation:
-        """Train the remaining steps; every epoch ends with a checkpoint and an evaluation."""
+        """Train the remaining steps; every epoch ends with a checkpoint and an evaluation.
+
+        Raises:
+            TrainingError: training went wrong; says what the first process has saved.
+            Stopped: by a signal, after saving.
+        """
+        try:
+            return self._fit()
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._saved()}") from None
+
+    def _saved(self) -> str:
+        found = checkpoint.list_checkpoints(self.folder / "checkpoints") if self.folder else []
+        if not found:
+            return "nothing was saved yet"
+        return f"continue from step {checkpoint.step_of(found[-1])} with --resume"
+
+    def _fit(self) -> Evaluation:
         trainer = self.trainer
         with self._progress as progress:
             progress.say(self._headline())
@@ -174,10 +191,12 @@ class Session:
         result = self._evaluation = trainer.evaluate(self._stop_if_asked)
         if not math.isfinite(result.loss):
             if self.folder:
-                checkpoint.remove_folder(self._checkpoint_folder())
+                folder = self._checkpoint_folder()
+                with _writing(folder):
+                    checkpoint.remove_folder(folder)
             raise TrainingError(
                 f"loss: not finite on the test images after step {trainer.step}: training stopped; "
-                "the last good checkpoint is kept; lower --lr or change --precision"
+                "lower --lr or change --precision"
             )
         line = {
             "epoch": -(-trainer.step // trainer.loader.steps_per_epoch),

@@ -234,13 +234,13 @@ class Trainer:
         health = self.meter.health(signal)
         if health.bad_step is not None:
             raise TrainingError(
-                f"loss: not finite in step {health.bad_step + 1}: training stopped; the last good "
-                "checkpoint is kept; lower --lr or change --precision"
+                f"loss: not finite in step {health.bad_step + 1}: training stopped; lower --lr or "
+                "change --precision"
             )
         if health.skipped_in_a_row >= self.run.max_skipped_steps:
             raise TrainingError(
                 f"fp16: {health.skipped_in_a_row} steps in a row were skipped by step {self.step}: "
-                "training stopped; the last good checkpoint is kept; use --precision bf16"
+                "training stopped; use --precision bf16"
             )
         return health.signal
 
@@ -317,8 +317,8 @@ class Trainer:
         for name, tensor in tensors["model"].items():
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(
-                    f"weights: {name} is not finite after step {self.step}: training stopped; the "
-                    "last good checkpoint is kept; lower --lr or change --precision"
+                    f"weights: {name} is not finite after step {self.step}: training stopped; "
+                    "lower --lr or change --precision"
                 )
         return tensors, TrainState(
             format=1,

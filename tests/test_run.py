@@ -279,8 +279,29 @@ def test_weights_whose_loss_is_not_finite_leave_the_checkpoint_before_them(
     original, folder = Trainer.evaluate, tmp_path / "run"
     with mock.patch.object(Trainer, "evaluate", evaluate):
         assert train(npz, folder, "--keep-checkpoints", "1") == 1
-    assert "not finite on the test images after step 6" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: loss: not finite on the test images after step 6: ")
+    assert line.endswith("; continue from step 3 with --resume")
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000000003"]
+
+
+def test_a_checkpoint_that_cannot_be_taken_back_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def evaluate(self: Trainer, *words: Any) -> Evaluation:
+        return dataclasses.replace(original(self, *words), loss=math.nan)
+
+    original = Trainer.evaluate
+    with (
+        mock.patch.object(Trainer, "evaluate", evaluate),
+        mock.patch.object(checkpoint, "remove_folder", refuse),
+    ):
+        assert train(npz, tmp_path / "run") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-000000003: cannot be written: Permission denied" in line
 
 
 def test_a_run_stopped_at_the_end_of_an_epoch_may_die_again_after_that_epochs_line(
@@ -655,6 +676,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(
         assert train(npz, folder) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cifar: loss: not finite in step 5: ")
+    assert line.endswith("; continue from step 3 with --resume")
     card, weights = load_weights(folder)
     assert card.step == 3
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
@@ -666,7 +688,7 @@ def test_weights_that_break_in_an_epochs_last_step_are_neither_reported_nor_save
     """No loss has seen them: the evaluation is the first to."""
     assert train(npz, tmp_path / "run", "--lr", "1e38", "-b", "96", "--schedule", "constant") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "not finite" in line
+    assert "not finite" in line and line.endswith("; nothing was saved yet")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
