@@ -25,6 +25,8 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
         (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
+        (("train", "--data", "cifar10:"), r"data: 'cifar10:': no path after the colon; write"),
+        (("train", "--data", "shapes:"), r"data: 'shapes:': no path after the colon; write"),
         (("train", "--data", "npz:absent.npz"), r"data: absent\.npz"),
         (("train", "--data", "folder:absent"), r"data: absent"),
         (("train", "--data", "cifar10:absent"), r"data: .*absent"),

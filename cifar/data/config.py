@@ -33,8 +33,10 @@ def parse_data(text: str) -> DataConfig:
     Raises:
         ConfigError: another source, or a path too many or too few.
     """
-    source, _, path = text.partition(":")
+    source, colon, path = text.partition(":")
     grammar = "write shapes, cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE"
+    if colon and not path:
+        raise ConfigError(f"data: {text!r}: no path after the colon; {grammar}")
     if source == "shapes" and not path:
         return DataConfig()
     if source == "cifar10":
