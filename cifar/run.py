@@ -176,6 +176,7 @@ class Session:
     def _stop(self, signal: int) -> None:
         """Leave together with all processes, which have agreed on it and saved."""
         barrier()  # a launcher ends the others as soon as one is gone, also while it writes
+        leave()
         where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
         raise Stopped(signal, f"stopped by signal {signal} after step {self.trainer.step}{where}")
 
