@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +24,11 @@ from conftest import make_dataset
 from torch import nn
 from training import (
     TINY,
+    after_step,
     cifar,
     complaints,
     finish,
+    kill,
     metrics,
     mixup,
     reset_accelerate,
@@ -80,24 +82,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[variant]
 
     return run
-
-
-@contextlib.contextmanager
-def after_step(step: int, action: Callable[[], object]) -> Iterator[None]:
-    """Do something when `step` steps are done, before the trainer's loop looks at it."""
-    original = Trainer.train_step
-
-    def train_step(self: Trainer) -> None:
-        original(self)
-        if self.step == step:
-            action()
-
-    with mock.patch.object(Trainer, "train_step", train_step):
-        yield
-
-
-def kill(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
 
 
 class Crash(BaseException):

@@ -1,10 +1,12 @@
 """What the tests of the trainer share: tiny trainers, and the program run in this process."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,6 +79,24 @@ def train(npz: Path, output: Path, *options: object) -> int:
 
 def resume(output: Path, *options: object) -> int:
     return cifar("train", "--resume", output, *options)
+
+
+@contextlib.contextmanager
+def after_step(step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Do something when `step` steps are done, before the trainer's loop looks at it."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        original(self)
+        if self.step == step:
+            action()
+
+    with mock.patch.object(Trainer, "train_step", train_step):
+        yield
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
 
 
 def start(*words: object, module: bool = True, **options: Any) -> subprocess.Popen[str]:
