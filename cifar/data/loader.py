@@ -44,8 +44,9 @@ class TrainBatch(Batch):
     """A micro-batch of training, and a way to as many others to mix it with.
 
     `load_partners()` gives every sample another one of the same global batch, augmented as there:
-    the first of the global batch goes with the last, the second with the last but one, so the pairs
-    are the same on any number of processes. It is for use within the step; unused it costs nothing.
+    the first of the global batch goes with the last, the second with the last but one (the middle
+    of an odd one with itself), so the pairs are the same on any number of processes. It is for use
+    within the step; unused it costs nothing.
     """
 
     load_partners: Callable[[], Batch]
