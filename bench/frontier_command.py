@@ -31,7 +31,8 @@ from bench.repeats import Fingerprints
 from bench.spec import Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
-from cifar.config import DataConfig, parse_data, require
+from cifar.config import require
+from cifar.data.config import DataConfig, parse_data
 from cifar.errors import UserError
 from cifar.recipes import get_recipe
 

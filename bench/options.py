@@ -14,7 +14,8 @@ from bench.record import Environment
 from bench.repeats import Fingerprints
 from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import get_suite, override
-from cifar.config import CompileMode, DataConfig, option_name, parse_data, require
+from cifar.config import CompileMode, option_name, require
+from cifar.data.config import DataConfig, parse_data
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
 

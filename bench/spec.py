@@ -9,12 +9,12 @@ from typing import ClassVar, Literal, cast
 from bench.protocol import Protocol
 from cifar.config import (
     PRECISIONS,
-    DataConfig,
     ModelConfig,
     Recipe,
     TrainConfig,
     require,
 )
+from cifar.data.config import DataConfig
 from cifar.recipes import get_recipe
 from cifar.serialize import STRICT, digest
 

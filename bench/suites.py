@@ -6,7 +6,8 @@ from typing import Any
 
 from bench.protocol import BACKENDS, Protocol
 from bench.spec import Cell, Plan, Suite, grid, seeded
-from cifar.config import DataConfig, TrainConfig
+from cifar.config import TrainConfig
+from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
 

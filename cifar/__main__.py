@@ -18,7 +18,6 @@ import tyro
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
 from cifar.config import (
-    DataOption,
     ModelConfig,
     PrecisionName,
     Recipe,
@@ -27,6 +26,7 @@ from cifar.config import (
     option_name,
     require,
 )
+from cifar.data.config import DataOption
 from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment
@@ -171,8 +171,8 @@ class EvaluateOptions:
     """Images to evaluate on; those that the weights were trained on when not given."""
     split: Literal["test", "train"] = "test"
     """Which of its splits."""
-    batch_size: Annotated[int, arg(aliases=("-b",))] = 500
-    """Images per forward pass."""
+    batch_size: Annotated[int | None, arg(aliases=("-b",))] = None
+    """Images per forward pass; 500 of 32 x 32 pixels, or as many pixels, when not given."""
     precision: PrecisionName | None = None
     """Number format; the one the weights were trained in when not given."""
     cpu: bool = False
@@ -189,8 +189,11 @@ def run_evaluate(argv: list[str]) -> int:
         prog="cifar evaluate",
         description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix.",
     )
-    if options.batch_size < 1:
-        raise ConfigError(f"batch-size: {options.batch_size}: give 1 or more")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    remedy = "evaluate runs in one process; start it without a launcher"
+    require(started == 1, "processes", started, remedy)
+    size = options.batch_size
+    require(size is None or size >= 1, "batch-size", size, "give 1 or more")
     ensure_environment()
     from cifar.scoring import render, score
 
@@ -198,7 +201,7 @@ def run_evaluate(argv: list[str]) -> int:
         user_path(options.checkpoint, "checkpoint"),
         options.data,
         split=options.split,
-        batch_size=options.batch_size,
+        batch_size=size,
         precision=options.precision,
         cpu=options.cpu,
     )

@@ -15,13 +15,16 @@ from cifar.errors import ConfigError, UnsupportedError
 _NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's `--mixed_precision` words and the precision that each means here."""
 
+_STRICT = ("", "strict")
+"""Values of oneDNN's default math mode that leave fp32 alone."""
+
 
 def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator, str]:
     """The Accelerator of this process and the name of the precision to train in.
 
     Raises:
         ConfigError: the precision contradicts Accelerate's, or another number of processes runs
-            than was asked for.
+            than was asked for or than there are GPUs for.
         UnsupportedError: this device or stack cannot run the precision or compile, or Accelerate
             was launched with an engine or setting that this program does not have.
     """
@@ -34,6 +37,8 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     if config.compile:
         check_compile_mode(config.compile_mode, device)
         check_compiler(device.type)
+    if not cpu:
+        check_devices(os.environ)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     accelerator = Accelerator(
@@ -112,6 +117,29 @@ def check_supported(name: str, device: torch.device) -> None:
         raise UnsupportedError(
             "precision: 'tf32': this GPU has no TensorFloat-32 units (Ampere or newer); use fp32"
         )
+    _check_overrides(name, device, os.environ)
+
+
+def _check_overrides(name: str, device: torch.device, environ: Mapping[str, str]) -> None:
+    """Raise an UnsupportedError for a variable that changes the format beneath torch's switches.
+
+    NVIDIA's libraries obey theirs whatever the program asks for; oneDNN computes fp32 convolutions
+    in the format that its default math mode names
+    (https://uxlfoundation.github.io/oneDNN/dev_guide_attributes_fpmath_mode.html).
+    """
+    if device.type == "cuda":
+        tf32 = {"0": False, "1": True}.get(environ.get("NVIDIA_TF32_OVERRIDE", ""))
+        contradicting = (
+            ["NVIDIA_TF32_OVERRIDE"] if tf32 not in (None, PRECISIONS[name].tf32) else []
+        )
+    else:
+        modes = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+        contradicting = [mode for mode in modes if environ.get(mode, "").lower() not in _STRICT]
+    for variable in contradicting:
+        raise UnsupportedError(
+            f"precision: {name!r}: {variable}={environ[variable]} in the environment makes it "
+            f"another one; unset {variable}"
+        )
 
 
 def check_compile_mode(mode: str, device: torch.device) -> None:
@@ -150,6 +178,19 @@ def is_native(name: str, device: torch.device) -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return True  # elsewhere oneDNN's kernels need the instructions
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_devices(environ: Mapping[str, str]) -> None:
+    """Raise a ConfigError if torchrun or Accelerate started more processes here than GPUs are seen.
+
+    NCCL would end them with tracebacks. Other launchers may show every process its own GPU alone.
+    """
+    processes, count = int(environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if "TORCHELASTIC_RUN_ID" in environ and processes > count > 0:
+        raise ConfigError(
+            f"num-processes: {processes}: this machine has {count} GPU(s), and every process needs "
+            "one; start at most that many on it, or give --cpu"
+        )
 
 
 def check_processes(accelerator: Accelerator, expected: int | None) -> None:

@@ -1,6 +1,6 @@
 """What is trained and how: model, recipe, data, precision and run. No torch in here.
 
-A new depth is a row in `ARCHITECTURES`, a new precision one in `PRECISIONS` and `PrecisionName`.
+A new precision is a row in `PRECISIONS` and its name in `PrecisionName`.
 """
 
 import math
@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from cifar.architectures import ARCHITECTURES, Architecture
+from cifar.data.config import DataConfig, DataOption
 from cifar.errors import ConfigError
 from cifar.serialize import NOT_IN_DIGEST, STRICT
 
@@ -25,38 +27,6 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
 def option_name(field_name: str) -> str:
     """How a field is called on the command line."""
     return OPTION_NAMES.get(field_name, field_name).replace("_", "-")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """The shape of a residual network: blocks per stage, kind of block and of shortcut.
-
-    `projection` shortcuts are a strided 1x1 convolution where the shape changes (option B of He et
-    al. 2015, https://arxiv.org/abs/1512.03385); `padding` ones subsample and pad with zero channels
-    (option A), without parameters.
-    """
-
-    stages: tuple[int, ...]
-    block: Literal["basic", "bottleneck"]
-    width: int
-    shortcut: Literal["projection", "padding"] = "projection"
-
-
-def _he(depth: int) -> Architecture:
-    """He et al.'s CIFAR network of 6n + 2 layers: three stages of n basic blocks, 16-32-64."""
-    return Architecture(stages=((depth - 2) // 6,) * 3, block="basic", width=16, shortcut="padding")
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture(stages=(2, 2, 2, 2), block="basic", width=64),
-    "resnet34": Architecture(stages=(3, 4, 6, 3), block="basic", width=64),
-    "resnet50": Architecture(stages=(3, 4, 6, 3), block="bottleneck", width=64),
-    "resnet101": Architecture(stages=(3, 4, 23, 3), block="bottleneck", width=64),
-    "resnet152": Architecture(stages=(3, 8, 36, 3), block="bottleneck", width=64),
-    "resnet200": Architecture(stages=(3, 24, 36, 3), block="bottleneck", width=64),
-    **{f"resnet{depth}": _he(depth) for depth in (20, 32, 44, 56, 110, 1202)},
-}
-"""ImageNet's ResNets with a CIFAR stem (3x3, stride 1, no max-pool), and He et al.'s CIFAR ones."""
 
 
 MOST_CHANNELS = 65_536
@@ -145,57 +115,6 @@ PRECISIONS: dict[str, Precision] = {
     "bf16": Precision(mixed_precision="bf16", autocast="bfloat16"),
     "fp16": Precision(mixed_precision="fp16", autocast="float16", loss_scaling=True),
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """A data set, written `shapes | cifar10[:DIR] | cifar100[:DIR] | folder:DIR | npz:FILE`.
-
-    `path` is what a folder or an npz file is known by; `root` only says where CIFAR lies, so it
-    does not enter the digest (the fingerprint in a record tells two copies apart).
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-
-    source: Literal["shapes", "cifar10", "cifar100", "folder", "npz"] = "shapes"
-    path: str | None = None
-    root: str | None = field(default=None, metadata=NOT_IN_DIGEST)
-
-    def __str__(self) -> str:
-        return ":".join(part for part in (self.source, self.path or self.root) if part)
-
-
-def parse_data(text: str) -> DataConfig:
-    """Read the grammar of `DataConfig`.
-
-    Raises:
-        ConfigError: another source, or a path too many or too few.
-    """
-    source, _, path = text.partition(":")
-    grammar = "write shapes, cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE"
-    if source == "shapes" and not path:
-        return DataConfig()
-    if source == "cifar10":
-        return DataConfig(source="cifar10", root=path or None)
-    if source == "cifar100":
-        return DataConfig(source="cifar100", root=path or None)
-    if source == "folder" and path:
-        return DataConfig(source="folder", path=path)
-    if source == "npz" and path:
-        return DataConfig(source="npz", path=path)
-    raise ConfigError(f"data: {text!r}: {grammar}")
-
-
-DataOption = Annotated[
-    DataConfig,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SOURCE[:PATH]",
-        instance_from_str=lambda words: parse_data(words[0]),
-        is_instance=lambda value: isinstance(value, DataConfig),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,7 +241,7 @@ class TrainConfig:
 
     model: ModelConfig = ModelConfig()
     recipe: Recipe = Recipe()
-    data: DataOption = DataConfig()
+    data: DataOption = field(default=DataConfig())
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     precision: PrecisionName | None = None
     """Number format; when not given, what Accelerate was launched with (fp32 unless told)."""

@@ -1,14 +1,18 @@
 """Files that are whole or absent whatever happens, and folders that one process writes."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from cifar.errors import ConfigError
 
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems without locks say, such as some network ones."""
 
 
 def user_path(text: str, name: str) -> Path:
@@ -45,13 +49,21 @@ def write_atomic(path: Path, text: str) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """While entered, no other process can enter it for this folder; a killed one's lock is gone.
 
+    Where the file system has no locks a line on stderr tells, and anyone enters.
+
     Raises:
         BlockingIOError: another process is in there.
         OSError: the folder cannot be written.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            note = f"note: {folder}: cannot be locked here; start one run at a time there"
+            print(note, file=sys.stderr)
         yield
     finally:
         os.close(descriptor)

@@ -43,6 +43,8 @@ RECORDED_VARIABLES = (
     "CXX",
     "CC",
     "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
     "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING",
@@ -96,21 +98,38 @@ def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in (*RECORDED_VARIABLES, *compilers) if name in environ}
 
 
+def differences(environ: Mapping[str, str]) -> list[str]:
+    """Where a process was given other settings than it gets where nobody sets any.
+
+    Each as `NAME=value (bench: value)`: by the user, or by a launcher that gives a process one
+    thread.
+    """
+    chosen = worker_environment(_local_processes(environ), {})
+    found = {name: environ.get(name) for name in chosen}
+    return [
+        (f"{name} unset" if value is None else f"{name}={value}") + f" (bench: {chosen[name]})"
+        for name, value in found.items()
+        if value != chosen[name]
+    ]
+
+
+def _local_processes(environ: Mapping[str, str]) -> int:
+    return int(environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def ensure_environment() -> None:
     """Start this program anew with `worker_environment`, unless it runs with the malloc settings.
 
     The new program takes this one's place (exec), so its process id, pipes and a launcher's rank
-    variables stay. Call it first thing in a program, before torch is imported. On a system other
-    than Linux, whose C library has no such settings, it says that they do not apply.
+    variables stay. Call it first thing in a program, before torch is imported. Systems other than
+    Linux, whose C libraries have no such settings, are left as they are.
     """
-    if MALLOC.keys() <= os.environ.keys() or _RESTARTED in os.environ:
-        return
-    if sys.platform != "linux":
-        print("note: malloc and OpenMP settings are for Linux; left as they are", file=sys.stderr)
+    settled = MALLOC.keys() <= os.environ.keys() or _RESTARTED in os.environ
+    if settled or sys.platform != "linux":
         return
     assert "torch" not in sys.modules, "OpenMP has read its settings already"
     sys.stdout.flush()
     sys.stderr.flush()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    environment = {**worker_environment(processes, os.environ), _RESTARTED: "1"}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
+    environment = worker_environment(_local_processes(os.environ), os.environ)
+    argv = [sys.executable, *sys.orig_argv[1:]]
+    os.execve(sys.executable, argv, {**environment, _RESTARTED: "1"})  # noqa: S606

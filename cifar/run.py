@@ -1,39 +1,55 @@
 """A training run from start or checkpoint to final weights: loop, signals, files, progress."""
 
 import contextlib
+import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cifar import checkpoint, run_folder
 from cifar.accelerator import is_emulated
 from cifar.config import RunConfig, TrainConfig
+from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
+from cifar.process import differences
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
 from cifar.signals import StopSignals
-from cifar.trainer import Trainer
+from cifar.trainer import ComputeLoss, Trainer, Update, descend
 
 
-def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: bool) -> Evaluation:
+def train(
+    config: TrainConfig,
+    run: RunConfig,
+    folder: Path | None,
+    *,
+    resume: bool,
+    compute_loss: ComputeLoss | None = None,
+    update: Update = descend,
+) -> Evaluation:
     """Train as configured, writing to `folder` (None on processes that write nothing).
 
-    Returns the evaluation of the last epoch's weights on the whole test split.
+    Loss and update are those of `cifar.trainer`; nothing on disk knows of others, so give them
+    again to resume. Returns the evaluation of the last epoch's weights on the whole test split.
 
     Raises:
         UserError: bad input.
         TrainingError: training went wrong.
         Stopped: by a signal, after saving.
     """
-    trainer = Trainer(config, run, load_dataset(config.data))
-    _tell_of_emulation(trainer)
+    dataset = load_dataset(config.data)
+    trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
+    if trainer.is_main:
+        _tell_of_speed(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
         session = Session(trainer, folder, signals)
         if resume:
@@ -45,15 +61,18 @@ def train(config: TrainConfig, run: RunConfig, folder: Path | None, *, resume: b
     return result
 
 
-def _tell_of_emulation(trainer: Trainer) -> None:
-    name = trainer.config.precision
-    if trainer.is_main and name is not None and is_emulated(name, trainer.device):
-        print(
-            f"note: precision: {name}: this {trainer.device.type} has no instructions for it and "
-            "is many times slower than with --precision fp32",
-            file=sys.stderr,
-            flush=True,
+def _tell_of_speed(trainer: Trainer) -> None:
+    """Say what makes this process slower than another one, or another speed than bench measures."""
+    name, notes = trainer.config.precision, []
+    if name is not None and is_emulated(name, trainer.device):
+        notes.append(
+            f"precision: {name}: this {trainer.device.type} has no instructions for it and is many "
+            "times slower than with --precision fp32"
         )
+    if different := differences(os.environ):
+        notes.append(f"environment: {', '.join(different)}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -65,6 +84,11 @@ def _writing(folder: Path) -> Iterator[None]:
             f"checkpoint: {folder}: cannot be written: {error.strerror}; make room, then continue "
             "with --resume"
         ) from None
+
+
+def _but_for_images(config: TrainConfig) -> Any:
+    """What a configuration holds, without where its images lie: a fingerprint tells them apart."""
+    return contents(dataclasses.replace(config, data=DataConfig()))
 
 
 class Session:
@@ -86,7 +110,24 @@ class Session:
         )
 
     def fit(self) -> Evaluation:
-        """Train the remaining steps; every epoch ends with a checkpoint and an evaluation."""
+        """Train the remaining steps; every epoch ends with a checkpoint and an evaluation.
+
+        Raises:
+            TrainingError: training went wrong; says what the first process has saved.
+            Stopped: by a signal, after saving.
+        """
+        try:
+            return self._fit()
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._saved()}") from None
+
+    def _saved(self) -> str:
+        found = checkpoint.list_checkpoints(self.folder / "checkpoints") if self.folder else []
+        if not found:
+            return "nothing was saved yet"
+        return f"continue from step {checkpoint.step_of(found[-1])} with --resume"
+
+    def _fit(self) -> Evaluation:
         trainer = self.trainer
         with self._progress as progress:
             progress.say(self._headline())
@@ -135,6 +176,7 @@ class Session:
     def _stop(self, signal: int) -> None:
         """Leave together with all processes, which have agreed on it and saved."""
         barrier()  # a launcher ends the others as soon as one is gone, also while it writes
+        leave()
         where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
         raise Stopped(signal, f"stopped by signal {signal} after step {self.trainer.step}{where}")
 
@@ -150,10 +192,12 @@ class Session:
         result = self._evaluation = trainer.evaluate(self._stop_if_asked)
         if not math.isfinite(result.loss):
             if self.folder:
-                checkpoint.remove_folder(self._checkpoint_folder())
+                folder = self._checkpoint_folder()
+                with _writing(folder):
+                    checkpoint.remove_folder(folder)
             raise TrainingError(
                 f"loss: not finite on the test images after step {trainer.step}: training stopped; "
-                "the last good checkpoint is kept; lower --lr or change --precision"
+                "lower --lr or change --precision"
             )
         line = {
             "epoch": -(-trainer.step // trainer.loader.steps_per_epoch),
@@ -219,7 +263,7 @@ class Session:
         state, card = checkpoint.read_state(files, where), checkpoint.read_card(files, where)
         own = trainer.card()
         same_images = card.fingerprint == own.fingerprint  # else that is what there is to say
-        if same_images and contents(card.config) != contents(own.config):
+        if same_images and _but_for_images(card.config) != _but_for_images(own.config):
             raise CheckpointError(
                 f"checkpoint: {where}: of another configuration than {run_folder.CONFIG} of its "
                 "run; put back the one it was started with"

@@ -1,7 +1,6 @@
 """A training run on disk: `config.json`, `metrics.jsonl`, `checkpoints/` and `final/`."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -168,8 +167,8 @@ def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None
 
 
 def _options(train: TrainConfig, run: RunConfig) -> dict[str, Any]:
-    """What must not change, by the options' names; CIFAR itself may have moved."""
-    flat = _flat({**contents(train), "data": str(dataclasses.replace(train.data, root=None))})
+    """What must not change, by the options' names; the images may have moved."""
+    flat = _flat({**contents(train), "data": train.data.source})
     options = {
         OPTION_NAMES.get(name, OPTION_NAMES.get(last := name.rpartition(".")[2], last)): value
         for name, value in flat.items()

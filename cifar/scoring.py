@@ -10,9 +10,10 @@ import torch
 
 from cifar.accelerator import allow_tf32, check_supported
 from cifar.checkpoint import ModelCard, find_weights, load_into, load_weights
-from cifar.config import PRECISIONS, DataConfig
+from cifar.config import PRECISIONS
+from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset
-from cifar.data.loader import DeviceImages, Place, eval_batches
+from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
 from cifar.errors import DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
@@ -49,14 +50,14 @@ def score(
     data: DataConfig | None,
     *,
     split: str,
-    batch_size: int,
+    batch_size: int | None,
     precision: str | None,
     cpu: bool,
 ) -> Scored:
     """Evaluate a checkpoint with the normalisation it was trained with.
 
-    Data and precision are those it was trained with where None. Of a data set with other images
-    than that a line on stderr tells.
+    Data and precision are those it was trained with where None, the batch size is training's. Of a
+    data set with other images than that a line on stderr tells.
 
     Raises:
         CheckpointError: no weights there, or damaged.
@@ -82,7 +83,7 @@ def score(
     with torch.autocast(device.type, autocast, enabled=formats.autocast is not None):
         result = evaluate(
             module,
-            eval_batches(on_device, batch_size, Place()),
+            eval_batches(on_device, batch_size or eval_batch_size(on_device), Place()),
             num_classes=len(card.classes),
             device=device,
         )

@@ -18,7 +18,16 @@ from cifar.accelerator import start_accelerator
 from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset, Split
-from cifar.data.loader import Batch, DeviceImages, Normalization, Place, TrainLoader, eval_batches
+from cifar.data.loader import (
+    Batch,
+    DeviceImages,
+    Normalization,
+    Place,
+    TrainBatch,
+    TrainLoader,
+    eval_batch_size,
+    eval_batches,
+)
 from cifar.distributed import broadcast_from_first
 from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
@@ -32,10 +41,8 @@ from cifar.optim import (
     optimizer_tensors,
 )
 
-EVAL_BATCH_SIZE = 500
-
-ComputeLoss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-"""(model, batch) -> (mean loss, logits `[B, K]`)."""
+ComputeLoss = Callable[[nn.Module, TrainBatch], tuple[Tensor, Tensor]]
+"""(model, batch) -> (mean loss, logits `[B, K]`); the batch can load partners to be mixed with."""
 Update = Callable[["Trainer", Callable[[], None]], None]
 """(trainer, forward_backward) -> None: fill gradients by `forward_backward`, once or more often
 (the metrics count the first time), and change the weights."""
@@ -117,6 +124,7 @@ class Trainer:
             seed=self.config.seed,
         )
         self.test_images = on_device(dataset.test)
+        self._eval_batch_size = eval_batch_size(self.test_images)
 
     def _build_model(self) -> None:
         config = self.config
@@ -177,7 +185,7 @@ class Trainer:
         """The learning rate of the 0-based optimiser step `step`."""
         return lr_at(step, self.total_steps, self.loader.steps_per_epoch, self.config.recipe)
 
-    def batches_of(self, step: int) -> list[Batch]:
+    def batches_of(self, step: int) -> list[TrainBatch]:
         """This process's augmented micro-batches of the 0-based optimiser step `step`."""
         epoch, position = divmod(step, self.loader.steps_per_epoch)
         if epoch != self.loader.epoch:
@@ -198,7 +206,7 @@ class Trainer:
         if self.average:
             self.average.update()
 
-    def _forward_backward(self, batches: list[Batch], *, record: bool) -> None:
+    def _forward_backward(self, batches: list[TrainBatch], *, record: bool) -> None:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
@@ -226,13 +234,13 @@ class Trainer:
         health = self.meter.health(signal)
         if health.bad_step is not None:
             raise TrainingError(
-                f"loss: not finite in step {health.bad_step + 1}: training stopped; the last good "
-                "checkpoint is kept; lower --lr or change --precision"
+                f"loss: not finite in step {health.bad_step + 1}: training stopped; lower --lr or "
+                "change --precision"
             )
         if health.skipped_in_a_row >= self.run.max_skipped_steps:
             raise TrainingError(
                 f"fp16: {health.skipped_in_a_row} steps in a row were skipped by step {self.step}: "
-                "training stopped; the last good checkpoint is kept; use --precision bf16"
+                "training stopped; use --precision bf16"
             )
         return health.signal
 
@@ -262,8 +270,8 @@ class Trainer:
         return result
 
     def _eval_batches(self, between: Callable[[], object]) -> Iterator[Batch]:
-        everywhere = len(self.test_images) // self.place.count // EVAL_BATCH_SIZE
-        batches = eval_batches(self.test_images, EVAL_BATCH_SIZE, self.place)
+        everywhere = len(self.test_images) // self.place.count // self._eval_batch_size
+        batches = eval_batches(self.test_images, self._eval_batch_size, self.place)
         for number, batch in enumerate(batches):
             if 0 < number < everywhere:
                 between()
@@ -309,8 +317,8 @@ class Trainer:
         for name, tensor in tensors["model"].items():
             if not bool(tensor.isfinite().all()):
                 raise TrainingError(
-                    f"weights: {name} is not finite after step {self.step}: training stopped; the "
-                    "last good checkpoint is kept; lower --lr or change --precision"
+                    f"weights: {name} is not finite after step {self.step}: training stopped; "
+                    "lower --lr or change --precision"
                 )
         return tensors, TrainState(
             format=1,

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from cifar import accelerator
 from cifar.accelerator import (
     allow_tf32,
     check_compile_mode,
+    check_devices,
     check_launch,
     check_processes,
     check_supported,
@@ -63,6 +65,36 @@ def test_a_cpu_refuses_what_it_would_compute_in_fp32(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cpu_supports_the_others(precision: str) -> None:
     check_supported(precision, CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "setting", "refused"),
+    [
+        ("cpu", "fp32", "ONEDNN_DEFAULT_FPMATH_MODE=BF16", True),
+        ("cpu", "bf16", "DNNL_DEFAULT_FPMATH_MODE=any", True),
+        ("cpu", "fp32", "ONEDNN_DEFAULT_FPMATH_MODE=STRICT", False),
+        ("cpu", "fp32", "NVIDIA_TF32_OVERRIDE=1", False),
+        ("cuda", "fp32", "NVIDIA_TF32_OVERRIDE=1", True),
+        ("cuda", "bf16", "NVIDIA_TF32_OVERRIDE=1", True),
+        ("cuda", "tf32", "NVIDIA_TF32_OVERRIDE=0", True),
+        ("cuda", "fp32", "NVIDIA_TF32_OVERRIDE=0", False),
+        ("cuda", "tf32", "NVIDIA_TF32_OVERRIDE=1", False),
+        ("cuda", "fp32", "NVIDIA_TF32_OVERRIDE=", False),
+        ("cuda", "fp32", "ONEDNN_DEFAULT_FPMATH_MODE=BF16", False),
+    ],
+)
+def test_a_variable_that_would_change_the_precision_unseen_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    precision: str,
+    setting: str,
+    refused: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setenv(*setting.split("="))
+    raises = pytest.raises(UnsupportedError, match=f"precision: '{precision}': {setting}")
+    with raises if refused else contextlib.nullcontext():
+        check_supported(precision, torch.device(device))
 
 
 def test_the_launchers_precision_is_trained_in_and_noted() -> None:
@@ -122,6 +154,25 @@ def test_another_number_of_processes_is_refused(
         pytest.raises(ConfigError, match=f"num-processes: .*{running} run together"),
     ):
         check_processes(SimpleNamespace(num_processes=running), expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "refused"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "3"}, 2, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}, 2, False),
+        ({"LOCAL_WORLD_SIZE": "3"}, 1, False),
+        ({}, 1, False),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_nccl_meets_them(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, refused: bool
+) -> None:
+    """But for launchers that may show each its own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    raises = pytest.raises(ConfigError, match=r"num-processes: 3: this machine has 2 GPU\(s\)")
+    with raises if refused else contextlib.nullcontext():
+        check_devices(environment)
 
 
 def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
         (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
+        (("train", "--data", "cifar10:"), r"data: 'cifar10:': no path after the colon; write"),
+        (("train", "--data", "shapes:"), r"data: 'shapes:': no path after the colon; write"),
         (("train", "--data", "npz:absent.npz"), r"data: absent\.npz"),
         (("train", "--data", "folder:absent"), r"data: absent"),
         (("train", "--data", "cifar10:absent"), r"data: .*absent"),
@@ -204,6 +206,14 @@ def test_weights_are_evaluated_on_the_images_they_were_trained_on(
     assert cifar("evaluate", tmp_path / "run", "--cpu") == 2
     line = only_line(capsys)
     assert str(npz) in line and "name another --data" in line
+
+
+def test_under_a_launcher_nothing_is_evaluated_many_times(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cifar("evaluate", "absent") == 2
+    assert "processes: 2: evaluate runs in one process; start it without" in only_line(capsys)
 
 
 def test_an_optimizer_with_a_learning_rate_is_taken(

@@ -15,8 +15,8 @@ def score(scores: Tensor, targets: Tensor, batch_size: int = 3):
     """Evaluate a forward function that looks its logits up by the first pixel."""
     indices = torch.arange(len(targets)).view(-1, 1, 1, 1).float()
     batches = [
-        Batch(indices[i : i + batch_size], targets[i : i + batch_size])
-        for i in range(0, len(targets), batch_size)
+        Batch(indices[samples], targets[samples], samples)
+        for samples in torch.arange(len(targets)).split(batch_size)
     ]
     return evaluate(
         lambda images: scores[images[:, 0, 0, 0].long()],

@@ -106,6 +106,21 @@ def test_accelerate_is_told_by_the_command_alone():
     assert environment["HOME"] == "/home/x"
 
 
+def test_what_a_process_lacks_of_the_chosen_settings_is_told(monkeypatch):
+    """As under accelerate launch with one process, which gives it one thread."""
+    monkeypatch.setattr(process, "available_cores", lambda: 8)
+    assert process.differences(process.worker_environment(1, {"HOME": "/home/x"})) == []
+    shared = process.worker_environment(2, {"LOCAL_WORLD_SIZE": "2"})
+    assert process.differences(shared) == []
+    given = {**process.worker_environment(1, {}), "OMP_NUM_THREADS": "1", "MALLOC_TOP_PAD_": "1"}
+    del given["GOMP_SPINCOUNT"]
+    assert process.differences(given) == [
+        "MALLOC_TOP_PAD_=1 (bench: 67108864)",
+        "GOMP_SPINCOUNT unset (bench: 100000)",
+        "OMP_NUM_THREADS=1 (bench: 8)",
+    ]
+
+
 def test_settings_of_the_compilers_are_recorded_and_places_are_not():
     environ = {
         "TRITON_CACHE_DIR": "/a", "TRITON_HOME": "/b", "TORCHINDUCTOR_CACHE_DIR": "/c",

@@ -24,10 +24,10 @@ FREE_NAMES = """
     bench.options bench.present bench.probes bench.progress bench.protocol bench.record
     bench.record_file bench.repeats bench.rows bench.runs bench.save bench.selection
     bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
-    cifar cifar.__main__ cifar.cli cifar.compilers cifar.config cifar.cost cifar.data
-    cifar.data.dataset cifar.data.download cifar.data.folder cifar.data.npz cifar.data.shapes
-    cifar.data.sources cifar.data.unpickle cifar.errors cifar.files cifar.process cifar.progress
-    cifar.recipes cifar.run_folder cifar.serialize cifar.signals
+    cifar cifar.__main__ cifar.architectures cifar.cli cifar.compilers cifar.config cifar.cost
+    cifar.data cifar.data.config cifar.data.dataset cifar.data.download cifar.data.folder
+    cifar.data.npz cifar.data.shapes cifar.data.sources cifar.data.unpickle cifar.errors cifar.files
+    cifar.process cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     launch
 """
 TORCH_NAMES = """

@@ -9,7 +9,14 @@ from cifar.config import AUGMENTATIONS, Recipe
 from cifar.data.augment import alternating_flip, flip, get_augmentations, get_reader, reflect
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
-from cifar.data.loader import DeviceImages, Normalization, Place, TrainLoader, eval_batches
+from cifar.data.loader import (
+    DeviceImages,
+    Normalization,
+    Place,
+    TrainLoader,
+    eval_batch_size,
+    eval_batches,
+)
 
 CPU = torch.device("cpu")
 
@@ -145,6 +152,27 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(
             assert torch.equal(torch.stack([found[i] for i in ids]), whole.images)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_partners_are_the_same_for_any_number_of_processes(
+    processes: int, accumulation: int
+) -> None:
+    """The first sample of the global batch goes with the last."""
+    single = make_loader()
+    for epoch, step in ((0, 0), (1, 1)):
+        single.set_epoch(epoch)
+        ids = single.samples(step)[0]
+        found: dict[int, int] = {}
+        for index in range(processes):
+            loader = make_loader(Place(index, processes), accumulation)
+            loader.set_epoch(epoch)
+            for batch in loader.micro_batches(step):
+                partners = batch.load_partners()
+                found.update(zip(batch.samples.tolist(), partners.samples.tolist(), strict=True))
+                assert torch.equal(partners.images, single.load(partners.samples).images)
+        assert found == dict(zip(ids.tolist(), ids.flip(0).tolist()))
+
+
 def test_the_last_incomplete_batch_is_dropped_and_no_sample_repeats() -> None:
     loader = make_loader()
     assert loader.steps_per_epoch == 2
@@ -169,6 +197,18 @@ def test_channels_last_batches_hold_the_same_numbers() -> None:
     (nhwc,) = make_loader(channels_last=True).micro_batches(0)
     assert nhwc.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain.images, nhwc.images)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(32, 32, 500), (8, 8, 500), (64, 32, 250), (224, 224, 10), (1000, 1000, 1)],
+)
+def test_large_images_are_evaluated_fewer_at_once(height: int, width: int, expected: int) -> None:
+    """512,000 pixels in all at most: 224 x 224 = 50,176 of them fit 10 times."""
+    images = np.zeros((1, 1, height, width), np.uint8)
+    split = Split(images=images, labels=np.zeros(1, np.int64))
+    normalization = Normalization(mean=(0.5,), std=(0.5,))
+    assert eval_batch_size(DeviceImages(split, normalization, CPU)) == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

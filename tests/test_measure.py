@@ -32,7 +32,8 @@ from bench.record import Measurement, Record
 from bench.record_file import parse_record
 from bench.spec import CAPTURE_STEPS, Cell, Plan, Suite, Task, expand, grid
 from bench.unfinished import PENDING, is_unfinished
-from cifar.config import RunConfig, parse_data
+from cifar.config import RunConfig
+from cifar.data.config import parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
 from cifar.errors import ConfigError

@@ -22,7 +22,8 @@ from bench.measure.training import measure_training
 from bench.protocol import Protocol
 from bench.record_file import parse_record
 from bench.spec import CAPTURE_STEPS, Cell, Task, grid
-from cifar.config import Recipe, RunConfig, parse_data
+from cifar.config import Recipe, RunConfig
+from cifar.data.config import parse_data
 from cifar.data.loader import Batch
 from cifar.optim import build_optimizer
 from cifar.serialize import to_json

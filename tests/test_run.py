@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,17 +21,36 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset
-from training import cifar, complaints, finish, metrics, resume, start, train
+from torch import nn
+from training import (
+    TINY,
+    after_step,
+    cifar,
+    complaints,
+    finish,
+    kill,
+    metrics,
+    mixup,
+    reset_accelerate,
+    resume,
+    start,
+    tiny_recipe,
+    train,
+)
 
 from cifar import checkpoint, run_folder
 from cifar.checkpoint import list_checkpoints, load_weights, read_folder
-from cifar.config import TrainConfig
-from cifar.errors import ConfigError
+from cifar.config import RunConfig, TrainConfig
+from cifar.data.config import parse_data
+from cifar.data.loader import TrainBatch
+from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
+from cifar.process import MALLOC
 from cifar.progress import TrainingProgress
 from cifar.run import Session
+from cifar.run import train as train_run
 from cifar.signals import ECHO_SECONDS, StopSignals
-from cifar.trainer import Trainer
+from cifar.trainer import Trainer, descend
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -63,24 +82,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[variant]
 
     return run
-
-
-@contextlib.contextmanager
-def after_step(step: int, action: Callable[[], object]) -> Iterator[None]:
-    """Do something when `step` steps are done, before the trainer's loop looks at it."""
-    original = Trainer.train_step
-
-    def train_step(self: Trainer) -> None:
-        original(self)
-        if self.step == step:
-            action()
-
-    with mock.patch.object(Trainer, "train_step", train_step):
-        yield
-
-
-def kill(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
 
 
 class Crash(BaseException):
@@ -138,6 +139,35 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(
         f"step-{step:09d}"]  # fmt: skip
     assert resume(folder) == 0
     assert_same(folder, straight(variant))
+
+
+def test_a_run_with_functions_of_its_own_is_saved_and_resumed_like_any(
+    npz: Path, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def loss(model: nn.Module, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append("loss")
+        return mixup(model, batch)
+
+    def update(trainer: Trainer, forward_backward: Callable[[], None]) -> None:
+        calls.append("update")
+        descend(trainer, forward_backward)
+
+    config = TrainConfig(model=TINY, recipe=tiny_recipe(), data=parse_data(f"npz:{npz}"))
+
+    def run(folder: Path, *, resume: bool = False) -> None:
+        folder.mkdir(exist_ok=True)
+        reset_accelerate()
+        train_run(config, RunConfig(cpu=True), folder, resume=resume, compute_loss=loss,
+                  update=update)  # fmt: skip
+
+    run(tmp_path / "straight")
+    with after_step(4, kill(signal.SIGTERM)), pytest.raises(Stopped):
+        run(tmp_path / "stopped")
+    run(tmp_path / "stopped", resume=True)
+    assert_same(tmp_path / "stopped", tmp_path / "straight")
+    assert calls == ["update", "loss"] * 12
 
 
 @pytest.mark.parametrize(
@@ -211,7 +241,7 @@ def test_a_signal_ends_an_evaluation_between_its_batches(
 ) -> None:
     folder = tmp_path / "run"
     with (
-        mock.patch("cifar.trainer.EVAL_BATCH_SIZE", 10),
+        mock.patch("cifar.data.loader.EVAL_PIXELS", 10 * 16 * 16),
         in_evaluation(1, kill(signal.SIGTERM)),
     ):
         assert train(npz, folder) == 143
@@ -233,8 +263,29 @@ def test_weights_whose_loss_is_not_finite_leave_the_checkpoint_before_them(
     original, folder = Trainer.evaluate, tmp_path / "run"
     with mock.patch.object(Trainer, "evaluate", evaluate):
         assert train(npz, folder, "--keep-checkpoints", "1") == 1
-    assert "not finite on the test images after step 6" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: loss: not finite on the test images after step 6: ")
+    assert line.endswith("; continue from step 3 with --resume")
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-000000003"]
+
+
+def test_a_checkpoint_that_cannot_be_taken_back_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def evaluate(self: Trainer, *words: Any) -> Evaluation:
+        return dataclasses.replace(original(self, *words), loss=math.nan)
+
+    original = Trainer.evaluate
+    with (
+        mock.patch.object(Trainer, "evaluate", evaluate),
+        mock.patch.object(checkpoint, "remove_folder", refuse),
+    ):
+        assert train(npz, tmp_path / "run") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-000000003: cannot be written: Permission denied" in line
 
 
 def test_a_run_stopped_at_the_end_of_an_epoch_may_die_again_after_that_epochs_line(
@@ -301,7 +352,7 @@ def test_a_finished_run_is_not_trained_again(
         (("--batch-size", "16"), "batch-size: 16: the run to resume has 32"),
         (("--seed", "3"), "seed: 3: the run to resume has 'default'"),
         (("--precision", "bf16"), "precision: 'bf16': the run to resume has 'fp32'"),
-        (("--data", "shapes"), "data: 'shapes': the run to resume has 'npz:"),
+        (("--data", "shapes"), "data: 'shapes': the run to resume has 'npz'"),
         (("--accumulation", "2"), "accumulation: 2: the run to resume has 'default'"),
         (("--recipe", "other"), "recipe: 'other'"),
         (("--output-dir", "elsewhere"), "output-dir: 'elsewhere'"),
@@ -387,6 +438,20 @@ def test_other_images_under_the_same_name_are_refused(
     assert resume(tmp_path / "run") == 2
     (line,) = complaints(capsys.readouterr().err)
     assert "not the images this run was started with" in line
+
+
+def test_a_run_is_resumed_on_images_that_have_moved(
+    npz: Path, tmp_path: Path, straight: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        train(npz, folder)
+    moved = npz.rename(tmp_path / "elsewhere.npz")
+    assert resume(folder) == 2, "there are none where they were"
+    with after_step(4, kill(signal.SIGTERM)):
+        assert resume(folder, "--data", f"npz:{moved}") == 143
+    assert resume(folder, "--data", f"npz:{moved}") == 0
+    assert metrics(folder) == metrics(straight("plain"))
 
 
 def test_a_new_run_never_overwrites(
@@ -492,6 +557,38 @@ def test_a_run_is_trained_by_one_process_at_a_time(
     assert resume(folder) == 0
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_where_nothing_can_be_locked_a_run_is_started_with_a_note(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("cifar.files.fcntl.flock", flock)
+    with run_folder.created(TrainConfig(), str(tmp_path / "run")) as folder:
+        (folder / "config.json").touch()
+    with run_folder.resumed(folder):
+        lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"note: {folder}: cannot be locked here; start one run at a time there"] * 2
+
+
+def test_a_folder_that_fails_to_be_locked_otherwise_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("cifar.files.fcntl.flock", flock)
+    with (
+        pytest.raises(ConfigError, match=r"output-dir: .*cannot be written"),
+        run_folder.created(TrainConfig(), str(tmp_path / "run")),
+    ):
+        pass
+
+
 def test_a_folder_asked_for_by_two_runs_goes_to_the_first(tmp_path: Path) -> None:
     asked = str(tmp_path / "run")
     with (
@@ -563,6 +660,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(
         assert train(npz, folder) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cifar: loss: not finite in step 5: ")
+    assert line.endswith("; continue from step 3 with --resume")
     card, weights = load_weights(folder)
     assert card.step == 3
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
@@ -574,7 +672,7 @@ def test_weights_that_break_in_an_epochs_last_step_are_neither_reported_nor_save
     """No loss has seen them: the evaluation is the first to."""
     assert train(npz, tmp_path / "run", "--lr", "1e38", "-b", "96", "--schedule", "constant") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "not finite" in line
+    assert "not finite" in line and line.endswith("; nothing was saved yet")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
@@ -740,6 +838,21 @@ def test_final_weights_have_the_whole_configuration_beside_them(
         assert dataclasses.replace(card.config, model=stored.model) == stored
         assert sorted(path.name for path in (folder / "final").iterdir()) == [
             "manifest.json", "model.json", "model.safetensors"]  # fmt: skip
+
+
+def test_settings_other_than_bench_s_are_told_once(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(npz, tmp_path / "usual", "--epochs", "1") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("cifar.process.available_cores", lambda: 99)
+    given = {**MALLOC, "GOMP_SPINCOUNT": "3"}
+    with mock.patch("training.worker_environment", return_value=given):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert train(npz, tmp_path / "other", "--epochs", "1") == 0
+    assert capsys.readouterr().err == (
+        "note: environment: GOMP_SPINCOUNT=3 (bench: 100000), OMP_NUM_THREADS=1 (bench: 99)\n"
+    )
 
 
 def test_a_precision_that_is_emulated_is_told_once(

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar.config import DataConfig, parse_data
 from cifar.data import folder, npz, sources, unpickle
+from cifar.data.config import DataConfig, parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import CIFAR_LAYOUTS, CifarLayout, default_data_dir, load_dataset
 from cifar.errors import ConfigError, DataError

@@ -9,7 +9,8 @@ from bench.protocol import Protocol
 from bench.record import Environment, Record
 from bench.spec import expand, grid
 from bench.suites import SUITES, get_suite, override, quick
-from cifar.config import DataConfig, Recipe
+from cifar.config import Recipe
+from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
 
 

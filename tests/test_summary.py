@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar import cost
-from cifar.config import ARCHITECTURES, ModelConfig
+from cifar.architectures import ARCHITECTURES
+from cifar.config import ModelConfig
 from cifar.errors import ConfigError
 from cifar.models import build_model
 from cifar.models.summary import print_summary, render_summary, summarize_model

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -5,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from conftest import make_dataset
 from torch import Tensor, nn
-from training import TINY, make_trainer, tiny_recipe
+from training import TINY, make_trainer, mixup, tiny_recipe
 
 from cifar.config import ModelConfig, RunConfig
-from cifar.data.loader import Batch
+from cifar.data.loader import TrainBatch
 from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.models import build_model
 from cifar.optim import lr_at, optimizer_tensors
@@ -56,7 +57,8 @@ def test_training_equals_a_bare_loop(channels_last: bool, smoothing: float) -> N
 
 def test_label_smoothing_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]])
-    loss, _ = cross_entropy(0.3)(lambda _: logits, Batch(logits, torch.tensor([0])))
+    batch = TrainBatch(logits, torch.tensor([0]), torch.tensor([0]), pytest.fail)
+    loss, _ = cross_entropy(0.3)(lambda _: logits, batch)
     logs = logits.log_softmax(1)[0]
     assert loss.item() == pytest.approx(float(-(0.8 * logs[0] + 0.1 * logs[1] + 0.1 * logs[2])))
 
@@ -165,23 +167,30 @@ def test_an_update_may_compute_the_loss_twice() -> None:
 
 
 def test_a_loss_may_mix_a_batch_with_partners_and_soft_labels() -> None:
-    """Mixup, https://arxiv.org/abs/1710.09412, with partners from the same global batch."""
-    made: list[Tensor] = []
+    """In micro-batches, and in the second epoch as in the first."""
+    losses = []
 
-    def mixup(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        partners = trainer.loader.load(trainer.loader.samples(trainer.step)[0].flip(0))
-        hard, other = (F.one_hot(each.targets, 10).float() for each in (batch, partners))
-        images, targets = batch.images.lerp(partners.images, 0.3), hard.lerp(other, 0.3)
-        made.append(targets)
-        return cross_entropy(0.0)(model, Batch(images, targets))
+    def noted(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        loss, logits = mixup(model, batch)
+        losses.append(loss.item())
+        return loss, logits
 
-    trainer = make_trainer(trainer={"compute_loss": mixup})
-    (batch,) = trainer.loader.micro_batches(0)
-    trainer.train_step()
-    torch.testing.assert_close(made[0].sum(1), torch.ones(32))
-    torch.testing.assert_close(made[0].argmax(1), batch.targets)
-    counted = trainer.meter.train_metrics()
-    assert counted.samples == 32 and 0 < counted.loss < 10
+    trainer = make_trainer(accumulation_steps=2, trainer={"compute_loss": noted})
+    for step in range(4):
+        trainer.loader.set_epoch(step // 3)
+        whole = trainer.loader.load(trainer.loader.samples(step % 3).flatten())
+        expected = []
+        for rows, others in ((slice(0, 16), slice(16, 32)), (slice(16, 32), slice(0, 16))):
+            partners, labels = whole.images[others].flip(0), whole.targets[others].flip(0)
+            logits = copy.deepcopy(trainer.module)(whole.images[rows].lerp(partners, 0.3))
+            logs, each = logits.log_softmax(1), torch.arange(16)
+            kept, mixed = logs[each, whole.targets[rows]], logs[each, labels]
+            expected.append(-(0.7 * kept + 0.3 * mixed).mean().item())
+        trainer.meter.reset()
+        trainer.train_step()
+        assert losses[-2:] == pytest.approx(expected)
+        counted = trainer.meter.train_metrics()
+        assert counted.samples == 32 and counted.loss == pytest.approx(sum(expected) / 2)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from bench.record import Measurement
 from bench.record_file import parse_record
 from bench.rows import rows
 from bench.spec import Task, grid
-from cifar.config import RunConfig, parse_data
+from cifar.config import RunConfig
 from cifar.cost import forward_flops, train_flops
+from cifar.data.config import parse_data
 from cifar.data.loader import Place
 from cifar.serialize import to_json
 

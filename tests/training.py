@@ -1,23 +1,29 @@
 """What the tests of the trainer share: tiny trainers, and the program run in this process."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import make_dataset
+from torch import Tensor, nn
 
 from cifar.__main__ import COMMANDS, SUMMARY
 from cifar.cli import run_program
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
-from cifar.process import MALLOC
-from cifar.trainer import Trainer
+from cifar.data.loader import TrainBatch
+from cifar.process import worker_environment
+from cifar.trainer import Trainer, cross_entropy
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(name="resnet20", width=4)
@@ -37,6 +43,14 @@ def tiny_recipe(**fields: Any) -> Recipe:
     return Recipe(**{"epochs": 2, "global_batch_size": 32, "lr": 0.05, **fields})
 
 
+def mixup(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """https://arxiv.org/abs/1710.09412 with partners from the same global batch."""
+    partners = batch.load_partners()
+    hard, other = (F.one_hot(each.targets, 10).float() for each in (batch, partners))
+    images, targets = batch.images.lerp(partners.images, 0.3), hard.lerp(other, 0.3)
+    return cross_entropy(0.0)(model, dataclasses.replace(batch, images=images, targets=targets))
+
+
 def make_trainer(
     recipe: Recipe | None = None,
     *,
@@ -53,7 +67,7 @@ def make_trainer(
 def cifar(*words: object) -> int:
     """Run the program in this process; its exit code."""
     reset_accelerate()
-    with mock.patch.dict(os.environ, MALLOC):
+    with mock.patch.dict(os.environ, worker_environment(1, {})):
         return run_program("cifar", SUMMARY, COMMANDS, [str(word) for word in words])
 
 
@@ -65,6 +79,24 @@ def train(npz: Path, output: Path, *options: object) -> int:
 
 def resume(output: Path, *options: object) -> int:
     return cifar("train", "--resume", output, *options)
+
+
+@contextlib.contextmanager
+def after_step(step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Do something when `step` steps are done, before the trainer's loop looks at it."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        original(self)
+        if self.step == step:
+            action()
+
+    with mock.patch.object(Trainer, "train_step", train_step):
+        yield
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
 
 
 def start(*words: object, module: bool = True, **options: Any) -> subprocess.Popen[str]:

@@ -4,7 +4,8 @@ No workers and no host copies: a step's input is a handful of batched tensor ope
 sample gets depends only on (seed, epoch, sample), see `cifar.data.draws`.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 
+EVAL_PIXELS = 500 * 32 * 32
+"""Height x width x images that are evaluated at once at most, so that memory does not grow with the
+size of the images."""
+_EVAL_IMAGES = 500
 _CHUNK = 1000
 """Images counted at once for the statistics."""
 _LEAST_STD = 1 / 255
@@ -24,10 +29,27 @@ _LEAST_STD = 1 / 255
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Normalised images `[B, C, H, W]` float32; targets `[B]` int64 or soft `[B, K]`."""
+    """Normalised images `[B, C, H, W]` float32; targets `[B]` int64 or soft `[B, K]`.
+
+    `samples` `[B]` int64 are their indices in the split.
+    """
 
     images: Tensor
     targets: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch(Batch):
+    """A micro-batch of training, and a way to as many others to mix it with.
+
+    `load_partners()` gives every sample another one of the same global batch, augmented as there:
+    the first of the global batch goes with the last, the second with the last but one (the middle
+    of an odd one with itself), so the pairs are the same on any number of processes. It is for use
+    within the step; unused it costs nothing.
+    """
+
+    load_partners: Callable[[], Batch]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +116,7 @@ class DeviceImages:
     def batch(self, samples: Tensor) -> Batch:
         """The samples with these indices as they are, `[B]` int64."""
         images = self.normalize(self.images.index_select(0, samples))
-        return Batch(images, self.labels.index_select(0, samples))
+        return Batch(images, self.labels.index_select(0, samples), samples)
 
 
 class TrainLoader:
@@ -132,14 +154,24 @@ class TrainLoader:
 
     def samples(self, step: int) -> Tensor:
         """Indices of this process's samples in step `step` of the epoch, `[accumulation, B]`."""
-        start = step * self.global_batch_size
-        chosen = self._order[start : start + self.global_batch_size]
-        return chosen.view(self._shape)[:, self._place.index]
+        return self._share(self._global_batch(step))
 
-    def micro_batches(self, step: int) -> Iterator[Batch]:
+    def micro_batches(self, step: int) -> Iterator[TrainBatch]:
         """The augmented micro-batches of this process in step `step` of the epoch."""
-        for samples in self.samples(step):
-            yield self.load(samples)
+        for number, samples in enumerate(self.samples(step)):
+            batch = self.load(samples)
+            partners = functools.partial(self._load_partners, step, number)
+            yield TrainBatch(batch.images, batch.targets, samples, partners)
+
+    def _load_partners(self, step: int, number: int) -> Batch:
+        return self.load(self._share(self._global_batch(step).flip(0))[number])
+
+    def _global_batch(self, step: int) -> Tensor:
+        start = step * self.global_batch_size
+        return self._order[start : start + self.global_batch_size]
+
+    def _share(self, samples: Tensor) -> Tensor:
+        return samples.view(self._shape)[:, self._place.index]
 
     def load(self, samples: Tensor) -> Batch:
         """The augmented images and labels of any samples of this epoch, `[B]` int64."""
@@ -147,7 +179,14 @@ class TrainLoader:
         images = self._read(samples, draws)
         for augmentation in self._augmentations:
             images = augmentation(images, draws)
-        return Batch(self._images.normalize(images), self._images.labels.index_select(0, samples))
+        labels = self._images.labels.index_select(0, samples)
+        return Batch(self._images.normalize(images), labels, samples)
+
+
+def eval_batch_size(images: DeviceImages) -> int:
+    """Images to evaluate at once: 500, or of large ones as many as have `EVAL_PIXELS`."""
+    height, width = images.images.shape[2:]
+    return max(1, min(_EVAL_IMAGES, EVAL_PIXELS // (height * width)))
 
 
 def eval_batches(images: DeviceImages, batch_size: int, place: Place) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cifar.config import DataConfig
+from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset, Split
 from cifar.data.folder import read_folder
 from cifar.data.npz import read_npz
