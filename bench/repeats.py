@@ -7,7 +7,7 @@ from types import MappingProxyType
 from bench.record import Environment, Record
 from bench.spec import Task
 from bench.stats import reach
-from cifar.config import DataConfig
+from cifar.data.config import DataConfig
 
 Key = tuple[str, str, int]
 """Of a task and its record: digests of cell and protocol, and the repeat."""
