@@ -25,7 +25,7 @@ from bench.record import SCHEMA_VERSION, DataFacts
 from bench.record_file import append_record, read_records
 from bench.spec import Plan, Suite, Task, grid
 from bench.suites import SUITES
-from cifar.config import DataConfig, parse_data
+from cifar.data.config import DataConfig, parse_data
 from cifar.data.shapes import load_shapes
 from cifar.data.sources import load_dataset
 from cifar.errors import ConfigError
