@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench import runs, selfcheck
+from bench import execution, runs, selfcheck
 from bench.console import expected_seconds, show_plan, shown, stoppable
 from bench.estimate import format_duration
 from bench.frontier_command import run_frontier
@@ -96,7 +96,7 @@ def run_run(argv: list[str]) -> int:
             raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
         fingerprints = check(run.plan.tasks)
         if options.dry_run:
-            return show_plan(runs.missing(run, fingerprints=fingerprints), past)
+            return show_plan(execution.missing(run, fingerprints=fingerprints), past)
     else:
         suite = build_suite(options)
         tasks = expand(suite)
@@ -113,7 +113,7 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
     start = time.monotonic()
     resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
     with stoppable(resume):
-        records = runs.execute(run, past=past, fingerprints=fingerprints)
+        records = execution.execute(run, past=past, fingerprints=fingerprints)
     print(_render(records, "terminal", sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if not record.finished]

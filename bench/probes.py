@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from bench.execution import Launch, Present, measure, taken_up
 from bench.frontier import Search, next_batch, probe
 from bench.job import Job
 from bench.launchers import launch
@@ -14,7 +15,7 @@ from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
 from bench.repeats import UNCHANGED, Fingerprints, is_from_here
-from bench.runs import Launch, Present, Run, latest, measure, taken_up
+from bench.runs import Run, latest
 from bench.spec import Task
 
 ANSWERS: tuple[Status, ...] = ("ok", "oom")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from bench import runs
+from bench import execution, runs
 from bench.estimate import estimate_seconds
 from bench.job import Fault, Job
 from bench.launchers import launch
@@ -118,7 +118,7 @@ def execute(run: runs.Run, *, launch: Launch = launch) -> list[Finding]:
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
     """
-    with runs.taken_up(run):
+    with execution.taken_up(run):
         return _Execution(run, launch).all()
 
 
@@ -152,7 +152,7 @@ class _Execution:
         label = f"{task.cell.label} {fault.label if fault else 'plain'}"
         left = estimate_seconds(task.cell, task.protocol, history=self._records)
         self._progress.start(number, label, left * (len(self._costs) + 1))
-        record = runs.measure(self._run, number, task, self._launch, fault)
+        record = execution.measure(self._run, number, task, self._launch, fault)
         self._records.append(record)
         self._progress.finish(outcome(record), 0.0)
         return record

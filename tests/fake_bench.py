@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fake_worker
 
-from bench import launchers, probes, runs
+from bench import execution, launchers, probes
 from bench.__main__ import main
 
 
@@ -21,9 +21,9 @@ def present(num_processes):
 
 def install():
     launch = functools.partial(launchers.launch, argv_for=fake_argv, grace=0.5)
-    runs.execute = functools.partial(runs.execute, launch=launch, present=present)
+    execution.execute = functools.partial(execution.execute, launch=launch, present=present)
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)
-    runs.missing = functools.partial(runs.missing, present=present)
+    execution.missing = functools.partial(execution.missing, present=present)
     probes.missing = functools.partial(probes.missing, present=present)
 
 

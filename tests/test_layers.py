@@ -19,11 +19,11 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.columns bench.console bench.counters bench.estimate bench.failure
-    bench.frontier bench.frontier_command bench.job bench.judge bench.launchers bench.nvml
-    bench.options bench.present bench.probes bench.progress bench.protocol bench.record
-    bench.record_file bench.repeats bench.rows bench.runs bench.save bench.selection
-    bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
+    bench bench.__main__ bench.columns bench.console bench.counters bench.estimate bench.execution
+    bench.failure bench.frontier bench.frontier_command bench.job bench.judge bench.launchers
+    bench.nvml bench.options bench.present bench.probes bench.progress bench.protocol bench.record
+    bench.record_file bench.repeats bench.rows bench.runs bench.save bench.selection bench.selfcheck
+    bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
     cifar cifar.__main__ cifar.architectures cifar.cli cifar.compilers cifar.config cifar.cost
     cifar.data cifar.data.config cifar.data.dataset cifar.data.download cifar.data.folder
     cifar.data.npz cifar.data.shapes cifar.data.sources cifar.data.unpickle cifar.errors cifar.files

@@ -9,7 +9,7 @@ import pytest
 from fake_bench import present
 from fake_worker import record_of
 
-from bench import runs
+from bench import execution, runs
 from bench.__main__ import _measure
 from bench.job import Job
 from bench.protocol import Protocol
@@ -60,7 +60,7 @@ class FakeLaunch:
 
 
 def execute(run: Run, launch: Callable[[Job, Path], Record]) -> list[Record]:
-    return runs.execute(run, launch=launch, present=present)
+    return execution.execute(run, launch=launch, present=present)
 
 
 def test_what_is_known_is_started_no_more_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_resuming_starts_nothing_that_is_not_needed(tmp_path: Path) -> None:
     run = make_run(tmp_path, "resnet20", "resnet18")
     records = execute(run, FakeLaunch(resnet20=CLOSE, resnet18=WIDE))
     again = FakeLaunch()
-    assert runs.missing(run, present=present) == []
+    assert execution.missing(run, present=present) == []
     assert execute(run, again) == records
     assert again.started == []
 
@@ -105,7 +105,7 @@ def test_resuming_starts_what_is_not_known_yet(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         execute(run, interrupted)
-    assert [task.repeat for task in runs.missing(run, present=present)] == [4, 5, 6, 7, 8]
+    assert [task.repeat for task in execution.missing(run, present=present)] == [4, 5, 6, 7, 8]
     again = FakeLaunch(resnet20=CLOSE)
     assert len(execute(run, again)) == 6
     assert again.repeats("resnet20") == [4, 5]
@@ -142,8 +142,8 @@ def test_totals_and_exit_code_count_what_ran(
 ) -> None:
     run = make_run(tmp_path, "resnet20")
     launch = FakeLaunch(resnet20=CLOSE)
-    measured = functools.partial(runs.execute, launch=launch, present=present)
-    monkeypatch.setattr(runs, "execute", measured)
+    measured = functools.partial(execution.execute, launch=launch, present=present)
+    monkeypatch.setattr(execution, "execute", measured)
     assert _measure(run, [], {}) == 0
     output = capsys.readouterr()
     assert "6 cells in 0 s (3 more were not needed); records" in output.out

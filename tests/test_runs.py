@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_worker import environment, record_of
 
-from bench import present, runs
+from bench import execution, present, runs
 from bench.job import Job
 from bench.progress import SuiteProgress, outcome
 from bench.protocol import Protocol
@@ -114,7 +114,7 @@ def test_every_task_gives_a_record_on_disk_at_once(run: Run) -> None:
         seen.append(len(run.records()))
         return launch(job, folder)
 
-    records = runs.execute(run, launch=spy, present=present_of())
+    records = execution.execute(run, launch=spy, present=present_of())
     assert seen == [0, 1]
     assert [record.status for record in records] == ["failed", "ok"]
     assert run.records() == records
@@ -126,10 +126,10 @@ def test_every_task_gives_a_record_on_disk_at_once(run: Run) -> None:
 
 def test_an_interrupted_run_keeps_its_records_and_goes_on(run: Run) -> None:
     with pytest.raises(KeyboardInterrupt):
-        runs.execute(run, launch=FakeLaunch("ok", KeyboardInterrupt()), present=present_of())
+        execution.execute(run, launch=FakeLaunch("ok", KeyboardInterrupt()), present=present_of())
     assert [record.status for record in run.records()] == ["ok"]
     launch = FakeLaunch()
-    records = runs.execute(run, launch=launch, present=present_of())
+    records = execution.execute(run, launch=launch, present=present_of())
     assert launch.models == ["resnet18"]
     assert [record.cell.train.model.label for record in records] == ["resnet20", "resnet18"]
 
@@ -139,9 +139,9 @@ def test_an_interrupted_run_keeps_its_records_and_goes_on(run: Run) -> None:
     [("ok", 0), ("unsupported", 0), ("failed", 1), ("oom", 1), ("timeout", 1)],
 )
 def test_what_did_not_finish_is_tried_again(run: Run, status: str, again: int) -> None:
-    runs.execute(run, launch=FakeLaunch(status, "ok"), present=present_of())
+    execution.execute(run, launch=FakeLaunch(status, "ok"), present=present_of())
     launch = FakeLaunch()
-    records = runs.execute(run, launch=launch, present=present_of())
+    records = execution.execute(run, launch=launch, present=present_of())
     assert launch.models == ["resnet20"] * again
     assert [record.status for record in records] == ["ok" if again else status, "ok"]
     assert len(run.records()) == 2 + again
@@ -159,9 +159,9 @@ def test_what_did_not_finish_is_tried_again(run: Run, status: str, again: int) -
     ],
 )
 def test_a_record_from_other_circumstances_is_measured_anew(run: Run, change: dict) -> None:
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     launch = FakeLaunch()
-    runs.execute(run, launch=launch, present=present_of(**change))
+    execution.execute(run, launch=launch, present=present_of(**change))
     assert launch.models == ["resnet20", "resnet18"]
 
 
@@ -179,31 +179,31 @@ def test_a_record_of_other_images_is_measured_anew(run: Run) -> None:
 
     def missing(now: str) -> list[Task]:
         fingerprints = {first.cell.train.data: now}
-        return runs.missing(run, present=present_of(), fingerprints=fingerprints)
+        return execution.missing(run, present=present_of(), fingerprints=fingerprints)
 
-    assert runs.missing(run, present=present_of()) == missing("old") == []
+    assert execution.missing(run, present=present_of()) == missing("old") == []
     assert missing("new") == [first], "the other one read no images"
     launch = FakeLaunch()
-    runs.execute(
+    execution.execute(
         run, launch=launch, present=present_of(), fingerprints={first.cell.train.data: "new"}
     )
     assert launch.models == ["resnet20"]
 
 
 def test_time_memory_and_commit_do_not_matter(run: Run) -> None:
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     launch = FakeLaunch()
     same = {"started": "2030-01-01T00:00:00+00:00", "memory_bytes": 5, "git_sha": "abc"}
-    runs.execute(run, launch=launch, present=present_of(**same))
+    execution.execute(run, launch=launch, present=present_of(**same))
     assert launch.models == []
 
 
 def test_a_torn_last_line_is_measured_again(run: Run) -> None:
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     run.records_file.write_text(run.records_file.read_text()[:-40])
     launch = FakeLaunch()
     with pytest.warns(match="the last line is incomplete"):
-        runs.execute(run, launch=launch, present=present_of())
+        execution.execute(run, launch=launch, present=present_of())
     assert launch.models == ["resnet18"]
     assert len(run.records()) == 2
 
@@ -211,7 +211,7 @@ def test_a_torn_last_line_is_measured_again(run: Run) -> None:
 def test_repeats_come_after_each_other(tmp_path: Path) -> None:
     run = runs.create(make_suite(repeats=2), tmp_path)
     launch = FakeLaunch()
-    records = runs.execute(run, launch=launch, present=present_of())
+    records = execution.execute(run, launch=launch, present=present_of())
     assert [sorted(launch.models[start : start + 2]) for start in (0, 2)] == [
         ["resnet18", "resnet20"]
     ] * 2
@@ -221,13 +221,13 @@ def test_repeats_come_after_each_other(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_do_the_same_run(run: Run) -> None:
     with runs.locked(run), pytest.raises(UserError, match=rf"run: '{run.id}': is being run by"):
-        runs.execute(run, launch=FakeLaunch(), present=present_of())
-    assert len(runs.execute(run, launch=FakeLaunch(), present=present_of())) == 2
+        execution.execute(run, launch=FakeLaunch(), present=present_of())
+    assert len(execution.execute(run, launch=FakeLaunch(), present=present_of())) == 2
 
 
 def test_the_past_is_the_newest_readable_runs(tmp_path: Path) -> None:
     good, bad = (runs.create(make_suite(), tmp_path) for _ in range(2))
-    records = runs.execute(good, launch=FakeLaunch(), present=present_of())
+    records = execution.execute(good, launch=FakeLaunch(), present=present_of())
     bad.records_file.write_text("{}\n{}\n")
     assert runs.history(tmp_path) == records
     assert runs.history(tmp_path / "none") == []
@@ -253,7 +253,7 @@ def test_the_present_environment_is_asked_of_a_process(tmp_path: Path, monkeypat
 
 
 def test_a_log_gets_one_line_per_cell(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.execute(run, launch=FakeLaunch("ok", "failed"), present=present_of())
+    execution.execute(run, launch=FakeLaunch("ok", "failed"), present=present_of())
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("[1/2] resnet20 fp32 b64 ... ok 256 images/s 30 s, about ")
     assert first.endswith(" left")
@@ -261,9 +261,9 @@ def test_a_log_gets_one_line_per_cell(run: Run, capsys: pytest.CaptureFixture[st
 
 
 def test_kept_records_are_shown_as_such(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     capsys.readouterr()
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     lines = capsys.readouterr().err.splitlines()
     assert [" ... kept ok 256 images/s" in line for line in lines] == [True, True]
 
@@ -300,12 +300,12 @@ def test_a_disturbed_cell_is_measured_again(run: Run) -> None:
     first, second = run.plan.tasks
     append_record(run.records_file, record_of(Job(task=first), invalid=("a goat",)))
     append_record(run.records_file, record_of(Job(task=second)))
-    assert runs.missing(run, present=present_of()) == [first]
+    assert execution.missing(run, present=present_of()) == [first]
     launch = FakeLaunch()
-    records = runs.execute(run, launch=launch, present=present_of())
+    records = execution.execute(run, launch=launch, present=present_of())
     assert [job.task for job in launch.jobs] == [first]
     assert all(record.valid for record in records)
-    assert runs.missing(run, present=present_of()) == []
+    assert execution.missing(run, present=present_of()) == []
 
 
 # --- Results ---
@@ -313,13 +313,13 @@ def test_a_disturbed_cell_is_measured_again(run: Run) -> None:
 
 def test_saving_adds_and_replaces_by_key(tmp_path: Path, run: Run) -> None:
     results = tmp_path / "results"
-    runs.execute(run, launch=FakeLaunch("failed", "ok"), present=present_of())
+    execution.execute(run, launch=FakeLaunch("failed", "ok"), present=present_of())
     files = save(run, results)
     assert files == [results / "fake-2c" / "quick.jsonl", results / "fake-2c" / "quick.md"]
     assert [record.status for record in read_records(files[0])] == ["failed", "ok"]
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     other = runs.create(make_suite(("resnet34",)), tmp_path / "runs")
-    runs.execute(other, launch=FakeLaunch(), present=present_of())
+    execution.execute(other, launch=FakeLaunch(), present=present_of())
     for each in (run, other, other):
         save(each, results)
     stored = read_records(files[0])
@@ -336,7 +336,7 @@ def test_saving_adds_and_replaces_by_key(tmp_path: Path, run: Run) -> None:
 def test_a_saved_run_replaces_all_repeats_of_its_cells(tmp_path: Path) -> None:
     for repeats in (3, 2):
         run = runs.create(make_suite(("resnet20",), repeats=repeats), tmp_path / "runs")
-        runs.execute(run, launch=FakeLaunch(), present=present_of())
+        execution.execute(run, launch=FakeLaunch(), present=present_of())
         files = save(run, tmp_path / "results")
     assert [record.repeat for record in read_records(files[0])] == [0, 1]
     assert {record.run_id for record in read_records(files[0])} == {run.id}
@@ -382,7 +382,7 @@ def test_a_run_without_finished_records_is_not_saved(tmp_path: Path, run: Run) -
 
 
 def test_results_that_cannot_be_written_are_refused(tmp_path: Path, run: Run) -> None:
-    runs.execute(run, launch=FakeLaunch(), present=present_of())
+    execution.execute(run, launch=FakeLaunch(), present=present_of())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"results-dir: '.*file': cannot be written"):
         save(run, tmp_path / "file")

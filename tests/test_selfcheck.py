@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_worker import record_of
 
-from bench import runs, selfcheck
+from bench import execution, runs, selfcheck
 from bench.__main__ import main
 from bench.job import Fault, Job
 from bench.protocol import Protocol
@@ -278,7 +278,7 @@ def test_a_self_check_is_in_no_table(jobs, capsys):
 def test_the_newest_run_s_table_passes_self_checks_over(jobs, capsys):
     plan = Plan(protocol=Protocol(), cells=grid(["resnet32"], ["fp32"]))
     older = runs.create(Suite(name="aaa", description="", plans=(plan,)), Path("runs"))
-    runs.measure(older, 1, older.plan.tasks[0], lambda job, folder: record(job))
+    execution.measure(older, 1, older.plan.tasks[0], lambda job, folder: record(job))
     main(["selfcheck"])
     assert runs.newest(Path("runs")).plan.suite == selfcheck.SUITE
     capsys.readouterr()
