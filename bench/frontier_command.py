@@ -172,7 +172,7 @@ def build_searches(
         channels_last=(options.channels_last,),
         compile=(options.compile,),
         batch_sizes=(search.start,),
-        recipe=get_recipe(options.recipe or "default"),
+        recipe=get_recipe(options.recipe or "sgd"),
         data=data,
         launcher=launcher,
         num_processes=processes,

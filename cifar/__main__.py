@@ -63,7 +63,7 @@ class TrainOptions:
         return None if self.resume is None else user_path(self.resume, "resume")
 
 
-TYPICAL_LR = {"sgd": 0.1, "adamw": 0.001}
+TYPICAL_LR = {"sgd": 0.1, "adamw": 0.001, "muon": 0.15}
 """Learning rates that train ResNets with BatchNorm, to begin with."""
 
 
@@ -98,6 +98,14 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
             option_name(field),
             value,
             "nothing is cropped; add crop to --augment",
+        )
+    for field in ("muon_step", "muon_momentum"):
+        value = getattr(recipe, field)
+        require(
+            recipe.optimizer == "muon" or value == getattr(named, field),
+            option_name(field),
+            value,
+            f"is for muon, not for {recipe.optimizer}; give --optimizer muon",
         )
     require(
         recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,

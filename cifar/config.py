@@ -131,16 +131,20 @@ class Recipe:
     """Passes over the training images."""
     global_batch_size: Annotated[int, arg(name="batch-size", aliases=("-b",))] = 128
     """Images per optimiser step, over all devices and accumulation steps."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest."""
     lr: float = 0.1
-    """Highest learning rate."""
+    """Highest learning rate (muon: of all but the convolutions)."""
     momentum: float = 0.9
     """SGD's momentum; AdamW's first beta."""
     nesterov: bool = True
-    """Nesterov momentum (SGD)."""
+    """Nesterov momentum (SGD, Muon)."""
     weight_decay: float = 5e-4
-    """L2 penalty (SGD) or decoupled decay (AdamW)."""
+    """L2 penalty (SGD; muon: of all but the convolutions) or decoupled decay (AdamW)."""
+    muon_step: float = 0.015
+    """Highest step of a convolution, relative to the length of its weight; follows the schedule."""
+    muon_momentum: float = 0.6
+    """Momentum of the convolutions."""
     decay_norm_and_bias: bool = True
     """Apply the weight decay to BatchNorm parameters and biases as well."""
     schedule: Literal["cosine", "one-cycle", "triangle", "constant"] = "cosine"
@@ -185,7 +189,8 @@ class Recipe:
             self.warmup_epochs,
             "give at most the epochs",
         )
-        for name in ("momentum", "label_smoothing", "ema_decay"):
+        require(0 < self.muon_step < 1, "muon-step", self.muon_step, "give 0 < value < 1")
+        for name in ("momentum", "muon_momentum", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             require(0 <= value < 1, option_name(name), value, "give 0 <= value < 1")
         require(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar.config import Recipe
+from cifar.muon import Muon
 
 RISE = {"one-cycle": 0.3, "triangle": 0.1}
 """Share of the steps in which these schedules rise; one-cycle as in PyTorch and fastai."""
@@ -28,6 +29,8 @@ def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = parameter_groups(module, recipe)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+    if recipe.optimizer == "muon":
+        return build_muon(groups, recipe)
     optimizer = torch.optim.SGD(
         groups,
         lr=recipe.lr,
@@ -41,6 +44,19 @@ def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def build_muon(groups: list[dict[str, Any]], recipe: Recipe) -> Muon:
+    """Muon for the convolutions among the groups' parameters, SGD for the others."""
+    return Muon(
+        ({**group, "params": [p for p in group["params"] if p.ndim == 4]} for group in groups),
+        ({**group, "params": [p for p in group["params"] if p.ndim != 4]} for group in groups),
+        lr=recipe.lr,
+        relative_step=recipe.muon_step,
+        muon_momentum=recipe.muon_momentum,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+    )
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, recipe: Recipe) -> float:

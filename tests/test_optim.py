@@ -6,6 +6,7 @@ from torch import nn
 
 from cifar.config import Recipe
 from cifar.errors import ConfigError
+from cifar.muon import orthogonalized
 from cifar.optim import WeightAverage, build_optimizer, lr_at, parameter_groups
 
 
@@ -142,3 +143,109 @@ def test_an_overflow_in_the_first_fp16_step_leaves_the_momentum_clean() -> None:
     optimizer.step()
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.zeros(5))
     assert torch.equal(weight, torch.ones(5))
+
+
+def muon_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, bias=False), nn.Conv2d(4, 40, 3, bias=False), nn.Linear(40, 2),
+    )  # fmt: skip
+
+
+MUON = {"optimizer": "muon", "lr": 0.2, "muon_step": 0.05, "muon_momentum": 0.5}
+
+
+def give_gradients(module: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_singular_vectors_stay_and_singular_values_come_near_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((4, 9), (9, 4)):
+        u, _ = torch.linalg.qr(torch.randn(2, rows, 4, generator=generator))
+        v, _ = torch.linalg.qr(torch.randn(2, columns, 4, generator=generator))
+        values = torch.tensor([3.0, 2.0, 0.6, 0.3])
+        found = orthogonalized(100 * u @ torch.diag(values) @ v.mT)
+        core = u.mT @ found @ v
+        assert torch.allclose(u @ core @ v.mT, found, atol=1e-5)
+        assert torch.allclose(core - torch.diag_embed(core.diagonal(dim1=1, dim2=2)),
+                              torch.zeros(4, 4), atol=1e-5)  # fmt: skip
+        assert (core.diagonal(dim1=1, dim2=2) - 1).abs().max() < 0.5
+    assert torch.equal(orthogonalized(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+
+def test_a_matrix_of_one_row_becomes_a_direction() -> None:
+    """Its only singular value is its length: 1 after the division, then three quintics."""
+    value = 1.0
+    for _ in range(4):
+        value = 3.4445 * value - 4.7750 * value**3 + 2.0315 * value**5
+    found = orthogonalized(torch.tensor([[[3.0, 4.0]]]))
+    assert found.flatten().tolist() == pytest.approx([0.6 * value, 0.8 * value], rel=1e-4)
+
+
+def test_muon_turns_a_convolution_by_the_relative_step_and_keeps_its_length() -> None:
+    module = muon_net()
+    optimizer = build_optimizer(module, Recipe(**MUON))
+    for seed, lr in enumerate((0.2, 0.1)):  # the schedule's highest rate, then half of it
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        before = [each.detach().clone() for each in module.parameters() if each.ndim == 4]
+        give_gradients(module, seed)
+        optimizer.step()
+        after = [each.detach() for each in module.parameters() if each.ndim == 4]
+        for old, new in zip(before, after, strict=True):
+            assert float(new.norm()) == pytest.approx(float(old.norm()), rel=1e-5)
+            cosine = float((old * new).sum() / old.norm() / new.norm())
+            # At a right angle the step's tangent is the relative step; random ones are nearly so.
+            assert math.tan(math.acos(cosine)) == pytest.approx(0.05 * lr / 0.2, rel=0.1)
+
+
+def test_muon_by_hand_on_one_direction() -> None:
+    """A matrix of one row steps along its momentum, whatever the length of that."""
+    module = nn.Conv2d(2, 1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([2.0, 0.0]).view(1, 2, 1, 1))
+    optimizer = build_optimizer(module, Recipe(**MUON))
+    velocity, weight = torch.zeros(2), torch.tensor([2.0, 0.0])
+    for gradient in (torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])):
+        velocity = 0.5 * velocity + gradient
+        direction = gradient + 0.5 * velocity
+        moved = weight - 0.05 * 2.0 * direction / direction.norm()
+        weight = 2.0 * moved / moved.norm()
+        module.weight.grad = gradient.view(1, 2, 1, 1)
+        optimizer.step()
+    assert module.weight.detach().flatten().tolist() == pytest.approx(weight.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("decays", [True, False])
+def test_muon_is_sgd_for_all_but_convolutions(decays: bool) -> None:
+    fields = {"weight_decay": 0.1, "decay_norm_and_bias": decays}
+    found = {}
+    for optimizer in ("muon", "sgd"):
+        module = muon_net()
+        built = build_optimizer(module, Recipe(**{**MUON, **fields, "optimizer": optimizer}))
+        for seed in range(3):
+            give_gradients(module, seed)
+            built.step()
+        found[optimizer] = {n: p.detach() for n, p in module.named_parameters() if p.ndim != 4}
+    assert len(found["sgd"]) == 4
+    for name, expected in found["sgd"].items():
+        assert torch.allclose(found["muon"][name], expected, rtol=1e-5, atol=1e-6), name
+
+
+def test_muon_does_not_depend_on_the_layout_and_leaves_what_has_no_gradient() -> None:
+    plain, nhwc = muon_net(), muon_net().to(memory_format=torch.channels_last)
+    frozen = plain[1].weight.detach().clone()
+    for module in (plain, nhwc):
+        optimizer = build_optimizer(module, Recipe(**MUON))
+        for seed in range(2):
+            give_gradients(module, seed)
+            module[1].weight.grad = None
+            optimizer.step()
+    assert torch.equal(plain[1].weight, frozen)
+    for one, other in zip(plain.parameters(), nhwc.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert nhwc[0].weight.is_contiguous(memory_format=torch.channels_last)
