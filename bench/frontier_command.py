@@ -68,7 +68,7 @@ class FrontierOptions:
     data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
-    """Recipe to train by, whose optimiser state needs memory too."""
+    """Recipe to train by, whose optimiser state needs memory too; sgd when not given."""
     channels_last: Flag = False
     """Keep images and convolution weights in NHWC order."""
     compile: Flag = False

@@ -43,6 +43,11 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--augment", "flip", "crop"), r"augment: 'flip crop': name crop first"),
         (("train", "--augment", "--crop_fill", "black"), r"crop-fill: 'black': .*add crop"),
         (("train", "--optimizer", "adamw"), r"optimizer: 'adamw': .* such as --lr 0\.001"),
+        (
+            ("train", "--optimizer", "sgd", "--lr", "0.1", "--muon-step", "0.01"),
+            r"muon-step: 0\.01: is for muon, not for sgd",
+        ),
+        (("train", "--muon-step", "1.5"), r"muon-step: 1\.5: give 0 < value < 1"),
         (("train", "--output-dir", "~no-such-user-anywhere/x"), r"output-dir: .*no such user"),
         (("download", "cifar10", "--directory=~no-such-user-anywhere/x"), r"directory: .*no such"),
         (("train", "--save-every", "0"), r"save-every: 0: give 1 or more"),

@@ -140,7 +140,7 @@ def final_weights(run: Path) -> torch.Tensor:
     return torch.cat([weights[name].flatten().double() for name in sorted(weights)])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_run_is_resumed_on_the_gpu(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:

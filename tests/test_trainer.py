@@ -323,6 +323,7 @@ def test_skipped_steps_in_a_row_stop_the_run() -> None:
     [
         {"recipe": tiny_recipe(ema_decay=0.9), "channels_last": True},
         {"recipe": tiny_recipe(optimizer="adamw", lr=1e-3), "accumulation_steps": 2},
+        {"recipe": tiny_recipe(optimizer="muon"), "channels_last": True},
         {"recipe": tiny_recipe(), "model": ModelConfig(name="resnet20", width=4, dropout=0.5)},
         {"recipe": tiny_recipe(), "precision": "bf16"},
     ],
