@@ -193,7 +193,10 @@ class Trainer:
         return list(self.loader.micro_batches(position))
 
     def train_step(self) -> None:
-        """Load the next global batch and take one optimiser step; reads nothing from the device."""
+        """Load the next global batch and take one optimiser step.
+
+        Reads nothing from the device, but whether a step of Muon overflowed in fp16.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_of(self.step)
         if self.model_config.dropout:
