@@ -68,7 +68,7 @@ class FrontierOptions:
     data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
-    """Recipe to train by, whose optimiser state needs memory too; sgd when not given."""
+    """Recipe to train by, whose optimiser state needs memory too."""
     channels_last: Flag = False
     """Keep images and convolution weights in NHWC order."""
     compile: Flag = False
@@ -172,7 +172,7 @@ def build_searches(
         channels_last=(options.channels_last,),
         compile=(options.compile,),
         batch_sizes=(search.start,),
-        recipe=get_recipe(options.recipe or "sgd"),
+        recipe=get_recipe(options.recipe or "default"),
         data=data,
         launcher=launcher,
         num_processes=processes,

@@ -205,12 +205,12 @@ def grid(
 ) -> tuple[Cell, ...]:
     """The product of the options, the last one varying fastest.
 
-    `recipe` is "sgd" if None, `batch_sizes` the recipe's own if empty.
+    `recipe` is "default" if None, `batch_sizes` the recipe's own if empty.
 
     Raises:
         ConfigError: an unknown name, a value out of range, a batch that does not divide.
     """
-    recipe = recipe or get_recipe("sgd")
+    recipe = recipe or get_recipe("default")
     cells = [
         Cell(
             train=TrainConfig(

@@ -54,8 +54,8 @@ from cifar.trainer import Trainer, descend
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "everything": ("--recipe", "sgd", "--ema-decay", "0.9", "--dropout", "0.3", "--accumulation",
-                   "2", "--label-smoothing", "0.1", "--channels-last"),
+    "everything": ("--ema-decay", "0.9", "--dropout", "0.3", "--accumulation", "2",
+                   "--label-smoothing", "0.1", "--channels-last"),
     "adamw": ("--optimizer", "adamw", "--lr", "0.001", "--schedule", "cosine",
               "--ema-decay", "0"),
 }  # fmt: skip

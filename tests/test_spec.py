@@ -200,7 +200,7 @@ def test_grid_starts_from_the_recipe():
     (cell,) = grid(["resnet20"], ["fp32"], recipe=Recipe(lr=0.3), batch_sizes=(32,))
     assert (cell.train.recipe.lr, cell.train.recipe.global_batch_size) == (0.3, 32)
     (default,) = grid(["resnet20"], ["fp32"])
-    assert default.train.recipe.name == "sgd"
+    assert default.train.recipe.name == "default"
 
 
 def test_seeded_replaces_the_seed():
