@@ -164,12 +164,6 @@ class Recipe:
     """What these pixels are: black, or the image mirrored at its edges."""
 
     def __post_init__(self) -> None:
-        require(
-            1 <= self.crop_padding <= MOST_PADDING,
-            "crop-padding",
-            self.crop_padding,
-            f"give 1 to {MOST_PADDING}",
-        )
         for name in ("epochs", "global_batch_size"):
             value = getattr(self, name)
             require(value >= 1, option_name(name), value, "give 1 or more")
@@ -198,6 +192,15 @@ class Recipe:
             "momentum",
             self.momentum,
             "Nesterov needs a positive one (or --no-nesterov)",
+        )
+        self._check_augmentations()
+
+    def _check_augmentations(self) -> None:
+        require(
+            1 <= self.crop_padding <= MOST_PADDING,
+            "crop-padding",
+            self.crop_padding,
+            f"give 1 to {MOST_PADDING}",
         )
         unknown = [name for name in self.augment if name not in AUGMENTATIONS]
         require(
