@@ -18,6 +18,7 @@ from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
+from cifar.emulation import emulate_if_needed
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.process import differences
@@ -48,6 +49,7 @@ def train(
     """
     dataset = load_dataset(config.data)
     trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
+    emulate_if_needed(trainer.module, trainer.config.precision, trainer.device)
     if trainer.is_main:
         _tell_of_speed(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
@@ -66,8 +68,8 @@ def _tell_of_speed(trainer: Trainer) -> None:
     name, notes = trainer.config.precision, []
     if name is not None and is_emulated(name, trainer.device):
         notes.append(
-            f"precision: {name}: this {trainer.device.type} has no instructions for it and is many "
-            "times slower than with --precision fp32"
+            f"precision: {name}: this {trainer.device.type} has no kernels for it and emulates "
+            "them: the same rounding, not the speed"
         )
     if different := differences(os.environ):
         notes.append(f"environment: {', '.join(different)}")

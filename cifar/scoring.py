@@ -15,6 +15,7 @@ from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset
 from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
+from cifar.emulation import emulate_if_needed
 from cifar.errors import DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.models import build_model
@@ -78,6 +79,7 @@ def score(
     nhwc = card.config.channels_last
     if nhwc:
         module = module.to(memory_format=torch.channels_last)
+    emulate_if_needed(module, name, device)
     on_device = DeviceImages(images, card.normalization, device, channels_last=nhwc)
     autocast = getattr(torch, formats.autocast) if formats.autocast else torch.float32
     with torch.autocast(device.type, autocast, enabled=formats.autocast is not None):

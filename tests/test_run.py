@@ -43,6 +43,7 @@ from cifar.checkpoint import list_checkpoints, load_weights, read_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import parse_data
 from cifar.data.loader import TrainBatch
+from cifar.emulation import emulate_bf16
 from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
 from cifar.process import MALLOC
@@ -855,11 +856,14 @@ def test_settings_other_than_bench_s_are_told_once(
     )
 
 
-def test_a_precision_that_is_emulated_is_told_once(
+def test_a_precision_without_kernels_is_emulated_and_told_once(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for emulated, precision, count in ((True, "bf16", 1), (False, "bf16", 0), (True, "fp32", 0)):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda e=emulated: not e)
         folder = tmp_path / f"{emulated}-{precision}"
-        assert train(npz, folder, "--epochs", "1", "--precision", precision) == 0
-        assert capsys.readouterr().err.count("note: precision: bf16: this cpu ") == count
+        with mock.patch("cifar.emulation.emulate_bf16", wraps=emulate_bf16) as emulate:
+            assert train(npz, folder, "--epochs", "1", "--precision", precision) == 0
+            assert capsys.readouterr().err.count("note: precision: bf16: this cpu ") == count
+            assert cifar("evaluate", str(folder), "--cpu") == 0
+        assert emulate.call_count == 2 * count
