@@ -6,6 +6,7 @@ from types import MethodType
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from cifar.accelerator import is_emulated
 
@@ -23,7 +24,9 @@ def emulate_bf16(module: nn.Module) -> None:
     products, which fp32 holds exactly, are summed in fp32. That is what bf16 kernels do
     (https://uxlfoundation.github.io/oneDNN/dev_guide_data_types.html), but for the order of the
     sums. The module must run under bf16 autocast, which rounds the results of the other layers.
+    Compiled code rounds as well from here on, which Inductor leaves out where it fuses otherwise.
     """
+    inductor.emulate_precision_casts = True
     for layer in module.modules():
         for kind, forward in _FORWARD.items():
             if isinstance(layer, kind):

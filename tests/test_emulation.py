@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar.compilers import check_compiler
 from cifar.config import ModelConfig
 from cifar.emulation import emulate_bf16, emulate_if_needed
+from cifar.errors import UnsupportedError
 from cifar.models import build_model
 
 CPU = torch.device("cpu")
@@ -39,6 +41,19 @@ def test_operands_are_rounded_and_sums_exact(layer: nn.Module, shape: tuple[int,
         found = layer(images)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.double(), exact(images.double() - NOISE))  # whole numbers below 256
+
+
+def test_compiled_code_rounds_as_well() -> None:
+    try:
+        check_compiler("cpu")
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 32))
+    emulate_bf16(module)
+    features = torch.randn(16, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.compile(module)(features), module(features))
 
 
 def test_gradients_by_hand() -> None:
