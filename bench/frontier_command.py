@@ -28,7 +28,7 @@ from bench.options import (
 from bench.present import present_environment
 from bench.record import Environment
 from bench.repeats import Fingerprints
-from bench.spec import Plan, Suite, expand, grid
+from bench.spec import RECIPE, Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import require
@@ -68,7 +68,7 @@ class FrontierOptions:
     data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
-    """Recipe to train by, whose optimiser state needs memory too."""
+    """Recipe to train by, whose optimiser state needs memory too; sgd when not given."""
     channels_last: Flag = False
     """Keep images and convolution weights in NHWC order."""
     compile: Flag = False
@@ -172,7 +172,7 @@ def build_searches(
         channels_last=(options.channels_last,),
         compile=(options.compile,),
         batch_sizes=(search.start,),
-        recipe=get_recipe(options.recipe or "default"),
+        recipe=get_recipe(options.recipe or RECIPE),
         data=data,
         launcher=launcher,
         num_processes=processes,

@@ -73,7 +73,7 @@ class RunOptions:
     data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
-    """Recipe to train by."""
+    """Recipe to train by; without a suite sgd when not given."""
     batch_size: Annotated[int | None, arg(aliases=("-b",), metavar="N")] = None
     """Images per optimiser step, over all devices."""
     channels_last: Flag = False

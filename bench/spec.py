@@ -18,6 +18,9 @@ from cifar.data.config import DataConfig
 from cifar.recipes import get_recipe
 from cifar.serialize import STRICT, digest
 
+RECIPE = "sgd"
+"""The recipe of a cell that names none: its optimiser step is the one that peers time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
@@ -205,12 +208,12 @@ def grid(
 ) -> tuple[Cell, ...]:
     """The product of the options, the last one varying fastest.
 
-    `recipe` is "default" if None, `batch_sizes` the recipe's own if empty.
+    `recipe` is `RECIPE` if None, `batch_sizes` the recipe's own if empty.
 
     Raises:
         ConfigError: an unknown name, a value out of range, a batch that does not divide.
     """
-    recipe = recipe or get_recipe("default")
+    recipe = recipe or get_recipe(RECIPE)
     cells = [
         Cell(
             train=TrainConfig(

@@ -141,7 +141,7 @@ class Recipe:
     """Nesterov momentum (SGD, Muon)."""
     weight_decay: float = 5e-4
     """L2 penalty (SGD; muon: of all but the convolutions) or decoupled decay (AdamW)."""
-    muon_step: float = 0.015
+    muon_step: float = 0.03
     """Highest step of a convolution, relative to the length of its weight; follows the schedule."""
     muon_momentum: float = 0.6
     """Momentum of the convolutions."""

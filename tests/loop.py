@@ -12,7 +12,7 @@ same_input/bench means that bench reports a throughput 1 % above the loop's. Rou
 or once the ratio that matters and that of the control (a contestant against itself) are known to
 within 1 %.
 
-The trainer's recipe is `default` at a small, constant learning rate and without its average of the
+The trainer's recipe is `sgd` at a small, constant learning rate and without its average of the
 weights, which no loop here keeps; overhead.py tells what that average costs.
 
 agree: `training` and `inference_loop` below, 40 lines at most, fused SGD as in the trainer.

@@ -5,7 +5,7 @@
     python tests/overhead.py pipeline
 
 step: steps are interleaved in random order in one process: the trainer's, a bare loop's over one
-  fixed batch, and a second bare loop's as the control. The trainer runs the recipe `default` but
+  fixed batch, and a second bare loop's as the control. The trainer runs the recipe `sgd` but
   for its budget, batch size and learning rate, so its steps have augmentation, the schedule, the
   training metrics and the average of the weights (EMA) in them, of which a bare loop has none;
   --ema-decay 0 tells what is left without the average.
@@ -75,7 +75,7 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
 
 def compare_steps(args: argparse.Namespace) -> dict[str, object]:
     recipe = dataclasses.replace(
-        get_recipe("default"),
+        get_recipe("sgd"),
         epochs=1000,
         global_batch_size=args.batch_size,
         lr=1e-4,  # a bare loop learns one batch by heart
@@ -121,7 +121,7 @@ def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
     dataset = load_dataset(TrainConfig().data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = DeviceImages(dataset.train, Normalization.of(dataset.train), device)
-    size, recipe = args.batch_size, get_recipe("default")
+    size, recipe = args.batch_size, get_recipe("sgd")
     loaders = {
         "plain": TrainLoader(
             images, dataclasses.replace(recipe, augment=()), per_device_batch_size=size
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--channels-last", action="store_true")
-    own = get_recipe("default").ema_decay
+    own = get_recipe("sgd").ema_decay
     parser.add_argument("--ema-decay", type=float, default=own, help="the recipe's; 0: no average")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=3)

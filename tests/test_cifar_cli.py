@@ -43,7 +43,7 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--augment", "flip", "crop"), r"augment: 'flip crop': name crop first"),
         (("train", "--augment", "--crop_fill", "black"), r"crop-fill: 'black': .*add crop"),
         (("train", "--optimizer", "adamw"), r"optimizer: 'adamw': .* such as --lr 0\.001"),
-        (("train", "--optimizer", "muon"), r"optimizer: 'muon': .* such as --lr 0\.15"),
+        (("train", "--optimizer", "sgd"), r"optimizer: 'sgd': .* such as --lr 0\.1"),
         (
             ("train", "--optimizer", "sgd", "--lr", "0.1", "--muon-step", "0.01"),
             r"muon-step: 0\.01: is for muon, not for sgd",

@@ -128,7 +128,7 @@ def test_bench_s_latency_is_found_among_what_else_it_measures(
 
 def test_the_trainer_does_what_the_loops_do(contest: loop.Contest) -> None:
     recipe = contest.trainer.config.recipe
-    assert (recipe.name, recipe.ema_decay, recipe.label_smoothing) == ("default", 0.0, 0.0)
+    assert (recipe.name, recipe.ema_decay, recipe.label_smoothing) == ("sgd", 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

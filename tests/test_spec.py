@@ -11,6 +11,7 @@ from bench.repeats import interleaved
 from bench.spec import Cell, Plan, Suite, Task, expand, grid, seeded
 from cifar.config import ModelConfig, Recipe, TrainConfig
 from cifar.errors import ConfigError
+from cifar.recipes import get_recipe
 from cifar.serialize import from_json, to_json
 
 
@@ -199,8 +200,8 @@ def test_grid_is_the_product_in_a_fixed_order():
 def test_grid_starts_from_the_recipe():
     (cell,) = grid(["resnet20"], ["fp32"], recipe=Recipe(lr=0.3), batch_sizes=(32,))
     assert (cell.train.recipe.lr, cell.train.recipe.global_batch_size) == (0.3, 32)
-    (default,) = grid(["resnet20"], ["fp32"])
-    assert default.train.recipe.name == "default"
+    (timed,) = grid(["resnet20"], ["fp32"])
+    assert timed.train.recipe == get_recipe("sgd")
 
 
 def test_seeded_replaces_the_seed():
