@@ -45,6 +45,10 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--optimizer", "adamw"), r"optimizer: 'adamw': .* such as --lr 0\.001"),
         (("train", "--optimizer", "sgd"), r"optimizer: 'sgd': .* such as --lr 0\.1"),
         (
+            ("train", "--recipe", "sgd", "--optimizer", "muon"),
+            r"optimizer: 'muon': .* such as --lr 0\.15",
+        ),
+        (
             ("train", "--optimizer", "sgd", "--lr", "0.1", "--muon-step", "0.01"),
             r"muon-step: 0\.01: is for muon, not for sgd",
         ),

@@ -50,6 +50,7 @@ def test_depths_and_precisions_cover_their_grids():
 def test_accuracy_trains_the_recipes_full_budget_on_real_images():
     for task in expand(get_suite("accuracy")):
         recipe = task.cell.train.recipe
+        assert recipe.name == "default"
         assert task.protocol.train_samples == recipe.epochs * 50_000
         assert task.cell.train.data.source == "cifar10"
 
