@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,8 @@ def shapes() -> Dataset:
 
 
 def test_the_bytes_never_change(shapes: Dataset) -> None:
-    assert shapes.fingerprint() == "4c69b2d9ce948434"
-    assert load_shapes(7, train=205, test=101).fingerprint() == "13bce896727f6a17"
+    assert shapes.fingerprint() == "db9997b049720994"
+    assert load_shapes(7, train=205, test=101).fingerprint() == "6702d03905f37f5e"
 
 
 def test_the_default_sizes_and_types(shapes: Dataset) -> None:
@@ -104,8 +105,7 @@ def ridge_top1(train: Split, test: Split, features: Callable[[Images], Features]
 
 @pytest.mark.parametrize("features", [pixels, channel_histograms, colour_histograms])
 def test_linear_classifiers_fail(shapes: Dataset, features: Callable[[Images], Features]) -> None:
-    train = Split(images=shapes.train.images[:4000], labels=shapes.train.labels[:4000])
-    assert ridge_top1(train, shapes.test, features) < 0.5
+    assert ridge_top1(shapes.train, shapes.test, features) < 0.5
 
 
 def test_the_linear_classifier_of_these_tests_can_learn() -> None:
@@ -132,14 +132,19 @@ def test_bad_arguments_are_named(kwargs: dict[str, int], message: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_set_tells_widths_apart(tmp_path):
-    """Three epochs of the default recipe, one seed; three seeds of each width take 15 minutes."""
-    top1 = {}
-    for model in ("resnet20", "resnet20-w8"):
-        folder = tmp_path / model
-        command = ["-m", "cifar", "train", "--model", model, "--epochs", "3", "--channels-last"]
-        subprocess.run([sys.executable, *command, "--output-dir", str(folder)], check=True)
-        last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-        top1[model] = json.loads(last)["test_top1"]
-    assert 0.90 <= top1["resnet20"] <= 0.98
-    assert top1["resnet20-w8"] < top1["resnet20"]
+def test_the_set_tells_widths_apart(tmp_path: Path) -> None:
+    """Three epochs of the default recipe, three seeds of each width: ten minutes on two cores."""
+    whole, half = (
+        [trained_top1(model, seed, tmp_path / f"{model}-{seed}") for seed in range(3)]
+        for model in ("resnet20", "resnet20-w8")
+    )
+    assert 0.90 <= min(whole) <= max(whole) <= 0.98
+    assert max(half) < min(whole) - 0.02
+
+
+def trained_top1(model: str, seed: int, folder: Path) -> float:
+    command = ["-m", "cifar", "train", "--model", model, "--epochs", "3", "--channels-last"]
+    command += ["--seed", str(seed), "--output-dir", str(folder)]
+    subprocess.run([sys.executable, *command], check=True)
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(json.loads(last)["test_top1"])

@@ -26,15 +26,15 @@ CHUNK = 100
 """Images drawn at once, few enough to stay in cache; part of the stream of random numbers."""
 
 # How hard the set is. Lengths are in pixels, colours in grey levels of 0..255.
-RADIUS = (7.0, 11.0)
+RADIUS = (6.3, 10.4)
 """Least and greatest size: half the width of the cross, about that of the others."""
 TURN = 0.27
 """Tangent of half the greatest angle by which a shape is turned: 30 degrees either way."""
-CONTRAST = (80.0, 160.0)
+CONTRAST = (58.0, 150.0)
 """Shape against ground in the channel where they differ most, before clipping to 0..255."""
-TEXTURE = 18.0
+TEXTURE = 20.0
 """Greatest amplitude of the stripes on ground and shape."""
-NOISE = 24.0
+NOISE = 32.0
 """Amplitude of the uniform noise on every pixel and channel."""
 
 
