@@ -50,7 +50,8 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
 def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     """What the observations must be; compiled code need not show what it keeps to itself."""
     train, precision = cell.train, PRECISIONS[cell.precision]
-    computed = precision.autocast or "float32"
+    emulated = effective.get("emulated", False)  # by fp32 kernels, see `cifar.emulation`
+    computed = "float32" if emulated else precision.autocast or "float32"
     batch = train.recipe.global_batch_size
     asked: Labels = {
         "device": device,

@@ -188,6 +188,7 @@ def _settings(trainer: Trainer) -> Labels:
         "wrapper": type(model).__name__,
         "parameter_dtype": _dtype_name(parameter.dtype),
         "native_dtype": is_native(precision, trainer.device),
+        "emulated": trainer.emulated,
         "tf32_matmul": _is_tf32(torch.backends.cuda.matmul),
         "tf32_convolution": _is_tf32(torch.backends.cudnn.conv),  # type: ignore[attr-defined]
         "loss_scaling": trainer.scaler is not None,

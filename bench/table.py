@@ -66,7 +66,7 @@ def _notes(table: Sequence[Row]) -> list[str]:
     """What `Section.notes` holds, each reason once, with the models it befell."""
     models: dict[str, list[str]] = {}
     for row in table:
-        told = [f"{row['status']}: {row['reason']}"] if row["status"] != "ok" else []
+        told = [f"{row['status']}: {row['reason']}"] if row["reason"] else []
         told += [f"invalid: {row['invalid_reason']}"] if row["valid"] is False else []
         told += [f"partly failed: {failed}"] if (failed := row["failed_measurements"]) else []
         for why in told:

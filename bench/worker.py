@@ -96,7 +96,9 @@ class Worker:
         self._effective = subject.witness.effective()
         phrases = mismatches(task.cell, self._effective, self._environment.device)
         wrong = told_by_all(phrases, trainer.device)
-        return (subject, "failed", "; ".join(wrong)) if wrong else (subject, "ok", "")
+        if wrong:
+            return subject, "failed", "; ".join(wrong)
+        return subject, "ok", emulation_of(task.cell.precision, trainer.device)
 
     def _core(self, trainer: Trainer) -> tuple[Metric, ...]:
         """What a record must have, in order; a fault is put in and measured by itself first."""
@@ -143,13 +145,21 @@ def _take(subject: Subject, metric: Metric) -> None:
 def refuse_emulation(task: Task) -> None:
     """Raise an UnsupportedError if the protocol refuses a precision this device emulates."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = task.cell.precision
-    if not task.protocol.allow_emulated and is_emulated(precision, device):
+    told = emulation_of(task.cell.precision, device)
+    if told and not task.protocol.allow_emulated:
         raise UnsupportedError(
-            f"precision: '{precision}': this {device.type.upper()} has no {precision} kernels and "
-            "would emulate them, many times slower; "
-            "to measure that, name the cell: bench run --models ... --precisions ..."
+            f"{told}; to measure that, name the cell: bench run --models ... --precisions ..."
         )
+
+
+def emulation_of(precision: str, device: torch.device) -> str:
+    """What a record says of a precision that its device emulates, "" of any other."""
+    if not is_emulated(precision, device):
+        return ""
+    return (
+        f"precision: '{precision}': this {device.type.upper()} has no {precision} kernels and "
+        "emulates them: the same rounding, not the speed"
+    )
 
 
 def describe(dataset: Dataset) -> DataFacts:

@@ -11,10 +11,12 @@ from torch._inductor import config as inductor
 from cifar.accelerator import is_emulated
 
 
-def emulate_if_needed(module: nn.Module, precision: str | None, device: torch.device) -> None:
-    """Call `emulate_bf16` where this is bf16 on a CPU that has no kernels for it."""
-    if precision == "bf16" and device.type == "cpu" and is_emulated(precision, device):
+def emulate_if_needed(module: nn.Module, precision: str | None, device: torch.device) -> bool:
+    """Call `emulate_bf16` where this is bf16 on a CPU that has no kernels for it; whether it is."""
+    needed = precision == "bf16" and device.type == "cpu" and is_emulated(precision, device)
+    if needed:
         emulate_bf16(module)
+    return needed
 
 
 def emulate_bf16(module: nn.Module) -> None:
@@ -23,8 +25,9 @@ def emulate_bf16(module: nn.Module) -> None:
     Images, weights and outputs, and in the backward pass their gradients, are rounded to bf16;
     products, which fp32 holds exactly, are summed in fp32. That is what bf16 kernels do
     (https://uxlfoundation.github.io/oneDNN/dev_guide_data_types.html), but for the order of the
-    sums. The module must run under bf16 autocast, which rounds the results of the other layers.
-    Compiled code rounds as well from here on, which Inductor leaves out where it fuses otherwise.
+    sums. This happens under autocast, which rounds the results of the other layers; elsewhere the
+    module computes as ever. Compiled code rounds as well from here on, which Inductor leaves out
+    where it fuses otherwise.
     """
     inductor.emulate_precision_casts = True
     for layer in module.modules():
@@ -34,12 +37,16 @@ def emulate_bf16(module: nn.Module) -> None:
 
 
 def _convolve(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return nn.Conv2d.forward(layer, images)
     with torch.autocast("cpu", enabled=False):
         sums: Tensor = layer._conv_forward(*_rounded(images, layer))
     return sums.bfloat16()
 
 
 def _project(layer: nn.Linear, features: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return nn.Linear.forward(layer, features)
     with torch.autocast("cpu", enabled=False):
         sums = F.linear(*_rounded(features, layer))
     return sums.bfloat16()

@@ -18,7 +18,6 @@ from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
-from cifar.emulation import emulate_if_needed
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.process import differences
@@ -49,7 +48,6 @@ def train(
     """
     dataset = load_dataset(config.data)
     trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
-    emulate_if_needed(trainer.module, trainer.config.precision, trainer.device)
     if trainer.is_main:
         _tell_of_speed(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save

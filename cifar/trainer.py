@@ -29,6 +29,7 @@ from cifar.data.loader import (
     eval_batches,
 )
 from cifar.distributed import broadcast_from_first
+from cifar.emulation import emulate_if_needed
 from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.meter import Meter
@@ -70,6 +71,7 @@ class Trainer:
 
     `step` counts finished optimiser steps; the learning rate, the samples of a step and their
     augmentation follow from it, so a run that is resumed goes on as if it had never stopped.
+    `emulated` tells whether fp32 kernels compute its bf16, see `cifar.emulation`.
 
     Raises:
         ConfigError: the configuration does not fit the data or the processes that were started.
@@ -137,6 +139,7 @@ class Trainer:
         self.module = build_model(self.model_config).to(self.device)
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
+        self.emulated = emulate_if_needed(self.module, config.precision, self.device)
         with warnings.catch_warnings():
             # torch 2.15 renames the option, Accelerate knows the old name alone
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)

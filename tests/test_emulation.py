@@ -90,6 +90,15 @@ def test_a_network_is_as_close_to_its_own_bf16_as_rounding_allows() -> None:
         assert (found - own).float().norm() < 0.1 * own.float().norm()
 
 
+def test_without_autocast_nothing_is_rounded() -> None:
+    torch.manual_seed(0)
+    module = build_model(ModelConfig(name="resnet20", width=4)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    emulated = copy.deepcopy(module)
+    emulate_bf16(emulated)
+    assert torch.equal(emulated(images), module(images))
+
+
 def test_a_copy_computes_with_its_own_weights() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 2)
@@ -110,5 +119,5 @@ def test_only_where_kernels_are_missing(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
     layer = nn.Linear(1, 1)
-    emulate_if_needed(layer, precision, CPU)
+    assert emulate_if_needed(layer, precision, CPU) == emulated
     assert ("forward" in vars(layer)) == emulated

@@ -62,6 +62,11 @@ def make_cell(npz: Path, **options: object) -> Cell:
     )[0]
 
 
+def bf16_cell(npz: Path) -> Cell:
+    cell = make_cell(npz)
+    return replace(cell, train=replace(cell.train, precision="bf16"))
+
+
 def make_subject(cell: Cell, protocol: Protocol = PROTOCOL) -> Subject:
     dataset = load_dataset(cell.train.data)
     samples = planned_steps(protocol, 16) * 16
@@ -382,13 +387,27 @@ def test_worker_says_what_a_cpu_cannot_run(npz: Path, tmp_path: Path, precision:
 def test_worker_refuses_emulation_where_the_protocol_does(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "is_emulated", lambda *_: True)
-    assert (
-        run_worker(tmp_path / "job", make_cell(npz), replace(PROTOCOL, allow_emulated=False)) == 0
-    )
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    protocol = replace(PROTOCOL, allow_emulated=False)
+    assert run_worker(tmp_path / "job", bf16_cell(npz), protocol) == 0
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "unsupported"
     assert "emulate" in record.reason
+
+
+def test_worker_measures_the_trainers_emulation_and_says_so(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernels in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda k=kernels: k)
+        folder = tmp_path / f"kernels-{kernels}"
+        assert run_worker(folder, bf16_cell(npz)) == 0
+        record = parse_record((folder / "record.json").read_text())
+        assert record.status == "ok"
+        assert ("emulates" in record.reason) is not kernels
+        assert record.effective["emulated"] is not kernels
+        assert record.effective["autocast"] == "bfloat16"
+        assert record.effective["input_dtype"] == ("bfloat16" if kernels else "float32")
 
 
 def test_worker_fails_when_the_effective_configuration_differs(

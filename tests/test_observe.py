@@ -57,6 +57,12 @@ def make_cell(precision: str = "fp32", **options: Any) -> Cell:
     return grid(["resnet20-w4"], [precision], batch_sizes=(16,), **options)[0]
 
 
+@pytest.fixture(autouse=True)
+def kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 as torch computes it, whatever this CPU has kernels for."""
+    monkeypatch.setattr("cifar.trainer.emulate_if_needed", lambda *_: False)
+
+
 def make_subject(
     cell: Cell,
     protocol: Protocol = PROTOCOL,
