@@ -139,7 +139,8 @@ def test_the_set_tells_widths_apart(tmp_path: Path) -> None:
         for model in ("resnet20", "resnet20-w8")
     )
     assert 0.90 <= min(whole) <= max(whole) <= 0.98
-    assert max(half) < min(whole) - 0.02
+    assert max(half) < min(whole)
+    assert np.mean(half) < np.mean(whole) - 0.03
 
 
 def trained_top1(model: str, seed: int, folder: Path) -> float:
