@@ -407,7 +407,7 @@ def line_without_step(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (broken_state, "state.json: format: Field required"),
+        (broken_state, "state.json: format: missing: add it, or use the version"),
         (without_group, "has no optimizer.safetensors"),
         (other_optimizer, "of another configuration than config.json"),
         (damaged_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
@@ -521,6 +521,18 @@ def test_paths_may_begin_with_a_tilde(
     assert cifar("train", "--resume=~no-such-user-anywhere/run") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cifar: resume: '~no-such-user-anywhere/run': no such user")
+
+
+def test_a_run_goes_on_from_another_folder(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with after_step(2, kill(signal.SIGTERM)):
+        assert train(Path(npz.name), tmp_path / "run") == 143
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume(tmp_path / "run") == 0
+    assert cifar("evaluate", tmp_path / "run", "--cpu") == 0
 
 
 def test_two_runs_of_the_same_second_get_folders_of_their_own(
