@@ -34,6 +34,7 @@ from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
 from cifar.errors import UserError
+from cifar.files import is_file, user_path
 
 arg = tyro.conf.arg
 
@@ -167,8 +168,9 @@ def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
         return runs.newest(folder, but=(selfcheck.SUITE,)).records()
     records: list[Record] = []
     for name in names:
-        if Path(name).is_file() or name.endswith(".jsonl"):
-            found = read_records(Path(name))
+        path = user_path(name, "records")
+        if name.endswith(".jsonl") or is_file(path, "records"):
+            found = read_records(path)
             selfcheck.refuse_records(found, name)
         else:
             run = runs.find(name, folder)
@@ -227,7 +229,7 @@ def run_save(argv: list[str]) -> int:
 
     run = runs.find(options.run, runs_folder(options.runs_dir))
     selfcheck.refuse(run)
-    for path in save(run, Path(options.results_dir)):
+    for path in save(run, user_path(options.results_dir, "results-dir")):
         print(shown(path))
     if note := uncommitted(runs.latest(run.records()).values()):
         complain("bench", note)
@@ -279,10 +281,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
+    notes: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("default", TornLineWarning)
-        warnings.showwarning = lambda message, *_: complain("bench", f"note: {message}")
-        return run_program("bench", SUMMARY, COMMANDS, argv)
+        warnings.showwarning = lambda message, *_: notes.append(f"note: {message}")
+        code = run_program("bench", SUMMARY, COMMANDS, argv)
+    if code != UserError.exit_code:  # which has one line on stderr and no other
+        for note in notes:
+            complain("bench", note)
+    return code
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
     if channels != card.config.model.in_channels:
         raise DataError(
             f"data: {dataset.name}: {channels} channels, the checkpoint has "
-            f"{card.config.model.in_channels}"
+            f"{card.config.model.in_channels}; choose other images with --data"
         )
     if dataset.fingerprint() != card.fingerprint:
         print(

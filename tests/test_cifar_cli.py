@@ -1,3 +1,4 @@
+import errno
 import json
 import pickle
 import re
@@ -17,6 +18,10 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+LONG = "x" * 300
+"""No file system takes a name that long."""
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -27,9 +32,11 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
         (("train", "--data", "cifar10:"), r"data: 'cifar10:': no path after the colon; write"),
         (("train", "--data", "shapes:"), r"data: 'shapes:': no path after the colon; write"),
-        (("train", "--data", "npz:absent.npz"), r"data: absent\.npz"),
-        (("train", "--data", "folder:absent"), r"data: absent"),
-        (("train", "--data", "cifar10:absent"), r"data: .*absent"),
+        (("train", "--data", "npz:absent.npz"), r"data: /.*/absent\.npz: no such file"),
+        (("train", "--data", "folder:absent"), r"data: /.*/absent/train: no such folder"),
+        (("train", "--data", "cifar10:absent"), r"data: /.*/absent: no cifar"),
+        (("train", "--data", "npz:" + LONG), r"data: .*: cannot be read: File name too long; make"),
+        (("train", "--data", "npz:~no-such-user-anywhere/x"), r"data: .*: no such user"),
         (("train", "-b", "0"), r"batch-size: 0: give 1 or more"),
         (("train", "-b", "many"), r"many"),
         (("train", "--epochs", "0"), r"epochs: 0: give 1 or more"),
@@ -62,6 +69,8 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("evaluate",), r"(?i)checkpoint"),
         (("evaluate", "absent"), r"checkpoint: absent: no weights there"),
         (("evaluate", "absent", "-b", "0"), r"batch-size: 0"),
+        (("evaluate", LONG), r"checkpoint: 'x+.*': File name too long; give another path"),
+        (("train", "--resume", LONG), r"resume: 'x+': cannot be read \(File name too long\); give"),
         (("summary", "vgg"), r"model: 'vgg': choose one of"),
         (("summary", "resnet18", "--image-size", "0"), r"image-size: 0"),
         (("download", "mnist"), r"mnist"),
@@ -160,6 +169,26 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(
     assert "output-dir: " in only_line(capsys)
     assert train(npz, tmp_path / "file") == 2
     assert "output-dir: " in only_line(capsys)
+
+
+def test_weights_that_may_not_be_looked_for_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", denied)
+        assert cifar("evaluate", tmp_path / "run") == 2
+    assert re.search(
+        r"checkpoint: '.*/run/manifest.json': Permission denied; give", only_line(capsys)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar.files.os.scandir", denied)
+        assert cifar("evaluate", tmp_path / "run") == 2
+    assert re.search(
+        r"checkpoint: '.*/run/checkpoints': Permission denied; give", only_line(capsys)
+    )
 
 
 def test_evaluating_checks_the_data_and_the_checkpoint(
@@ -278,4 +307,4 @@ def test_started_directly_bad_input_is_one_line_without_a_traceback(tmp_path: Pa
     process = start("cifar", "train", *TINY_OPTIONS, "--data", "npz:absent.npz", cwd=tmp_path)
     code, out, err = finish(process)
     assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1 and err.startswith("cifar: data: absent.npz")
+    assert len(err.splitlines()) == 1 and re.match("cifar: data: /.*/absent.npz", err)
