@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -861,19 +861,52 @@ def test_final_weights_have_the_whole_configuration_beside_them(
             "manifest.json", "model.json", "model.safetensors"]  # fmt: skip
 
 
+@contextlib.contextmanager
+def noted_environment() -> Iterator[None]:
+    """While entered, there is something to note of every run's environment."""
+    given = {**MALLOC, "GOMP_SPINCOUNT": "3", "OMP_NUM_THREADS": "1"}
+    with (
+        mock.patch("cifar.process.available_cores", return_value=99),
+        mock.patch("training.worker_environment", return_value=given),
+    ):
+        yield
+
+
 def test_settings_other_than_bench_s_are_told_once(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(npz, tmp_path / "usual", "--epochs", "1") == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("cifar.process.available_cores", lambda: 99)
-    given = {**MALLOC, "GOMP_SPINCOUNT": "3"}
-    with mock.patch("training.worker_environment", return_value=given):
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with noted_environment():
         assert train(npz, tmp_path / "other", "--epochs", "1") == 0
     assert capsys.readouterr().err == (
         "note: environment: GOMP_SPINCOUNT=3 (bench: 100000), OMP_NUM_THREADS=1 (bench: 99)\n"
     )
+
+
+def test_an_error_comes_alone_though_there_is_something_to_note(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        assert train(npz, folder) == 143
+    arrays = dict(np.load(npz))
+    arrays["train_images"][0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    other = ("--data", f"npz:{tmp_path / 'other.npz'}")
+    capsys.readouterr()
+    with noted_environment():
+        assert resume(folder, *other) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "not the images this run was started with" in line
+        assert cifar("evaluate", folder, *other, "--cpu", "--precision", "fp16") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "precision: 'fp16'" in line
+        (weights,) = folder.glob("checkpoints/*/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1])
+        assert resume(folder) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no whole checkpoint there" in line
 
 
 def test_a_precision_without_kernels_is_emulated_and_told_once(
