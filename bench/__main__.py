@@ -66,7 +66,11 @@ class ListOptions:
 def run_list(argv: list[str]) -> int:
     """`bench list`."""
     options = parse(
-        ListOptions, argv, prog="bench list", description="List the suites and what they cost here."
+        ListOptions,
+        argv,
+        prog="bench list",
+        description="List the suites and what they cost here.",
+        example="bench list",
     )
     past = runs.history(runs_folder(options.runs_dir))
     width = max(map(len, SUITES))
@@ -84,8 +88,8 @@ def run_run(argv: list[str]) -> int:
         RunOptions,
         argv,
         prog="bench run",
-        description="Measure a suite, or the cells that the options name; then print the tables. "
-        "Example: bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
+        description="Measure a suite, or the cells that the options name; then print the tables.",
+        example="bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
     )
     folder = runs_folder(options.runs_dir)
     past = runs.history(folder)
@@ -151,8 +155,8 @@ def run_table(argv: list[str]) -> int:
         TableOptions,
         argv,
         prog="bench table",
-        description="Print the tables of runs or record files. "
-        "Example: bench table --sort train --filter precision=bf16 --format markdown",
+        description="Print the tables of runs or record files.",
+        example="bench table --sort train --filter precision=bf16 --format markdown",
     )
     records = _named_records(options.source, runs_folder(options.runs_dir))
     if not records:
@@ -222,8 +226,8 @@ def run_save(argv: list[str]) -> int:
         SaveOptions,
         argv,
         prog="bench save",
-        description="Put a run's records and tables under results/<hardware>/. "
-        "Example: bench save 20260101-120000-quick-1f0c",
+        description="Put a run's records and tables under results/<hardware>/.",
+        example="bench save 20260101-120000-quick-1f0c",
     )
     from bench.save import save, uncommitted
 
@@ -256,8 +260,8 @@ def run_selfcheck(argv: list[str]) -> int:
         SelfcheckOptions,
         argv,
         prog="bench selfcheck",
-        description="Show that costs of known size and a wrong number format are seen. "
-        "Example: bench selfcheck",
+        description="Show that costs of known size and a wrong number format are seen.",
+        example="bench selfcheck",
     )
     folder = runs_folder(options.runs_dir)
     runs.check_writable(folder)

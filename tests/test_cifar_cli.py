@@ -299,7 +299,10 @@ sys.exit(code)
 def test_help_is_quick_for_it_imports_no_torch(command: str) -> None:
     code, out, err = finish(start("-c", HELP, *command.split(), "--help", module=False))
     assert (code, err) == (0, "")
-    assert out.endswith("heavy: []\n") and "cifar" in out
+    assert (
+        out.endswith("heavy: []\n")
+        and f"example{'' if command else 's'}:\n  cifar {command}" in out
+    )
     assert "--lr" in out or command != "train"
 
 
