@@ -1,5 +1,6 @@
 """The options of `cifar train`, which start from a recipe or from the run to resume."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,7 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     )
     if resume is None:
         _check_changes(start.train.recipe, options.train.recipe, argv)
+    _check_skips(options.train.precision, argv)
     return options
 
 
@@ -76,6 +78,13 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
             f"is for muon, not for {recipe.optimizer}; give --optimizer muon",
         )
     require(
+        recipe.optimizer != "adamw"
+        or not (_is_given("--nesterov", argv) or _is_given("--no-nesterov", argv)),
+        "nesterov",
+        recipe.nesterov,
+        "is for sgd and muon, not for adamw; leave it out",
+    )
+    require(
         recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,
         "optimizer",
         recipe.optimizer,
@@ -84,12 +93,30 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
     )
 
 
+def _check_skips(precision: str | None, argv: list[str]) -> None:
+    """Raise a ConfigError for a limit on skipped steps in a precision that skips none."""
+    name = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "fp32")
+    require(
+        name == "fp16" or not _is_given("--max-skipped-steps", argv),
+        "max-skipped-steps",
+        _value_of("--max-skipped-steps", argv),
+        "is for fp16, which alone skips steps; leave it out, or give --precision fp16",
+    )
+
+
+def _is_given(option: str, argv: list[str]) -> bool:
+    return any(_name_of(word) == option for word in argv)
+
+
+def _name_of(word: str) -> str:
+    """The option in a word, `_` being as good as `-` in it."""
+    return word.partition("=")[0].replace("_", "-")
+
+
 def _value_of(option: str, argv: list[str]) -> str | None:
     """The last value given for an option, as `--option value` or `--option=value`."""
     value = None
     for word, following in zip(argv, [*argv[1:], None], strict=True):
-        if word == option:
-            value = following
-        elif word.startswith(f"{option}="):
-            value = word.partition("=")[2]
+        if _name_of(word) == option:
+            value = word.partition("=")[2] if "=" in word else following
     return value

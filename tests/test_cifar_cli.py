@@ -10,6 +10,7 @@ import pytest
 from training import TINY_OPTIONS, cifar, finish, start, train
 
 from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
+from cifar.train_options import read_train_options
 
 
 def only_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -62,6 +63,16 @@ LONG = "x" * 300
         (("train", "--muon-step", "1.5"), r"muon-step: 1\.5: give 0 < value < 1"),
         (("train", "--output-dir", "~no-such-user-anywhere/x"), r"output-dir: .*no such user"),
         (("download", "cifar10", "--directory=~no-such-user-anywhere/x"), r"directory: .*no such"),
+        (
+            ("train", "--optimizer", "adamw", "--lr", "0.001", "--nesterov"),
+            r"nesterov: True: is for sgd and muon, not for adamw; leave it out",
+        ),
+        (("train", "--optimizer", "adamw", "--lr", "0.001", "--no_nesterov"), r"nesterov: False: "),
+        (
+            ("train", "--max-skipped-steps", "9"),
+            r"max-skipped-steps: '9': is for fp16, .* or give --precision fp16",
+        ),
+        (("train", "--precision", "bf16", "--max_skipped_steps=20"), r"max-skipped-steps: '20': "),
         (("train", "--save-every", "0"), r"save-every: 0: give 1 or more"),
         (("train", "--model"), r"--model"),
         (("train", "--resume", "absent"), r"resume: 'absent': no run there"),
@@ -260,6 +271,25 @@ def test_an_optimizer_with_a_learning_rate_is_taken(
 ) -> None:
     options = ("--optimizer", "adamw", "--epochs", "1", "--augment", "flip")
     assert train(npz, tmp_path / "run", *options) == 0, "which gives --lr too, and crops nothing"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision", "fp16", "--max-skipped-steps", "9"),
+        ("--max-skipped-steps", "9"),
+        ("--optimizer", "sgd", "--lr", "0.1", "--no-nesterov"),
+        ("--nesterov",),
+        ("--optimizer", "adamw", "--lr", "0.001"),
+    ],
+)
+def test_options_that_change_something_are_taken(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    read = read_train_options([*options])
+    assert read.run.max_skipped_steps == (9 if "9" in options else 20)
+    assert read.train.recipe.nesterov is ("--no-nesterov" not in options)
 
 
 def test_a_summary_tells_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
