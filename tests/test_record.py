@@ -170,6 +170,7 @@ def test_status_needs_a_reason():
     [
         (edited(colour="red"), "file:1: colour: 'red': no such field: remove it, or use the"),
         (edited(status="fine"), "file:1: status: 'fine': Input should be 'ok', 'failed'"),
+        (edited(status="oom"), "file:1: reason: '': say why the record is oom"),
         (edited(repeat="0"), "file:1: repeat: '0': Input should be a valid integer; correct it"),
         (edited(schema_version=None), "file:1: schema_version: None: must be an integer"),
         (edited(schema_version=True), "file:1: schema_version: True: must be an integer"),
