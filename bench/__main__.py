@@ -34,6 +34,7 @@ from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
 from cifar.errors import UserError
+from cifar.files import is_file, user_path
 
 arg = tyro.conf.arg
 
@@ -65,7 +66,11 @@ class ListOptions:
 def run_list(argv: list[str]) -> int:
     """`bench list`."""
     options = parse(
-        ListOptions, argv, prog="bench list", description="List the suites and what they cost here."
+        ListOptions,
+        argv,
+        prog="bench list",
+        description="List the suites and what they cost here.",
+        example="bench list",
     )
     past = runs.history(runs_folder(options.runs_dir))
     width = max(map(len, SUITES))
@@ -83,8 +88,8 @@ def run_run(argv: list[str]) -> int:
         RunOptions,
         argv,
         prog="bench run",
-        description="Measure a suite, or the cells that the options name; then print the tables. "
-        "Example: bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
+        description="Measure a suite, or the cells that the options name; then print the tables.",
+        example="bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
     )
     folder = runs_folder(options.runs_dir)
     past = runs.history(folder)
@@ -150,8 +155,8 @@ def run_table(argv: list[str]) -> int:
         TableOptions,
         argv,
         prog="bench table",
-        description="Print the tables of runs or record files. "
-        "Example: bench table --sort train --filter precision=bf16 --format markdown",
+        description="Print the tables of runs or record files.",
+        example="bench table --sort train --filter precision=bf16 --format markdown",
     )
     records = _named_records(options.source, runs_folder(options.runs_dir))
     if not records:
@@ -167,8 +172,9 @@ def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
         return runs.newest(folder, but=(selfcheck.SUITE,)).records()
     records: list[Record] = []
     for name in names:
-        if Path(name).is_file() or name.endswith(".jsonl"):
-            found = read_records(Path(name))
+        path = user_path(name, "records")
+        if name.endswith(".jsonl") or is_file(path, "records"):
+            found = read_records(path)
             selfcheck.refuse_records(found, name)
         else:
             run = runs.find(name, folder)
@@ -220,14 +226,14 @@ def run_save(argv: list[str]) -> int:
         SaveOptions,
         argv,
         prog="bench save",
-        description="Put a run's records and tables under results/<hardware>/. "
-        "Example: bench save 20260101-120000-quick-1f0c",
+        description="Put a run's records and tables under results/<hardware>/.",
+        example="bench save 20260101-120000-quick-1f0c",
     )
     from bench.save import save, uncommitted
 
     run = runs.find(options.run, runs_folder(options.runs_dir))
     selfcheck.refuse(run)
-    for path in save(run, Path(options.results_dir)):
+    for path in save(run, user_path(options.results_dir, "results-dir")):
         print(shown(path))
     if note := uncommitted(runs.latest(run.records()).values()):
         complain("bench", note)
@@ -254,8 +260,8 @@ def run_selfcheck(argv: list[str]) -> int:
         SelfcheckOptions,
         argv,
         prog="bench selfcheck",
-        description="Show that costs of known size and a wrong number format are seen. "
-        "Example: bench selfcheck",
+        description="Show that costs of known size and a wrong number format are seen.",
+        example="bench selfcheck",
     )
     folder = runs_folder(options.runs_dir)
     runs.check_writable(folder)
@@ -279,10 +285,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
+    notes: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("default", TornLineWarning)
-        warnings.showwarning = lambda message, *_: complain("bench", f"note: {message}")
-        return run_program("bench", SUMMARY, COMMANDS, argv)
+        warnings.showwarning = lambda message, *_: notes.append(f"note: {message}")
+        code = run_program("bench", SUMMARY, COMMANDS, argv)
+    if code != UserError.exit_code:  # which has one line on stderr and no other
+        for note in notes:
+            complain("bench", note)
+    return code
 
 
 if __name__ == "__main__":

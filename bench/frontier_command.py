@@ -120,8 +120,8 @@ def run_frontier(argv: list[str]) -> int:
         argv,
         prog="bench frontier",
         description="Search the largest batch that fits into memory, for every model and precision "
-        "and every probe in fresh processes. "
-        "Example: bench frontier --models resnet18,resnet34 --precisions fp32,bf16",
+        "and every probe in fresh processes.",
+        example="bench frontier --models resnet18,resnet34 --precisions fp32,bf16",
     )
     folder = runs_folder(options.runs_dir)
     if options.resume is not None:

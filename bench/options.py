@@ -17,6 +17,7 @@ from bench.suites import get_suite, override
 from cifar.config import CompileMode, option_name, require
 from cifar.data.config import DataConfig, parse_data
 from cifar.errors import ConfigError
+from cifar.files import user_path
 from cifar.recipes import get_recipe
 
 arg = tyro.conf.arg
@@ -232,7 +233,9 @@ def check_data(tasks: Iterable[Task]) -> Fingerprints:
         if data not in found:
             found[data] = examine(data)
         size, _ = found[data]
-        require(batch <= size, "batch-size", batch, f"{data} has {size} images")
+        require(
+            batch <= size, "batch-size", batch, f"{data} has {size} images; give at most that many"
+        )
     return {data: fingerprint for data, (_, fingerprint) in found.items() if fingerprint}
 
 
@@ -270,5 +273,9 @@ def examine(data: DataConfig) -> tuple[int, str]:
 
 
 def runs_folder(runs_dir: str) -> Path:
-    """Where runs are kept, as an absolute path."""
-    return Path(runs_dir).expanduser().absolute()
+    """Where runs are kept, as an absolute path.
+
+    Raises:
+        ConfigError: it names a user that does not exist.
+    """
+    return user_path(runs_dir, "runs-dir").absolute()

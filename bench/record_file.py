@@ -34,7 +34,7 @@ def migrate(fields: dict[str, Any], *, source: str = "record") -> dict[str, Any]
     """
     version = fields.get("schema_version")
     if type(version) is not int:
-        raise UserError(f"{source}: schema_version: {version!r}: must be an integer")
+        raise UserError(f"{source}: schema_version: {version!r}: must be an integer; measure anew")
     if version > SCHEMA_VERSION:
         raise UserError(
             f"{source}: schema_version: {version}: this program reads up to {SCHEMA_VERSION}; "
@@ -48,7 +48,7 @@ def migrate(fields: dict[str, Any], *, source: str = "record") -> dict[str, Any]
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise UserError(f"{name} is not a number that a record may hold")
+    raise UserError(f"{name}: is not a number that a record may hold; remove this line")
 
 
 def parse_record(text: str, *, source: str = "record") -> Record:
@@ -63,7 +63,7 @@ def parse_record(text: str, *, source: str = "record") -> Record:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{source}: {text[:40]!r}: must be a JSON object")
+        raise UserError(f"{source}: {text[:40]!r}: must be a JSON object; remove this line")
     migrated = migrate(fields, source=source)
     return from_json(Record, text if migrated is fields else json.dumps(migrated), source=source)
 

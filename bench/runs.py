@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import os
 import secrets
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from bench.record_file import read_records
 from bench.spec import Suite, Task, expand
 from cifar import files
 from cifar.errors import UserError
-from cifar.files import write_atomic
+from cifar.files import is_file, subfolders, user_path, write_atomic
 from cifar.serialize import STRICT, from_json, to_json
 
 RUN_FILE = "run.json"
@@ -143,20 +144,28 @@ def find(name: str, runs_dir: Path) -> Run:
     Raises:
         UserError: there is none, or its run.json cannot be read.
     """
-    for folder in (runs_dir / name, Path(name)):
-        if (folder / RUN_FILE).is_file():
+    path = user_path(name, "run")
+    for folder in (runs_dir / path, path):
+        if is_file(folder / RUN_FILE, "run"):
             try:
                 text = (folder / RUN_FILE).read_bytes()
             except OSError as error:
-                raise UserError(f"run: {folder / RUN_FILE}: {error.strerror}") from None
+                raise UserError(
+                    f"run: {str(folder / RUN_FILE)!r}: {error.strerror}; give another run"
+                ) from None
             plan = from_json(RunPlan, text, source=str(folder / RUN_FILE))
             return Run(folder=folder.absolute(), plan=plan)
     raise UserError(f"run: {name!r}: no such run in {str(runs_dir)!r}; give its id or its folder")
 
 
 def run_names(runs_dir: Path) -> list[str]:
-    """The ids of all runs, oldest first."""
-    return sorted(path.parent.name for path in runs_dir.glob(f"*/{RUN_FILE}"))
+    """The ids of all runs that can be read, oldest first.
+
+    Raises:
+        UserError: the folder itself cannot be read.
+    """
+    names = subfolders(runs_dir, "runs-dir")
+    return [name for name in names if os.access(runs_dir / name / RUN_FILE, os.R_OK)]
 
 
 def newest(runs_dir: Path, *, but: Container[str] = ()) -> Run:

@@ -17,20 +17,12 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import (
-    ModelConfig,
-    PrecisionName,
-    Recipe,
-    RunConfig,
-    TrainConfig,
-    option_name,
-    require,
-)
+from cifar.config import ModelConfig, PrecisionName, require
 from cifar.data.config import DataOption
 from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment
-from cifar.recipes import get_recipe
+from cifar.train_options import TrainOptions, read_train_options
 
 arg = tyro.conf.arg
 
@@ -46,85 +38,6 @@ examples:
   cifar evaluate runs/train/resnet18-cifar10-20260101-120000
   cifar summary resnet50
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOptions:
-    """Options of `cifar train`."""
-
-    train: TrainConfig
-    run: RunConfig
-    resume: Annotated[str | None, arg(metavar="RUN")] = None
-    """Continue the run in this folder from its newest checkpoint."""
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of the run to resume."""
-        return None if self.resume is None else user_path(self.resume, "resume")
-
-
-TYPICAL_LR = {"sgd": 0.1, "adamw": 0.001, "muon": 0.15}
-"""Learning rates that train ResNets with BatchNorm, to begin with."""
-
-
-def read_train_options(argv: list[str]) -> TrainOptions:
-    """The options, starting from the run to resume or else from the recipe that is named."""
-    resume = _value_of("--resume", argv)
-    if resume is not None:
-        stored = run_folder.read_config(user_path(resume, "resume"))
-        start = TrainOptions(train=stored.train, run=stored.run)
-    else:
-        recipe = get_recipe(_value_of("--recipe", argv) or "default")
-        start = TrainOptions(train=TrainConfig(recipe=recipe), run=RunConfig())
-    options = parse(
-        TrainOptions,
-        argv,
-        prog="cifar train",
-        description="Train a model; the run's folder receives configuration, metrics, checkpoints "
-        "and final weights.",
-        default=start,
-    )
-    if resume is None:
-        _check_changes(start.train.recipe, options.train.recipe, argv)
-    return options
-
-
-def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
-    """Raise a ConfigError if a change to the named recipe is of no use without another one."""
-    for field in ("crop_padding", "crop_fill"):
-        value = getattr(recipe, field)
-        require(
-            "crop" in recipe.augment or value == getattr(named, field),
-            option_name(field),
-            value,
-            "nothing is cropped; add crop to --augment",
-        )
-    for field in ("muon_step", "muon_momentum"):
-        value = getattr(recipe, field)
-        require(
-            recipe.optimizer == "muon" or value == getattr(named, field),
-            option_name(field),
-            value,
-            f"is for muon, not for {recipe.optimizer}; give --optimizer muon",
-        )
-    require(
-        recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,
-        "optimizer",
-        recipe.optimizer,
-        f"the learning rate of recipe {named.name}, {named.lr:g}, is for {named.optimizer}; give "
-        f"one with --lr, such as --lr {TYPICAL_LR[recipe.optimizer]:g}",
-    )
-
-
-def _value_of(option: str, argv: list[str]) -> str | None:
-    """The last value given for an option, as `--option value` or `--option=value`."""
-    value = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
-        if word == option:
-            value = following
-        elif word.startswith(f"{option}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def run_train(argv: list[str]) -> int:
@@ -196,6 +109,7 @@ def run_evaluate(argv: list[str]) -> int:
         argv,
         prog="cifar evaluate",
         description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix.",
+        example="cifar evaluate runs/train/resnet18-cifar10-20260101-120000 --json",
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     remedy = "evaluate runs in one process; start it without a launcher"
@@ -246,6 +160,7 @@ def run_summary(argv: list[str]) -> int:
         prog="cifar summary",
         description="Print the layers of a model: output, receptive field, parameters, "
         "multiply-adds.",
+        example="cifar summary resnet50 --num-classes 100",
     )
     fields: dict[str, Any] = dataclasses.asdict(options)
     size = fields.pop("image_size")
@@ -275,6 +190,7 @@ def run_download(argv: list[str]) -> int:
         argv,
         prog="cifar download",
         description="Download a data set with its checksum verified; continues where it stopped.",
+        example="cifar download cifar10 --directory ~/images",
     )
     from cifar.data.download import download
     from cifar.data.sources import default_data_dir

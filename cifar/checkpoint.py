@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor
 from cifar.config import TrainConfig, require
 from cifar.data.loader import Normalization
 from cifar.errors import CheckpointError, ConfigError
-from cifar.files import sync_folder
+from cifar.files import is_file, subfolders, sync_folder
 from cifar.meter import MeterState
 from cifar.serialize import STRICT, from_json, to_json
 
@@ -132,9 +132,13 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         sums = dict(json.loads((folder / MANIFEST).read_bytes()))
         files = {name: (folder / Path(name).name).read_bytes() for name in sums}
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint: {folder}: {error.filename} is missing") from None
+        raise CheckpointError(
+            f"checkpoint: {folder}: {error.filename} is missing; use another one"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"checkpoint: {folder}: cannot be read: {error}") from None
+        raise CheckpointError(
+            f"checkpoint: {folder}: cannot be read: {error}; use another one"
+        ) from None
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != sums[name]:
             raise CheckpointError(
@@ -169,25 +173,22 @@ def read_state(files: dict[str, bytes], where: Path) -> TrainState:
 
 def _read_json(cls: type[T], files: dict[str, bytes], name: str, where: Path) -> T:
     if name not in files:
-        raise CheckpointError(f"checkpoint: {where}: has no {name}")
+        raise CheckpointError(f"checkpoint: {where}: has no {name}; use another one")
     try:
         return from_json(cls, files[name], source=name)
     except ConfigError as error:
-        raise CheckpointError(
-            f"checkpoint: {where}: {error}; not of a format that this version reads, use the one "
-            "that wrote it"
-        ) from None
+        raise CheckpointError(f"checkpoint: {where}: {error}") from None
 
 
 def read_tensors(files: dict[str, bytes], group: str, where: Path) -> Tensors:
     """One group of tensors; raises CheckpointError if it is absent or damaged."""
     name = f"{group}.safetensors"
     if name not in files:
-        raise CheckpointError(f"checkpoint: {where}: has no {name}")
+        raise CheckpointError(f"checkpoint: {where}: has no {name}; use another one")
     try:
         return load(files[name])
     except SafetensorError as error:
-        raise CheckpointError(f"checkpoint: {where / name}: {error}") from None
+        raise CheckpointError(f"checkpoint: {where / name}: {error}; use another one") from None
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -196,9 +197,13 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    named = (path for path in root.glob(f"{_PREFIX}*") if re.fullmatch("[0-9]{9}", _number(path)))
-    return sorted(path for path in named if path.is_dir())
+    """Finished checkpoints, oldest first.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    names = subfolders(root, "checkpoint")
+    return [root / name for name in names if re.fullmatch(f"{_PREFIX}[0-9]{{9}}", name)]
 
 
 def step_of(folder: Path) -> int:
@@ -246,23 +251,30 @@ def find_weights(path: Path) -> Path:
 
     Raises:
         CheckpointError: nothing there, or a file that holds no weights.
+        UserError: nobody can tell, for a folder may not be searched or a name is too long.
     """
     if path.suffix == ".safetensors":
         if path.name not in (_AVERAGE, _WEIGHTS):
             raise CheckpointError(
                 f"checkpoint: {path}: no weights of a model; name {_WEIGHTS} or {_AVERAGE}"
             )
-        candidates = [path.parent]
+        candidates = iter([path.parent])
     else:
-        candidates = [path, path / "final", *reversed(list_checkpoints(path / "checkpoints"))]
-    found = next((each for each in candidates if (each / MANIFEST).is_file()), None)
+        candidates = _folders_of_weights(path)
+    found = next((each for each in candidates if is_file(each / MANIFEST, "checkpoint")), None)
     if found is None:
         raise CheckpointError(
             f"checkpoint: {path}: no weights there; give a run, a checkpoint or {_WEIGHTS} in one"
         )
     if path.suffix == ".safetensors":
         return path
-    return found / (_AVERAGE if (found / _AVERAGE).is_file() else _WEIGHTS)
+    return found / (_AVERAGE if is_file(found / _AVERAGE, "checkpoint") else _WEIGHTS)
+
+
+def _folders_of_weights(path: Path) -> Iterator[Path]:
+    yield path
+    yield path / "final"
+    yield from reversed(list_checkpoints(path / "checkpoints"))
 
 
 def load_weights(path: Path) -> tuple[ModelCard, Tensors]:
@@ -296,5 +308,6 @@ def check_same_shapes(own: Tensors, weights: Tensors, where: str) -> None:
             have = list(weights[name].shape) if name in weights else "absent"
             need = list(own[name].shape) if name in own else "absent"
             raise CheckpointError(
-                f"checkpoint: {where}: weights of another model: {name} is {have}, must be {need}"
+                f"checkpoint: {where}: weights of another model: {name} is {have}, must be {need}; "
+                "use weights and configuration of one run"
             )

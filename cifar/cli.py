@@ -34,11 +34,18 @@ class Command:
 
 
 def parse(
-    cls: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    example: str,
+    default: T | None = None,
 ) -> T:
     """Fill a dataclass from command-line options, whose names, types and help are its fields'.
 
-    Options that are not given keep `default`'s values. `--help` prints and exits with 0.
+    Options that are not given keep `default`'s values. `--help` prints the description, the
+    example, which is a whole command, and the options, and exits with 0.
 
     Raises:
         ConfigError: an unknown option or a bad value, in one line.
@@ -49,7 +56,7 @@ def parse(
             options: T = tyro.cli(
                 cls,
                 prog=prog,
-                description=description,
+                description=f"{description}\n\nexample:\n  {example}",
                 args=list(argv),
                 default=tyro.MISSING_NONPROP if default is None else cast(Any, default),
                 config=(tyro.conf.OmitArgPrefixes,),

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar.errors import ConfigError
+from cifar.errors import ConfigError, UserError
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -25,6 +26,36 @@ def user_path(text: str, name: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{name}: {text!r}: no such user; write the path without ~") from None
+
+
+def is_file(path: Path, name: str) -> bool:
+    """Whether there is a file at a path that a user named.
+
+    Raises:
+        UserError: nobody can tell: a folder that may not be searched, a name that is too long;
+            calls the option `name`.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{name}: {str(path)!r}: {error.strerror}; give another path") from None
+
+
+def subfolders(folder: Path, name: str) -> list[str]:
+    """The names of the folders in one that a user named, sorted; none if it is not there.
+
+    Raises:
+        UserError: it cannot be read; calls the option `name`.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{name}: {str(folder)!r}: {error.strerror}; give another path") from None
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -48,14 +48,14 @@ def train(
     """
     dataset = load_dataset(config.data)
     trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
-    if trainer.is_main:
-        _tell_of_speed(trainer)
     with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
         session = Session(trainer, folder, signals)
         if resume:
             session.resume()
         elif session.folder:
             run_folder.write_config(session.folder, trainer.config, run)
+        if trainer.is_main:
+            _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
         result = session.fit()
     leave()
     return result

@@ -140,12 +140,21 @@ def resumed(folder: Path) -> Iterator[None]:
 
 
 def read_config(folder: Path) -> StoredConfig:
-    """The configuration a run was started with; raises CheckpointError if `folder` is no run."""
+    """The configuration a run was started with.
+
+    Raises:
+        CheckpointError: `folder` is no run, or cannot be read.
+        ConfigError: its configuration is damaged, or of another version.
+    """
     try:
         text = (folder / CONFIG).read_bytes()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"resume: '{folder}': no run there (it has no {CONFIG}); give the folder of a run"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"resume: '{folder}': cannot be read ({error.strerror}); give another run"
         ) from None
     return from_json(StoredConfig, text, source=str(folder / CONFIG))
 
@@ -195,17 +204,24 @@ def append_metrics(folder: Path, line: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise CifarError(f"{path}: cannot be written: {error.strerror}") from None
+        raise _unwritable(path, error) from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines so far, one per epoch; a torn last line is left out.
 
     Raises:
-        CheckpointError: another line is damaged.
+        CheckpointError: another line is damaged, or the file cannot be read.
     """
     path = folder / METRICS
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        content = b""
+    except OSError as error:
+        raise CheckpointError(
+            f"resume: {path}: cannot be read ({error.strerror}); make it readable"
+        ) from None
     whole = content[: content.rfind(b"\n") + 1]
     return [
         _metrics_line(line, f"{path}: line {number}")
@@ -238,4 +254,10 @@ def replace_file(path: Path, text: str) -> None:
     try:
         write_atomic(path, text)
     except OSError as error:
-        raise CifarError(f"{path}: cannot be written: {error.strerror}") from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> CifarError:
+    return CifarError(
+        f"{path}: cannot be written: {error.strerror}; make room, then continue with --resume"
+    )

@@ -63,11 +63,10 @@ def score(
     Raises:
         CheckpointError: no weights there, or damaged.
         DataError: the data set's classes or channels are not the model's.
+        UnsupportedError: the device cannot run the precision.
     """
     file = find_weights(path)
     card, weights = load_weights(file)
-    dataset = _load(data, card)
-    images = dataset.test if split == "test" else dataset.train
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     name = precision or card.config.precision
     assert name is not None, "a card's is resolved"
@@ -80,6 +79,9 @@ def score(
     if nhwc:
         module = module.to(memory_format=torch.channels_last)
     emulate_if_needed(module, name, device)
+    dataset = _load(data, card)
+    _tell_of_other_images(dataset, card)
+    images = dataset.test if split == "test" else dataset.train
     on_device = DeviceImages(images, card.normalization, device, channels_last=nhwc)
     autocast = getattr(torch, formats.autocast) if formats.autocast else torch.float32
     with torch.autocast(device.type, autocast, enabled=formats.autocast is not None):
@@ -111,15 +113,19 @@ def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
     if channels != card.config.model.in_channels:
         raise DataError(
             f"data: {dataset.name}: {channels} channels, the checkpoint has "
-            f"{card.config.model.in_channels}"
+            f"{card.config.model.in_channels}; choose other images with --data"
         )
+    return dataset
+
+
+def _tell_of_other_images(dataset: Dataset, card: ModelCard) -> None:
+    """Call it after the last check: an error is one line on stderr, not a second one."""
     if dataset.fingerprint() != card.fingerprint:
         print(
             f"note: data: {dataset.name}: not the data set the weights were trained with, "
             f"{card.dataset} (fingerprint {card.fingerprint})",
             file=sys.stderr,
         )
-    return dataset
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -8,10 +8,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import reprlib
 from collections.abc import Hashable
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from cifar.errors import ConfigError
 
@@ -19,6 +21,8 @@ STRICT = ConfigDict(extra="forbid")
 """Set as `__pydantic_config__` on every dataclass that is read from JSON."""
 
 T = TypeVar("T")
+
+_OTHER_VERSION = "or use the version that wrote it"
 
 NOT_IN_DIGEST = {"digest": False}
 """Field metadata: the field says nothing about what is computed (a label, a path, a time limit)."""
@@ -43,15 +47,26 @@ def from_json(cls: type[T], text: str | bytes, *, source: str = "JSON") -> T:
     """Read a `cls` from JSON text.
 
     Raises:
-        ConfigError: unknown key, missing key, wrong type or bad value; names `source` and the key.
+        ConfigError: unknown key, missing key, wrong type or bad value; names `source`, key, value
+            and remedy.
     """
     try:
         value: T = _adapter(cast(Hashable, cls)).validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        raise ConfigError(f"{source}: {key}: {first['msg']}") from None
+        raise ConfigError(f"{source}: {_problem(error.errors()[0])}") from None
     return value
+
+
+def _problem(first: ErrorDetails) -> str:
+    """What pydantic found, as the field, its value and a remedy."""
+    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    if first["type"] == "value_error":  # a dataclass's own message names its field and remedy
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{key}: missing: add it, {_OTHER_VERSION}"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{key}: {reprlib.repr(first['input'])}: no such field: remove it, {_OTHER_VERSION}"
+    return f"{key}: {reprlib.repr(first['input'])}: {first['msg']}; correct it, {_OTHER_VERSION}"
 
 
 def contents(value: Any) -> Any:

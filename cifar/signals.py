@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,10 +12,16 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 ECHO_SECONDS = 1.0
 """A launcher passes on the Ctrl-C that the terminal has sent to all processes of the job already;
-within this time after the first signal another one is taken for that."""
+under one, another signal within this time after the first is taken for that."""
 
 _END = 0
 """Is no signal's number."""
+
+
+def echo_seconds(environ: Mapping[str, str]) -> float:
+    """How long a further signal may be an echo: not at all where no launcher passes any on."""
+    launched = "TORCHELASTIC_RUN_ID" in environ or int(environ.get("WORLD_SIZE", "1")) > 1
+    return ECHO_SECONDS if launched else 0.0
 
 
 class StopSignals:
@@ -26,6 +33,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self._echo_seconds = echo_seconds(os.environ)
         self._before: dict[signal.Signals, Any] = {}
         self._pipe = (-1, -1)
         self._wakeup_before = -1
@@ -63,5 +71,5 @@ class StopSignals:
                 continue
             if first is None:
                 first = time.monotonic()
-            elif time.monotonic() - first > ECHO_SECONDS:
+            elif time.monotonic() - first >= self._echo_seconds:
                 os._exit(128 + number)

@@ -59,6 +59,9 @@ def statuses(cwd):
 
 # --- Bad input: one line, exit code 2, nothing started ---
 
+LONG = "x" * 300
+"""No file system takes a name that long."""
+
 BAD = {
     "command: 'nope': choose one of list, run, frontier, table, save, selfcheck": ["nope"],
     "Unrecognized options: --nope": ["run", "quick", "--nope"],
@@ -70,11 +73,11 @@ BAD = {
     "recipe: 'nope': choose one of": ["run", "quick", "--recipe", "nope"],
     "launcher: 'nope': choose one of ddp": ["run", "quick", "--launcher", "nope"],
     "data: 'nope': write shapes": ["run", "quick", "--data", "nope"],
-    "data: missing: no cifar-10-batches-py": ["run", "quick", "--data", "cifar10:missing"],
-    "data: missing.npz": ["run", "quick", "--data", "npz:missing.npz"],
-    "data: missing": ["run", "quick", "--data", "folder:missing"],
+    "/missing: no cifar-10-batches-py": ["run", "quick", "--data", "cifar10:missing"],
+    "/missing.npz: no such file": ["run", "quick", "--data", "npz:missing.npz"],
+    "/missing/train: no such folder": ["run", "quick", "--data", "folder:missing"],
     "batch-size: 0: give 1 or more": ["run", "quick", "-b", "0"],
-    "batch-size: 20000: shapes has 10000 images": [*CELLS, "-b", "20000"],
+    "batch-size: 20000: shapes has 10000 images; give at most": [*CELLS, "-b", "20000"],
     "batch-size: 10: does not divide over 3 processes": [*CELLS, "-b", "10", "--num-processes=3"],
     "num-processes: 0: give 1 or more": ["run", "quick", "--num-processes", "0"],
     "seeds: 0: give 1 to 10000": ["run", "quick", "--seeds", "0"],
@@ -101,6 +104,12 @@ BAD = {
     "--inference-batch-sizes: '1,a': give whole numbers": [*CELLS, "--inference-batch-sizes=1,a"],
     "records: none yet": ["table", "empty.jsonl"],
     "records: missing.jsonl: No such file": ["table", "missing.jsonl"],
+    "records: '~no-such-user/x': no such user": ["table", "~no-such-user/x"],
+    "xxx': File name too long; give another path": ["table", LONG],
+    "xxx/run.json': File name too long; give another path": ["save", LONG],
+    "runs-dir: '~no-such-user/x': no such user": ["list", "--runs-dir=~no-such-user/x"],
+    "xxx': File name too long; give": ["list", "--runs-dir", LONG],
+    "run: '~no-such-user/x': no such user": ["run", "--resume=~no-such-user/x"],
     "column: 'nope': choose one of": ["table", "good.jsonl", "--sort", "nope"],
     "filter: 'nope': write COLUMN=VALUE": ["table", "good.jsonl", "--filter", "nope"],
     "bad.jsonl:1": ["table", "bad.jsonl"],
@@ -181,7 +190,7 @@ def test_the_embedded_data_set_has_as_many_images_as_is_said():
         *([name, "-h"] for name in ("list", "run", "frontier", "table", "save", "selfcheck")),
     ],
 )
-def test_help_has_examples_or_options_and_exits_0(capsys, words):
+def test_help_has_examples_and_exits_0(capsys, words):
     try:
         code = main(words)
     except SystemExit as stop:
@@ -189,7 +198,8 @@ def test_help_has_examples_or_options_and_exits_0(capsys, words):
     output = capsys.readouterr()
     assert code in (0, None)
     assert output.err == ""
-    assert ("examples:" if words == ["--help"] else "usage: bench") in output.out
+    shown = "examples:\n  bench" if words == ["--help"] else f"example:\n  bench {words[0]}"
+    assert shown in output.out
 
 
 def test_list_names_every_suite_with_cells_and_time(files, capsys):
@@ -431,6 +441,18 @@ def test_a_torn_last_line_is_a_notice_on_stderr(files, capsys):
     assert output.err.count("\n") == 1
     assert "note: good.jsonl:2: the last line is incomplete" in output.err
     assert len(output.out.splitlines()) == 2
+    assert main(["table", "good.jsonl", "--sort", "nope"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bench: column: 'nope'"), "an error comes alone"
+
+
+def test_runs_and_results_may_lie_in_the_home_folder(files, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(files))
+    run = runs.newest(files / "other")
+    append_record(run.records_file, record_of(Job(task=run.plan.tasks[0])))
+    assert main(["save", run.id, "--runs-dir=~/other", "--results-dir=~/results"]) == 0
+    assert list((files / "results").glob("*/s.jsonl")) and not (files / "~").exists()
+    assert main(["table", "~/good.jsonl"]) == 0
 
 
 def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):

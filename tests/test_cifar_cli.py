@@ -1,3 +1,4 @@
+import errno
 import json
 import pickle
 import re
@@ -9,12 +10,17 @@ import pytest
 from training import TINY_OPTIONS, cifar, finish, start, train
 
 from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
+from cifar.train_options import read_train_options
 
 
 def only_line(capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cifar: ")
     return line
+
+
+LONG = "x" * 300
+"""No file system takes a name that long."""
 
 
 @pytest.mark.parametrize(
@@ -27,9 +33,11 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
         (("train", "--data", "cifar10:"), r"data: 'cifar10:': no path after the colon; write"),
         (("train", "--data", "shapes:"), r"data: 'shapes:': no path after the colon; write"),
-        (("train", "--data", "npz:absent.npz"), r"data: absent\.npz"),
-        (("train", "--data", "folder:absent"), r"data: absent"),
-        (("train", "--data", "cifar10:absent"), r"data: .*absent"),
+        (("train", "--data", "npz:absent.npz"), r"data: /.*/absent\.npz: no such file"),
+        (("train", "--data", "folder:absent"), r"data: /.*/absent/train: no such folder"),
+        (("train", "--data", "cifar10:absent"), r"data: /.*/absent: no cifar"),
+        (("train", "--data", "npz:" + LONG), r"data: .*: cannot be read: File name too long; make"),
+        (("train", "--data", "npz:~no-such-user-anywhere/x"), r"data: .*: no such user"),
         (("train", "-b", "0"), r"batch-size: 0: give 1 or more"),
         (("train", "-b", "many"), r"many"),
         (("train", "--epochs", "0"), r"epochs: 0: give 1 or more"),
@@ -55,6 +63,16 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("train", "--muon-step", "1.5"), r"muon-step: 1\.5: give 0 < value < 1"),
         (("train", "--output-dir", "~no-such-user-anywhere/x"), r"output-dir: .*no such user"),
         (("download", "cifar10", "--directory=~no-such-user-anywhere/x"), r"directory: .*no such"),
+        (
+            ("train", "--optimizer", "adamw", "--lr", "0.001", "--nesterov"),
+            r"nesterov: True: is for sgd and muon, not for adamw; leave it out",
+        ),
+        (("train", "--optimizer", "adamw", "--lr", "0.001", "--no_nesterov"), r"nesterov: False: "),
+        (
+            ("train", "--max-skipped-steps", "9"),
+            r"max-skipped-steps: '9': is for fp16, .* or give --precision fp16",
+        ),
+        (("train", "--precision", "bf16", "--max_skipped_steps=20"), r"max-skipped-steps: '20': "),
         (("train", "--save-every", "0"), r"save-every: 0: give 1 or more"),
         (("train", "--model"), r"--model"),
         (("train", "--resume", "absent"), r"resume: 'absent': no run there"),
@@ -62,6 +80,8 @@ def only_line(capsys: pytest.CaptureFixture[str]) -> str:
         (("evaluate",), r"(?i)checkpoint"),
         (("evaluate", "absent"), r"checkpoint: absent: no weights there"),
         (("evaluate", "absent", "-b", "0"), r"batch-size: 0"),
+        (("evaluate", LONG), r"checkpoint: 'x+.*': File name too long; give another path"),
+        (("train", "--resume", LONG), r"resume: 'x+': cannot be read \(File name too long\); give"),
         (("summary", "vgg"), r"model: 'vgg': choose one of"),
         (("summary", "resnet18", "--image-size", "0"), r"image-size: 0"),
         (("download", "mnist"), r"mnist"),
@@ -162,6 +182,26 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(
     assert "output-dir: " in only_line(capsys)
 
 
+def test_weights_that_may_not_be_looked_for_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", denied)
+        assert cifar("evaluate", tmp_path / "run") == 2
+    assert re.search(
+        r"checkpoint: '.*/run/manifest.json': Permission denied; give", only_line(capsys)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar.files.os.scandir", denied)
+        assert cifar("evaluate", tmp_path / "run") == 2
+    assert re.search(
+        r"checkpoint: '.*/run/checkpoints': Permission denied; give", only_line(capsys)
+    )
+
+
 def test_evaluating_checks_the_data_and_the_checkpoint(
     npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +273,25 @@ def test_an_optimizer_with_a_learning_rate_is_taken(
     assert train(npz, tmp_path / "run", *options) == 0, "which gives --lr too, and crops nothing"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision", "fp16", "--max-skipped-steps", "9"),
+        ("--max-skipped-steps", "9"),
+        ("--optimizer", "sgd", "--lr", "0.1", "--no-nesterov"),
+        ("--nesterov",),
+        ("--optimizer", "adamw", "--lr", "0.001"),
+    ],
+)
+def test_options_that_change_something_are_taken(
+    options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    read = read_train_options([*options])
+    assert read.run.max_skipped_steps == (9 if "9" in options else 20)
+    assert read.train.recipe.nesterov is ("--no-nesterov" not in options)
+
+
 def test_a_summary_tells_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert cifar("summary", "resnet18") == 0
     assert "11,173,962" in capsys.readouterr().out
@@ -270,7 +329,10 @@ sys.exit(code)
 def test_help_is_quick_for_it_imports_no_torch(command: str) -> None:
     code, out, err = finish(start("-c", HELP, *command.split(), "--help", module=False))
     assert (code, err) == (0, "")
-    assert out.endswith("heavy: []\n") and "cifar" in out
+    assert (
+        out.endswith("heavy: []\n")
+        and f"example{'' if command else 's'}:\n  cifar {command}" in out
+    )
     assert "--lr" in out or command != "train"
 
 
@@ -278,4 +340,4 @@ def test_started_directly_bad_input_is_one_line_without_a_traceback(tmp_path: Pa
     process = start("cifar", "train", *TINY_OPTIONS, "--data", "npz:absent.npz", cwd=tmp_path)
     code, out, err = finish(process)
     assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1 and err.startswith("cifar: data: absent.npz")
+    assert len(err.splitlines()) == 1 and re.match("cifar: data: /.*/absent.npz", err)

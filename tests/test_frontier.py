@@ -357,7 +357,7 @@ BAD = {
     "precision: 'int3': choose one of": [*LIMITED, "--precisions", "int3"],
     "launcher: 'nope': choose one of ddp": [*LIMITED, "--launcher", "nope"],
     "recipe: 'nope': choose one of": [*LIMITED, "--recipe", "nope"],
-    "data: missing.npz": [*LIMITED, "--data", "npz:missing.npz"],
+    "/missing.npz: no such file": [*LIMITED, "--data", "npz:missing.npz"],
     "num-processes: 0: give 1 or more": [*LIMITED, "--num-processes", "0"],
     "memory-limit: 0: give 1 to ": [*LIMITED[:-1], "0"],
     "--memory-limit": [*LIMITED[:-1], "much"],

@@ -492,7 +492,9 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, n
 
 def test_onnxruntime_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "onnx" or None)
-    with pytest.raises(UnsupportedError, match=r"^inference-backends: .*: onnx is not installed$"):
+    with pytest.raises(
+        UnsupportedError, match=r"^inference-backends: .*: onnx is not installed; install it$"
+    ):
         BACKENDS["onnxruntime"](source_of(make_subject()), torch.zeros(1, 3, 16, 16))
 
 

@@ -28,7 +28,7 @@ FREE_NAMES = """
     cifar.data cifar.data.config cifar.data.dataset cifar.data.download cifar.data.folder
     cifar.data.npz cifar.data.shapes cifar.data.sources cifar.data.unpickle cifar.errors cifar.files
     cifar.process cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
-    launch
+    cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy

@@ -14,7 +14,7 @@ import cifar.__main__ as cifar_program
 from bench import frontier_command
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import RunOptions, build_suite
-from cifar import run_folder
+from cifar import run_folder, train_options
 from cifar.cli import parse
 from cifar.config import RunConfig, TrainConfig
 from cifar.errors import ConfigError
@@ -64,7 +64,7 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     def stop(cls, argv, **settings):
         raise Parsed(parse(cls, argv, **settings))
 
-    for module in (*PROGRAMS.values(), frontier_command):
+    for module in (*PROGRAMS.values(), frontier_command, train_options):
         monkeypatch.setattr(module, "parse", stop)
     stored = SimpleNamespace(train=TrainConfig(), run=RunConfig())
     monkeypatch.setattr(run_folder, "read_config", lambda folder: stored)
@@ -137,6 +137,21 @@ def test_every_example_of_the_help_parses(name, check):
     assert len(found) > 3
     for words in found:
         check(words)
+
+
+HELPED = [(name, command) for name, program in PROGRAMS.items() for command in program.COMMANDS]
+
+
+@pytest.mark.parametrize(("name", "command"), HELPED)
+def test_the_help_of_every_command_has_an_example_that_parses(name, command, check, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        PROGRAMS[name].COMMANDS[command].run(["--help"])
+    assert stopped.value.code in (0, None)
+    shown = re.search(r"^example:\n  (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert shown is not None
+    (words,) = commands(shown[1])
+    assert words[:2] == [name, command]
+    check(words)
 
 
 def tree_paths(block: str) -> Iterator[str]:

@@ -156,7 +156,7 @@ def test_nan_is_refused_when_written_and_when_read():
     with pytest.raises(ValueError, match="Out of range float"):
         to_json(make_record(duration_s=float("nan")))
     text = to_json(make_record()).replace("12.5", "NaN")
-    with pytest.raises(UserError, match=r"^file:3: NaN is not a number"):
+    with pytest.raises(UserError, match=r"^file:3: NaN: is not a number .*; remove"):
         parse_record(text, source="file:3")
 
 
@@ -168,9 +168,10 @@ def test_status_needs_a_reason():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (edited(colour="red"), "file:1: colour: Unexpected keyword argument"),
-        (edited(status="fine"), "file:1: status: Input should be 'ok', 'failed'"),
-        (edited(repeat="0"), "file:1: repeat: Input should be a valid integer"),
+        (edited(colour="red"), "file:1: colour: 'red': no such field: remove it, or use the"),
+        (edited(status="fine"), "file:1: status: 'fine': Input should be 'ok', 'failed'"),
+        (edited(status="oom"), "file:1: reason: '': say why the record is oom"),
+        (edited(repeat="0"), "file:1: repeat: '0': Input should be a valid integer; correct it"),
         (edited(schema_version=None), "file:1: schema_version: None: must be an integer"),
         (edited(schema_version=True), "file:1: schema_version: True: must be an integer"),
         (edited(schema_version=SCHEMA_VERSION + 1),
@@ -192,7 +193,7 @@ def test_a_bad_line_is_named_with_file_line_and_key(tmp_path, monkeypatch, text,
 def test_nested_unknown_keys_are_named():
     fields = to_dict(make_record())
     fields["cell"]["train"]["recipe"]["speed"] = 1
-    with pytest.raises(UserError, match=r"^record: cell\.train\.recipe\.speed: Unexpected"):
+    with pytest.raises(UserError, match=r"^record: cell\.train\.recipe\.speed: 1: no such field"):
         parse_record(json.dumps(fields))
 
 

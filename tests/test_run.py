@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,7 +50,7 @@ from cifar.process import MALLOC
 from cifar.progress import TrainingProgress
 from cifar.run import Session
 from cifar.run import train as train_run
-from cifar.signals import ECHO_SECONDS, StopSignals
+from cifar.signals import StopSignals, echo_seconds
 from cifar.trainer import Trainer, descend
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -407,7 +407,7 @@ def line_without_step(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (broken_state, "state.json: format: Field required"),
+        (broken_state, "state.json: format: missing: add it, or use the version"),
         (without_group, "has no optimizer.safetensors"),
         (other_optimizer, "of another configuration than config.json"),
         (damaged_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
@@ -521,6 +521,18 @@ def test_paths_may_begin_with_a_tilde(
     assert cifar("train", "--resume=~no-such-user-anywhere/run") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cifar: resume: '~no-such-user-anywhere/run': no such user")
+
+
+def test_a_run_goes_on_from_another_folder(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with after_step(2, kill(signal.SIGTERM)):
+        assert train(Path(npz.name), tmp_path / "run") == 143
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume(tmp_path / "run") == 0
+    assert cifar("evaluate", tmp_path / "run", "--cpu") == 0
 
 
 def test_two_runs_of_the_same_second_get_folders_of_their_own(
@@ -693,9 +705,15 @@ with StopSignals() as signals:
 """
 
 
-def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not() -> None:
-    code, out, err = finish(start("-c", SECOND_SIGNAL, module=False), seconds=50)
-    assert (code, out, err) == (143, "alive\n", "")
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RUN_ID", "WORLD_SIZE"])
+def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not(name: str) -> None:
+    process = start("-c", SECOND_SIGNAL, module=False, environment={name: "2"})
+    assert finish(process, seconds=50) == (143, "alive\n", "")
+
+
+def test_without_a_launcher_nothing_is_an_echo() -> None:
+    assert finish(start("-c", SECOND_SIGNAL, module=False), seconds=50) == (130, "", "")
+    assert echo_seconds({"WORLD_SIZE": "1"}) == 0
 
 
 BLOCKED_IN_C = """
@@ -714,7 +732,7 @@ def test_a_second_signal_stops_a_process_that_is_blocked_in_c() -> None:
     process = start("-c", BLOCKED_IN_C, module=False)
     assert process.stdout is not None and process.stdout.readline() == "blocked\n"
     process.send_signal(signal.SIGTERM)
-    time.sleep(ECHO_SECONDS + 0.5)
+    time.sleep(0.5)
     assert process.poll() is None, "the first one is only noted"
     process.send_signal(signal.SIGUSR1)
     assert finish(process, seconds=60) == (138, "", "")
@@ -731,8 +749,10 @@ def test_stop_signals_leave_nothing_behind() -> None:
     assert counts() == before
 
 
-def test_the_first_signal_is_noted_and_the_handlers_come_back() -> None:
-    assert ECHO_SECONDS > 0
+def test_the_first_signal_is_noted_and_the_handlers_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # else the second one would end the tests
     before = signal.getsignal(signal.SIGUSR1)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -841,19 +861,52 @@ def test_final_weights_have_the_whole_configuration_beside_them(
             "manifest.json", "model.json", "model.safetensors"]  # fmt: skip
 
 
+@contextlib.contextmanager
+def noted_environment() -> Iterator[None]:
+    """While entered, there is something to note of every run's environment."""
+    given = {**MALLOC, "GOMP_SPINCOUNT": "3", "OMP_NUM_THREADS": "1"}
+    with (
+        mock.patch("cifar.process.available_cores", return_value=99),
+        mock.patch("training.worker_environment", return_value=given),
+    ):
+        yield
+
+
 def test_settings_other_than_bench_s_are_told_once(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(npz, tmp_path / "usual", "--epochs", "1") == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("cifar.process.available_cores", lambda: 99)
-    given = {**MALLOC, "GOMP_SPINCOUNT": "3"}
-    with mock.patch("training.worker_environment", return_value=given):
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with noted_environment():
         assert train(npz, tmp_path / "other", "--epochs", "1") == 0
     assert capsys.readouterr().err == (
         "note: environment: GOMP_SPINCOUNT=3 (bench: 100000), OMP_NUM_THREADS=1 (bench: 99)\n"
     )
+
+
+def test_an_error_comes_alone_though_there_is_something_to_note(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(2, kill(signal.SIGTERM)):
+        assert train(npz, folder) == 143
+    arrays = dict(np.load(npz))
+    arrays["train_images"][0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    other = ("--data", f"npz:{tmp_path / 'other.npz'}")
+    capsys.readouterr()
+    with noted_environment():
+        assert resume(folder, *other) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "not the images this run was started with" in line
+        assert cifar("evaluate", folder, *other, "--cpu", "--precision", "fp16") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "precision: 'fp16'" in line
+        (weights,) = folder.glob("checkpoints/*/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1])
+        assert resume(folder) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no whole checkpoint there" in line
 
 
 def test_a_precision_without_kernels_is_emulated_and_told_once(

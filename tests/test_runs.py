@@ -11,6 +11,7 @@ from fake_worker import environment, record_of
 
 from bench import execution, present, runs
 from bench.job import Job
+from bench.options import runs_folder
 from bench.progress import SuiteProgress, outcome
 from bench.protocol import Protocol
 from bench.record import DataFacts, Record
@@ -83,6 +84,20 @@ def test_a_missing_run_is_one_line(tmp_path: Path) -> None:
         runs.find("nope", tmp_path)
     with pytest.raises(UserError, match=r"run: no run in '.*'; start one with bench run"):
         runs.newest(tmp_path)
+
+
+def test_a_home_folder_is_found(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runs_folder("~/runs") == tmp_path / "runs"
+    assert runs.find(f"~/runs/{run.id}", tmp_path / "elsewhere") == run
+
+
+def test_a_run_that_may_not_be_read_is_passed_over(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readable = runs.create(make_suite(), run.folder.parent)
+    monkeypatch.setattr(os, "access", lambda path, _: path.parent == readable.folder)
+    assert runs.run_names(run.folder.parent) == [readable.id]
 
 
 def test_a_damaged_plan_names_the_file(run: Run) -> None:

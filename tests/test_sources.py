@@ -156,6 +156,28 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, cifar10: Path) -> Non
         load("cifar10:~no-such-user-anywhere/x")
 
 
+def test_a_path_is_absolute_and_the_same_however_it_was_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = DataConfig(source="npz", path=str(tmp_path.resolve() / "a.npz"))
+    for written in ("../a.npz", "./../a.npz", "../link/../a.npz", expected.path):
+        assert parse_data(f"npz:{written}") == expected
+    assert parse_data("folder:a") == parse_data("folder:./a/")
+    assert parse_data("folder:~/a").path == str(tmp_path / "a")
+    assert parse_data("cifar10:b").root == str(Path.cwd() / "b")
+    assert parse_data("cifar100:../link").root == str(tmp_path.resolve() / "here")
+    assert parse_data("cifar10").root is None
+
+
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    for source in ("npz", "folder", "cifar10"):
+        assert "File name too long; make it readable or name" in refusal(f"{source}:{'x' * 300}")
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_missing_folder_names_the_remedies(tmp_path: Path, name: str) -> None:
     message = refusal(f"{name}:{tmp_path}/absent")
@@ -487,7 +509,9 @@ def test_unreadable_folder_is_one_line(images: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(13, "Permission denied", "somewhere")
 
     monkeypatch.setattr(folder, "_image_files", denied)
-    assert "somewhere: cannot be read: Permission denied" in refusal(f"folder:{images}")
+    assert "somewhere: cannot be read: Permission denied; make it readable or name" in refusal(
+        f"folder:{images}"
+    )
 
 
 # npz

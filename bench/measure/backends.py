@@ -127,7 +127,9 @@ def onnxruntime(source: Source, images: Tensor) -> Run:
         )
     for name in ("onnxruntime", "onnx", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise UnsupportedError(f"inference-backends: onnxruntime: {name} is not installed")
+            raise UnsupportedError(
+                f"inference-backends: onnxruntime: {name} is not installed; install it"
+            )
     session = _onnx_session(plain(source), images.contiguous(), source)
     return _bound(session, source.device)
 
@@ -137,7 +139,9 @@ def _onnx_session(module: nn.Module, images: Tensor, source: Source) -> Any:
     ort: Any = importlib.import_module("onnxruntime")
     name, options = _provider(source)
     if name not in ort.get_available_providers():
-        raise UnsupportedError(f"inference-backends: onnxruntime: was built without {name}")
+        raise UnsupportedError(
+            f"inference-backends: onnxruntime: was built without {name}; install one with it"
+        )
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +150,9 @@ def _onnx_session(module: nn.Module, images: Tensor, source: Source) -> Any:
         torch.onnx.export(module, (images,), path, dynamo=True, verbose=False, **names)
         session = ort.InferenceSession(path, settings, providers=[(name, options)])
     if session.get_providers()[0] != name:  # it takes the CPU without a word
-        raise UnsupportedError(f"inference-backends: onnxruntime: {name} cannot be loaded")
+        raise UnsupportedError(
+            f"inference-backends: onnxruntime: {name} cannot be loaded; install what it needs"
+        )
     return session
 
 

@@ -1,11 +1,13 @@
 """Which images, and how `--data` writes them. No torch in here."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from cifar.errors import ConfigError
+from cifar.files import user_path
 from cifar.serialize import NOT_IN_DIGEST, STRICT
 
 
@@ -28,10 +30,11 @@ class DataConfig:
 
 
 def parse_data(text: str) -> DataConfig:
-    """Read the grammar of `DataConfig`.
+    """Read the grammar of `DataConfig`; paths become absolute, so that any folder can resume.
 
     Raises:
-        ConfigError: another source, or a path too many or too few.
+        ConfigError: another source, a path too many or too few, or one of a user who does not
+            exist.
     """
     source, colon, path = text.partition(":")
     grammar = "write shapes, cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE"
@@ -40,14 +43,22 @@ def parse_data(text: str) -> DataConfig:
     if source == "shapes" and not path:
         return DataConfig()
     if source == "cifar10":
-        return DataConfig(source="cifar10", root=path or None)
+        return DataConfig(source="cifar10", root=_absolute(path))
     if source == "cifar100":
-        return DataConfig(source="cifar100", root=path or None)
+        return DataConfig(source="cifar100", root=_absolute(path))
     if source == "folder" and path:
-        return DataConfig(source="folder", path=path)
+        return DataConfig(source="folder", path=_absolute(path))
     if source == "npz" and path:
-        return DataConfig(source="npz", path=path)
+        return DataConfig(source="npz", path=_absolute(path))
     raise ConfigError(f"data: {text!r}: {grammar}")
+
+
+def _absolute(path: str) -> str | None:
+    """None if empty; `..` is resolved as the file system does, which knows of links."""
+    if not path:
+        return None
+    full = user_path(path, "data").absolute()
+    return os.path.realpath(full) if ".." in full.parts else str(full)
 
 
 DataOption = Annotated[

@@ -76,8 +76,3 @@ class SampleDraws:
         """Like `integers`, but a sample draws the same in every epoch; names are used for one."""
         hashed = self._epoch.hashed(name, lasting=True).index_select(0, self._samples)
         return (hashed * high) >> 32
-
-    def uniform(self, name: str) -> Tensor:
-        """Uniform numbers in [0, 1) on a grid of 2**-24, `[B]` float32."""
-        hashed = self._epoch.hashed(name).index_select(0, self._samples)
-        return (hashed >> 8).to(torch.float32) * 2.0**-24

@@ -31,13 +31,15 @@ def load_dataset(config: DataConfig) -> Dataset:
 
     Raises:
         DataError: missing, damaged or of the wrong form; names the file or folder.
-        ConfigError: the path names a user that does not exist.
+        ConfigError: the default folder of CIFAR names a user that does not exist.
     """
     try:
         return SOURCES[config.source](config)
     except OSError as error:
         where, reason = error.filename or config, error.strerror or error
-        raise DataError(f"data: {where}: cannot be read: {reason}") from None
+        raise DataError(
+            f"data: {where}: cannot be read: {reason}; make it readable or name another --data"
+        ) from None
 
 
 def default_data_dir() -> Path:
@@ -50,7 +52,7 @@ def default_data_dir() -> Path:
 def _path(config: DataConfig) -> Path:
     if not config.path:
         raise DataError(f"data: {config.source}: no path; write {config.source}:PATH")
-    return user_path(config.path, "data")
+    return Path(config.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +117,7 @@ def load_cifar(config: DataConfig) -> Dataset:
 
 
 def _cifar_folder(layout: CifarLayout, root: str | None) -> Path:
-    base = user_path(root, "data") if root else default_data_dir()
+    base = Path(root) if root else default_data_dir()
     for folder in (base / layout.folder, base):
         if (folder / layout.meta).exists():
             return folder
@@ -204,8 +206,8 @@ def _npz_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str) -> S
     for key in (images_key, labels_key):
         if key not in arrays:
             raise DataError(
-                f"data: {path}: no {split}_images and {split}_labels (or x_{split} and y_{split}); "
-                f"it holds {reprlib.repr(sorted(arrays))}"
+                f"data: {path}: no {split}_images and {split}_labels (or x_{split} and y_{split}), "
+                f"it holds {reprlib.repr(sorted(arrays))}; add them"
             )
     images = _channels_first(f"data: {path}: {images_key}", arrays[images_key])
     labels = arrays[labels_key]

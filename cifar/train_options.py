@@ -1,0 +1,122 @@
+"""The options of `cifar train`, which start from a recipe or from the run to resume."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cifar import run_folder
+from cifar.cli import parse
+from cifar.config import Recipe, RunConfig, TrainConfig, option_name, require
+from cifar.files import user_path
+from cifar.recipes import get_recipe
+
+arg = tyro.conf.arg
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """Options of `cifar train`."""
+
+    train: TrainConfig
+    run: RunConfig
+    resume: Annotated[str | None, arg(metavar="RUN")] = None
+    """Continue the run in this folder from its newest checkpoint."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the run to resume."""
+        return None if self.resume is None else user_path(self.resume, "resume")
+
+
+TYPICAL_LR = {"sgd": 0.1, "adamw": 0.001, "muon": 0.15}
+"""Learning rates that train ResNets with BatchNorm, to begin with."""
+
+
+def read_train_options(argv: list[str]) -> TrainOptions:
+    """The options, starting from the run to resume or else from the recipe that is named."""
+    resume = _value_of("--resume", argv)
+    if resume is not None:
+        stored = run_folder.read_config(user_path(resume, "resume"))
+        start = TrainOptions(train=stored.train, run=stored.run)
+    else:
+        recipe = get_recipe(_value_of("--recipe", argv) or "default")
+        start = TrainOptions(train=TrainConfig(recipe=recipe), run=RunConfig())
+    options = parse(
+        TrainOptions,
+        argv,
+        prog="cifar train",
+        description="Train a model; the run's folder receives configuration, metrics, checkpoints "
+        "and final weights.",
+        example="cifar train --model resnet18 --data cifar10 --precision bf16 --channels-last",
+        default=start,
+    )
+    if resume is None:
+        _check_changes(start.train.recipe, options.train.recipe, argv)
+    _check_skips(options.train.precision, argv)
+    return options
+
+
+def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
+    """Raise a ConfigError if a change to the named recipe is of no use without another one."""
+    for field in ("crop_padding", "crop_fill"):
+        value = getattr(recipe, field)
+        require(
+            "crop" in recipe.augment or value == getattr(named, field),
+            option_name(field),
+            value,
+            "nothing is cropped; add crop to --augment",
+        )
+    for field in ("muon_step", "muon_momentum"):
+        value = getattr(recipe, field)
+        require(
+            recipe.optimizer == "muon" or value == getattr(named, field),
+            option_name(field),
+            value,
+            f"is for muon, not for {recipe.optimizer}; give --optimizer muon",
+        )
+    require(
+        recipe.optimizer != "adamw"
+        or not (_is_given("--nesterov", argv) or _is_given("--no-nesterov", argv)),
+        "nesterov",
+        recipe.nesterov,
+        "is for sgd and muon, not for adamw; leave it out",
+    )
+    require(
+        recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,
+        "optimizer",
+        recipe.optimizer,
+        f"the learning rate of recipe {named.name}, {named.lr:g}, is for {named.optimizer}; give "
+        f"one with --lr, such as --lr {TYPICAL_LR[recipe.optimizer]:g}",
+    )
+
+
+def _check_skips(precision: str | None, argv: list[str]) -> None:
+    """Raise a ConfigError for a limit on skipped steps in a precision that skips none."""
+    name = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "fp32")
+    require(
+        name == "fp16" or not _is_given("--max-skipped-steps", argv),
+        "max-skipped-steps",
+        _value_of("--max-skipped-steps", argv),
+        "is for fp16, which alone skips steps; leave it out, or give --precision fp16",
+    )
+
+
+def _is_given(option: str, argv: list[str]) -> bool:
+    return any(_name_of(word) == option for word in argv)
+
+
+def _name_of(word: str) -> str:
+    """The option in a word, `_` being as good as `-` in it."""
+    return word.partition("=")[0].replace("_", "-")
+
+
+def _value_of(option: str, argv: list[str]) -> str | None:
+    """The last value given for an option, as `--option value` or `--option=value`."""
+    value = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if _name_of(word) == option:
+            value = word.partition("=")[2] if "=" in word else following
+    return value
