@@ -346,7 +346,8 @@ class Trainer:
         if state.fingerprint != self.fingerprint:
             raise CheckpointError(
                 f"data: {self.dataset.name}: not the images this run was started with "
-                f"(fingerprint {self.fingerprint}, must be {state.fingerprint})"
+                f"(fingerprint {self.fingerprint}, must be {state.fingerprint}); put them back, or "
+                "start a new run"
             )
         if state.total_steps != self.total_steps:
             raise CheckpointError(
@@ -362,7 +363,7 @@ class Trainer:
             self.average.updates = state.ema_updates
         if self.scaler is not None:
             if not state.scaler:
-                raise CheckpointError("checkpoint: scaler: absent: of a run without loss scaling")
+                raise CheckpointError("checkpoint: scaler: absent; start a new run")
             self.scaler.load_state_dict(state.scaler)
         self.meter.load(state.meter, first=self.is_main)
         self.step = state.step
