@@ -227,7 +227,8 @@ def run_save(argv: list[str]) -> int:
 
     run = runs.find(options.run, runs_folder(options.runs_dir))
     selfcheck.refuse(run)
-    for path in save(run, Path(options.results_dir)):
+    tell = partial(complain, "bench")
+    for path in save(run, Path(options.results_dir), tell):
         print(shown(path))
     if note := uncommitted(runs.latest(run.records()).values()):
         complain("bench", note)

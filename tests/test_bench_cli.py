@@ -433,6 +433,19 @@ def test_a_torn_last_line_is_a_notice_on_stderr(files, capsys):
     assert len(output.out.splitlines()) == 2
 
 
+def test_save_says_what_it_does_not_replace(files, capsys):
+    (cell,) = grid(["resnet20"], ["fp32"])
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=(cell,)),))
+    for status in ("ok", "timeout"):
+        run = runs.create(suite, files / "runs")
+        record = record_of(Job(task=run.plan.tasks[0]), status=status, reason="why")
+        append_record(run.records_file, record)
+        assert main(["save", run.id]) == 0
+    output = capsys.readouterr()
+    assert "bench: note: resnet20 fp32 b64: timeout (why); the results keep" in output.err
+    assert "note" not in output.out
+
+
 def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):
     assert bench(tmp_path, *CELLS).returncode == 0
     assert "resnet18" in bench(tmp_path, "table").stdout
