@@ -241,7 +241,14 @@ def test_the_present_environment_is_asked_of_a_process(tmp_path: Path, monkeypat
     text = f"import os\nassert os.environ['OMP_NUM_THREADS']\nprint({to_json(expected)!r})\n"
     (tmp_path / "here.py").write_text(text)
     (tmp_path / "broken.py").write_text("raise ValueError('no idea')")
+    (tmp_path / "accelerated.py").write_text(
+        "import os\nraise ValueError([name for name in os.environ if 'ACCELERATE' in name])"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(present, "MODULE", "accelerated")
+    with pytest.raises(CifarError, match=r"ValueError: \[\]$"):
+        present.present_environment(1)
     monkeypatch.setattr(present, "MODULE", "here")
     assert present.present_environment(1) == expected
     monkeypatch.setattr(present, "MODULE", "broken")
