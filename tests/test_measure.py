@@ -36,7 +36,7 @@ from cifar.config import RunConfig
 from cifar.data.config import parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
-from cifar.errors import ConfigError
+from cifar.errors import ConfigError, UnsupportedError
 from cifar.process import worker_environment
 from cifar.serialize import to_json
 from cifar.trainer import Trainer
@@ -377,6 +377,14 @@ def test_worker_says_what_a_cpu_cannot_run(npz: Path, tmp_path: Path, precision:
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "unsupported"
     assert precision in record.reason
+    assert_names_its_images(record, npz)
+
+
+def assert_names_its_images(record: Record, npz: Path) -> None:
+    dataset = load_dataset(parse_data(f"npz:{npz}"))
+    assert record.data is not None
+    assert record.data.fingerprint == dataset.fingerprint()
+    assert (record.data.train_samples, record.data.test_samples) == (96, 50)
 
 
 def test_worker_refuses_emulation_where_the_protocol_does(
@@ -389,6 +397,32 @@ def test_worker_refuses_emulation_where_the_protocol_does(
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "unsupported"
     assert "emulate" in record.reason
+    assert_names_its_images(record, npz)
+
+
+def test_worker_says_that_there_is_no_compiler(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert run_worker(tmp_path / "job", make_cell(npz, compile=(True,))) == 0
+    record = record_in(tmp_path / "job")
+    assert record.status == "unsupported"
+    assert "'no-such-compiler' was not found" in record.reason
+    assert_names_its_images(record, npz)
+
+
+def test_worker_says_that_memory_cannot_be_limited(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int | None) -> None:
+        raise UnsupportedError("memory-limit: 9: this system enforces none")
+
+    monkeypatch.setattr(worker, "limit_memory", refuse)
+    assert run_worker(tmp_path / "job", make_cell(npz)) == 0
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.reason[:12]) == ("unsupported", "memory-limit")
+    assert_names_its_images(record, npz)
 
 
 def test_worker_fails_when_the_effective_configuration_differs(
