@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from bench.failure import classify
-from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.job import CELL_FILE, LAUNCHED, RECORD_FILE, Job
 from bench.record import Record, Status
 from bench.record_file import parse_record
 from bench.spec import Cell
@@ -170,7 +170,7 @@ def _run(
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**environment, _MARK: mark},
+                env={**environment, _MARK: mark, LAUNCHED: str(time.monotonic())},
                 start_new_session=True,  # a terminal's Ctrl-C reaches this program alone
             )
         process.wait(job.task.protocol.timeout)

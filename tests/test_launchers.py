@@ -98,6 +98,15 @@ def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
     assert "HOME" not in recorded
 
 
+AGE = "import os, time; print(time.monotonic() - float(os.environ['BENCH_LAUNCHED']))"
+
+
+def test_a_job_knows_when_it_was_launched(tmp_path):
+    folder = tmp_path / "job"
+    record = launch(make_job(), folder, argv_for=lambda *_: [sys.executable, "-c", AGE])
+    assert 0 < float((folder / "stdout").read_text()) < record.duration_s
+
+
 def test_accelerate_is_told_by_the_command_alone():
     base = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "HOME": "/home/x"}
     environment = environment_for(1, base)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,30 @@ def test_speed_only_cell(npz: Path) -> None:
     by_size = {each.labels["batch_size"]: each for each in found["inference_latency"]}
     assert {size: len(each.samples[0]) for size, each in by_size.items()} == {1: 4, 8: 4}
     assert found["peak_memory_bytes"][0].value > 50 * 2**20
+
+
+def test_the_time_to_the_first_timed_step_counts_from_the_launch(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = make_subject(make_cell(npz))
+    before = time.monotonic()
+    monkeypatch.setenv("BENCH_LAUNCHED", str(before - 1000))
+    found = {each.name: each for each in measure_training(subject)}
+    after = time.monotonic()
+    waited = found["time_to_first_timed_step"]
+    assert (waited.unit, waited.better, waited.status) == ("s", "lower", "ok")
+    timed = sum(found["train_throughput"].samples[0])
+    warm = found["first_step"].samples[0] + found["warmup_step"].samples[0]
+    assert 1000 + sum(warm) <= waited.value <= 1000 + after - before - timed
+
+
+def test_the_time_to_the_first_timed_step_is_absent_without_a_launcher(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BENCH_LAUNCHED", raising=False)
+    found = {each.name: each for each in measure_training(make_subject(make_cell(npz)))}
+    waited = found["time_to_first_timed_step"]
+    assert (waited.status, waited.reason) == ("absent", "no launcher set BENCH_LAUNCHED")
 
 
 def test_the_budget_is_trained_and_scored(npz: Path) -> None:
