@@ -233,7 +233,8 @@ def run_save(argv: list[str]) -> int:
 
     run = runs.find(options.run, runs_folder(options.runs_dir))
     selfcheck.refuse(run)
-    for path in save(run, user_path(options.results_dir, "results-dir")):
+    tell = partial(complain, "bench")
+    for path in save(run, user_path(options.results_dir, "results-dir"), tell):
         print(shown(path))
     if note := uncommitted(runs.latest(run.records()).values()):
         complain("bench", note)

@@ -31,7 +31,7 @@ def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
         about = format_duration(seconds[task.cell, task.protocol])
         repeat = f" repeat {task.repeat}" if task.repeat else ""
         print(f"[{number}/{len(tasks)}] {task.cell.label}{repeat}  about {about}")
-        chosen = recorded_environment(environment_for(task.cell, os.environ))
+        chosen = recorded_environment(environment_for(task.cell.num_processes, os.environ))
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in chosen.items())
         print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
     total = sum(seconds[task.cell, task.protocol] for task in tasks)

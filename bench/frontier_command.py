@@ -15,7 +15,7 @@ from bench import probes, runs
 from bench.columns import frontier_columns
 from bench.console import show_plan, shown, stoppable
 from bench.estimate import format_duration
-from bench.frontier import RESOLUTION, START, SUITE, Search, frontier, plan_search, probe_protocol
+from bench.frontier import SUITE, frontier
 from bench.launchers import get_launcher
 from bench.options import (
     CommaList,
@@ -28,6 +28,7 @@ from bench.options import (
 from bench.present import present_environment
 from bench.record import Environment
 from bench.repeats import Fingerprints
+from bench.search import RESOLUTION, START, Search, plan_search, probe_protocol
 from bench.spec import RECIPE, Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse

@@ -10,6 +10,9 @@ from cifar.serialize import STRICT
 
 CELL_FILE = "cell.json"
 RECORD_FILE = "record.json"
+LAUNCHED = "BENCH_LAUNCHED"
+"""Environment variable: when the processes were started, in seconds of `time.monotonic`, a clock
+that all processes of a machine share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

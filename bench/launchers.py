@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from bench.failure import classify
-from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.job import CELL_FILE, LAUNCHED, RECORD_FILE, Job
 from bench.record import Record, Status
 from bench.record_file import parse_record
 from bench.spec import Cell
@@ -88,14 +88,14 @@ def argv_for(cell: Cell, folder: Path) -> list[str]:
     return [*launch, *words, "-m", WORKER, str(folder)]
 
 
-def environment_for(cell: Cell, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment that a cell's processes run in.
+def environment_for(num_processes: int, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment that each of a cell's processes runs in.
 
     Accelerate's own variables in `base` are left out: they would change what is launched, as
     `ACCELERATE_USE_CPU` the device, and the cell and its launcher's file say that.
     """
     rest = {name: value for name, value in base.items() if not name.startswith("ACCELERATE_")}
-    return worker_environment(cell.num_processes, rest)
+    return worker_environment(num_processes, rest)
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def launch(
     _prepare(job, folder)
     started, clock = datetime.now(UTC), time.monotonic()
     with _empty_compile_cache(folder) as variables:
-        environment = environment_for(job.task.cell, os.environ) | variables
+        environment = environment_for(job.task.cell.num_processes, os.environ) | variables
         ending = _run(job, folder, argv_for(job.task.cell, folder), environment, grace)
     record = _judge(job, folder, ending)
     return replace(
@@ -170,7 +170,7 @@ def _run(
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**environment, _MARK: mark},
+                env={**environment, _MARK: mark, LAUNCHED: str(time.monotonic())},
                 start_new_session=True,  # a terminal's Ctrl-C reaches this program alone
             )
         process.wait(job.task.protocol.timeout)

@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
+from bench.launchers import environment_for
 from bench.record import Environment
 from cifar.errors import CifarError
-from cifar.process import worker_environment
 from cifar.serialize import from_json
 
 MODULE = "bench.environment"
@@ -22,7 +22,7 @@ def present_environment(num_processes: int) -> Environment:
     try:
         done = subprocess.run(
             [sys.executable, "-m", MODULE],
-            env=worker_environment(num_processes, os.environ),
+            env=environment_for(num_processes, os.environ),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from bench.execution import Launch, Present, measure, taken_up
-from bench.frontier import Search, next_batch, probe
 from bench.job import Job
 from bench.launchers import launch
 from bench.present import present_environment
@@ -16,6 +15,7 @@ from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record, Status
 from bench.repeats import UNCHANGED, Fingerprints, is_from_here
 from bench.runs import Run, latest
+from bench.search import Search, next_batch, probe
 from bench.spec import Task
 
 ANSWERS: tuple[Status, ...] = ("ok", "oom")

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from bench.frontier import Search
 from bench.record import Record
 from bench.record_file import read_records
+from bench.search import Search
 from bench.spec import Suite, Task, expand
 from cifar import files
 from cifar.errors import UserError

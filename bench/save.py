@@ -1,6 +1,6 @@
 """A run's records to the results that are kept: `results/<hardware>/<suite>.{jsonl,md}`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench.columns import frontier_columns
@@ -16,11 +16,13 @@ from cifar.files import write_atomic
 from cifar.serialize import to_json
 
 
-def save(run: Run, results_dir: Path) -> list[Path]:
+def save(run: Run, results_dir: Path, tell: Callable[[str], None] = print) -> list[Path]:
     """Add a run's records to the results and render their table; returns the files written.
 
     The latest records of a cell take the place of all that are stored of it and of the same images,
-    whichever repeats those are: a run of fewer repeats would else be mixed with an older one.
+    whichever repeats those are: a run of fewer repeats would else be mixed with an older one. But
+    where none of them is finished and one of those is, the stored ones stay, and `tell` is given a
+    line that says so.
 
     Raises:
         UserError: the run has no record that says what it ran on, or a file cannot be read or
@@ -32,7 +34,8 @@ def save(run: Run, results_dir: Path) -> list[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = read_records(path) if path.exists() else []
-            merged = [*_others(stored, records), *records]
+            added = _none_worse(records, stored)
+            merged = [*_others(stored, added), *added]
             write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
             text = f"# {run.plan.suite}\n\n{table(run.plan.suite, merged)}\n"
             write_atomic(path.with_suffix(".md"), text)
@@ -42,7 +45,41 @@ def save(run: Run, results_dir: Path) -> list[Path]:
                 "give another folder"
             ) from None
         written += [path, path.with_suffix(".md")]
+        keys = {record.key for record in added}
+        lines = (_staying(record) for record in records if record.key not in keys)
+        for line in dict.fromkeys(lines):
+            tell(line)
     return written
+
+
+def _staying(record: Record) -> str:
+    return (
+        f"note: {record.cell.label}: {record.status} ({' '.join(record.reason.split())}); the "
+        "results keep what they had of it"
+    )
+
+
+def _none_worse(records: Sequence[Record], stored: Sequence[Record]) -> list[Record]:
+    """The records without those of a cell of which none is a result, though a stored one is."""
+    told = {record.key[:2] for record in records if _is_result(record)}
+
+    def is_worse(new: Record) -> bool:
+        return new.key[:2] not in told and any(
+            _is_result(old) and old.key[:2] == new.key[:2] and _may_share_images(old, new)
+            for old in stored
+        )
+
+    return [record for record in records if not is_worse(record)]
+
+
+def _is_result(record: Record) -> bool:
+    """Whether trying again would change nothing; a search for memory's end wants to find it."""
+    return record.finished or (record.suite == FRONTIER and record.status == "oom")
+
+
+def _may_share_images(old: Record, new: Record) -> bool:
+    """Whether two records of a cell are of the same images, as far as is known."""
+    return not (old.data and new.data) or old.data.fingerprint == new.data.fingerprint
 
 
 def _others(stored: Iterable[Record], records: Iterable[Record]) -> list[Record]:

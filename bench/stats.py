@@ -3,6 +3,7 @@
 Samples of a measurement come as one sequence per rank (outer) of one value per step (inner).
 """
 
+import functools
 import itertools
 import math
 import random
@@ -153,7 +154,8 @@ def ratio_interval(
 
     Either group is resampled by itself, one value per process (Efron and Tibshirani 1993, An
     Introduction to the Bootstrap, sections 8.3 and 13.3). Simulated coverage of nominal 95 %
-    for two groups of 7: 95.6 to 96.5 % (normal, lognormal and exponential spread).
+    for two groups of 7: 95.6 to 96.5 % (normal, lognormal and exponential spread). Groups of one
+    size share their draws, so that a table of many rows takes no longer than its medians.
 
     Raises:
         ValueError: a group of fewer than FEWEST values.
@@ -162,11 +164,25 @@ def ratio_interval(
         raise ValueError(
             f"ratio interval: {len(values)} and {len(reference)} values: needs {FEWEST} or more"
         )
-    generator = random.Random(seed)
-
-    def median(group: Sequence[float]) -> float:
-        return float(statistics.median(generator.choices(group, k=len(group))))
-
-    ratios = [median(values) / median(reference) for _ in range(resamples)]
+    above = _resampled_medians(values, resamples, seed)
+    below = _resampled_medians(reference, resamples, seed + 1)
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
     tail = 50 * (1 - confidence)
     return percentile(ratios, tail), percentile(ratios, 100 - tail)
+
+
+def _resampled_medians(group: Sequence[float], resamples: int, seed: int) -> list[float]:
+    """The median of every resample."""
+    ordered = sorted(group)
+    return [(ordered[i] + ordered[j]) / 2 for i, j in _middles(len(group), resamples, seed)]
+
+
+@functools.lru_cache(maxsize=64)
+def _middles(size: int, resamples: int, seed: int) -> list[tuple[int, int]]:
+    """Of every resample of `size` values the two in its middle (one twice if odd), by their rank.
+
+    Which they are depends on the draws alone, not on the values.
+    """
+    generator = random.Random(seed)
+    draws = (sorted(generator.choices(range(size), k=size)) for _ in range(resamples))
+    return [(ranks[(size - 1) // 2], ranks[size // 2]) for ranks in draws]

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.protocol import BACKENDS, Protocol
 from bench.spec import Cell, Plan, Suite, grid, seeded
-from cifar.config import TrainConfig
+from cifar.config import TrainConfig, require
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
@@ -148,11 +148,12 @@ def override(
 ) -> Suite:
     """The suite with these fields of `TrainConfig`, `Cell` and `Protocol` changed everywhere.
 
-    A recipe brings its own batch size unless `batch_size` is given too. Cells that become equal
-    are measured once (`bench.spec.expand`).
+    A recipe brings its own batch size unless `batch_size` is given too, and a mode of compiling is
+    that of the cells that compile. Cells that become equal are measured once (`bench.spec.expand`).
 
     Raises:
-        ConfigError: a value out of range, or a batch that does not divide.
+        ConfigError: a value out of range, a batch that does not divide, or a mode of compiling
+            where no cell compiles.
     """
     train, own, protocol = (_of(cls, changes) for cls in (TrainConfig, Cell, Protocol))
     if unknown := changes.keys() - {*train, *own, *protocol}:
@@ -162,6 +163,10 @@ def override(
         new = tuple(_changed(cell, train, own, batch_size) for cell in cells)
         return new if seeds is None else seeded(new, seeds)
 
+    cells = [cell for plan in suite.plans for cell in plan.cells]
+    mode = train.get("compile_mode")
+    compiles = any(train.get("compile", cell.train.compile) for cell in cells)
+    require(mode is None or compiles, "compile-mode", mode, "needs --compile")
     plans = tuple(
         Plan(protocol=replace(plan.protocol, **protocol), cells=changed(plan.cells))
         for plan in suite.plans
@@ -180,4 +185,7 @@ def _changed(
     recipe = train.get("recipe", cell.train.recipe)
     if batch_size is not None:
         recipe = replace(recipe, global_batch_size=batch_size)
-    return replace(cell, train=replace(cell.train, **{**train, "recipe": recipe}), **own)
+    changes = {**train, "recipe": recipe}
+    if not train.get("compile", cell.train.compile):
+        changes.pop("compile_mode", None)
+    return replace(cell, train=replace(cell.train, **changes), **own)

@@ -77,10 +77,10 @@ class Worker:
     def _train(self, task: Task) -> tuple[Subject, Status, str]:
         """Take the core metrics; the subject of the others, and whether the right thing ran."""
         train, protocol = task.cell.train, task.protocol
+        dataset = load_dataset(train.data)
+        self._data = describe(dataset)  # before anything is refused: every record names its images
         refuse_emulation(task)
         limit_memory(protocol.memory_limit)
-        dataset = load_dataset(train.data)
-        self._data = describe(dataset)
         batch_size = train.recipe.global_batch_size
         trainer = Trainer(
             train,

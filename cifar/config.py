@@ -13,7 +13,7 @@ import tyro
 from cifar.architectures import ARCHITECTURES, Architecture
 from cifar.data.config import DataConfig, DataOption
 from cifar.errors import ConfigError
-from cifar.serialize import NOT_IN_DIGEST, STRICT
+from cifar.serialize import NOT_IN_DIGEST, STRICT, in_digest_if
 
 arg = tyro.conf.arg
 
@@ -117,6 +117,10 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
+_BY_MUON = in_digest_if(lambda recipe: recipe.optimizer == "muon")
+_BY_CROP = in_digest_if(lambda recipe: "crop" in recipe.augment)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """How a model is trained: budget, batch, optimiser, schedule, regularisation, augmentation."""
@@ -141,9 +145,9 @@ class Recipe:
     """Nesterov momentum (SGD, Muon)."""
     weight_decay: float = 5e-4
     """L2 penalty (SGD; muon: of all but the convolutions) or decoupled decay (AdamW)."""
-    muon_step: float = 0.03
+    muon_step: float = field(default=0.03, metadata=_BY_MUON)
     """Highest step of a convolution, relative to the length of its weight; follows the schedule."""
-    muon_momentum: float = 0.6
+    muon_momentum: float = field(default=0.6, metadata=_BY_MUON)
     """Momentum of the convolutions."""
     decay_norm_and_bias: bool = True
     """Apply the weight decay to BatchNorm parameters and biases as well."""
@@ -158,9 +162,9 @@ class Recipe:
     """Evaluate and save an exponential moving average of the weights; 0: off."""
     augment: tuple[str, ...] = ("crop", "flip")
     """Augmentations, in order; `--augment` alone: none."""
-    crop_padding: int = 4
+    crop_padding: int = field(default=4, metadata=_BY_CROP)
     """Pixels around an image before `crop` cuts its size out at a random place."""
-    crop_fill: Literal["black", "reflect"] = "black"
+    crop_fill: Literal["black", "reflect"] = field(default="black", metadata=_BY_CROP)
     """What these pixels are: black, or the image mirrored at its edges."""
 
     def __post_init__(self) -> None:

@@ -28,45 +28,32 @@ default 181 / 659 / 752, 4.8; OMP_WAIT_POLICY=PASSIVE 240 / 358 / 582, 11.8; thi
 3.0. So PASSIVE was better beside one busy process alone. A user's own OMP_WAIT_POLICY stands.
 """
 
+RECORDED_PREFIXES = (
+    *("MALLOC_", "GLIBC_"),
+    *("OMP_", "GOMP_", "KMP_"),
+    *("MKL_", "ONEDNN_", "DNNL_", "ATEN_"),
+    *("CUBLAS_", "CUDNN_", "NCCL_"),
+    *("PYTORCH_", "TORCHINDUCTOR_", "TRITON_"),
+)
+"""Of variables that change how fast or how a process computes; records hold those that are set:
+allocators, threads, libraries of kernels, torch and its compilers."""
 RECORDED_VARIABLES = (
-    *MALLOC,
-    *SPIN,
-    "OMP_WAIT_POLICY",
-    "OMP_NUM_THREADS",
-    "OMP_PROC_BIND",
-    "OMP_PLACES",
-    "MKL_NUM_THREADS",
-    "KMP_AFFINITY",
-    "KMP_BLOCKTIME",
-    "GOMP_CPU_AFFINITY",
     "LD_PRELOAD",
     "CXX",
     "CC",
-    "ONEDNN_MAX_CPU_ISA",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING",
-    "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "NCCL_ALGO",
-    "NCCL_PROTO",
-    "NCCL_SOCKET_IFNAME",
-    "NCCL_MIN_NCHANNELS",
-    "NCCL_MAX_NCHANNELS",
 )
-"""Variables that change how fast or how a process computes; records hold those that are set.
-
-What a launcher sets by itself is left out, as the launcher and the kind of GPU are recorded anyway:
-TORCH_NCCL_ASYNC_ERROR_HANDLING, NCCL_P2P_DISABLE, NCCL_IB_DISABLE.
-"""
-RECORDED_PREFIXES = ("TORCHINDUCTOR_", "TRITON_")
-"""Of variables that are recorded too: the compilers' settings."""
-_LOCATIONS = ("_DIR", "_HOME", "_PATH", "_URL")
-"""Endings of such variables that say where something lies, not what is computed."""
+"""Such variables whose prefix is shared with many that change nothing."""
+_LOCATIONS = ("_DIR", "_FILE", "_HOME", "_PATH", "_URL")
+"""Endings of variables that say where something lies, not what is computed."""
+_SET_BY_PROGRAMS = (
+    *("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_COMM_ID"),
+    *("KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"),
+)
+"""What launchers and libraries set by themselves, so that not every process of a machine has it:
+the launcher, the kind of GPU and the software are recorded anyway."""
 
 _RESTARTED = "CIFAR_RESTARTED"
 
@@ -89,13 +76,14 @@ def worker_environment(num_processes: int, base: Mapping[str, str]) -> dict[str,
 
 
 def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The recorded variables that are set: `RECORDED_VARIABLES` in order, then the compilers'."""
-    compilers = sorted(
-        name
-        for name in environ
-        if name.startswith(RECORDED_PREFIXES) and not name.endswith(_LOCATIONS)
-    )
-    return {name: environ[name] for name in (*RECORDED_VARIABLES, *compilers) if name in environ}
+    """The variables that are set of `RECORDED_PREFIXES` and `RECORDED_VARIABLES`, by name."""
+    return {name: environ[name] for name in sorted(environ) if _is_recorded(name)}
+
+
+def _is_recorded(name: str) -> bool:
+    if name.endswith(_LOCATIONS) or name in _SET_BY_PROGRAMS:
+        return False
+    return name.startswith(RECORDED_PREFIXES) or name in RECORDED_VARIABLES
 
 
 def differences(environ: Mapping[str, str]) -> list[str]:

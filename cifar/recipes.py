@@ -24,6 +24,8 @@ def default() -> Recipe:
         name="default",
         optimizer="muon",
         lr=0.15,
+        muon_step=0.03,
+        muon_momentum=0.6,
         schedule="triangle",
         global_batch_size=64,
         augment=("crop", "alternating-flip"),

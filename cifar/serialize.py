@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import reprlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -26,6 +26,11 @@ _OTHER_VERSION = "or use the version that wrote it"
 
 NOT_IN_DIGEST = {"digest": False}
 """Field metadata: the field says nothing about what is computed (a label, a path, a time limit)."""
+
+
+def in_digest_if(is_read: Callable[[Any], bool]) -> dict[str, Any]:
+    """Field metadata: the field is read only by such values of its dataclass."""
+    return {"digest": is_read}
 
 
 @functools.cache
@@ -70,7 +75,7 @@ def _problem(first: ErrorDetails) -> str:
 
 
 def contents(value: Any) -> Any:
-    """The fields that enter a digest: non-default ones, nested dataclasses likewise."""
+    """The fields that enter a digest: those read and not at their default, nested ones likewise."""
     if not dataclasses.is_dataclass(value):
         return list(value) if isinstance(value, tuple) else value
     kept = {}
@@ -81,7 +86,8 @@ def contents(value: Any) -> Any:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        if field.metadata.get("digest", True) and item != default:
+        enters = field.metadata.get("digest", True)
+        if (enters(value) if callable(enters) else enters) and item != default:
             kept[field.name] = contents(item)
     return kept
 

@@ -9,15 +9,16 @@ step: steps are interleaved in random order in one process: the trainer's, a bar
   for its budget, batch size and learning rate, so its steps have augmentation, the schedule, the
   training metrics and the average of the weights (EMA) in them, of which a bare loop has none;
   --ema-decay 0 tells what is left without the average.
-pipeline: batches of the recipe's augmented and of plain images take turns. The permutation that
-  either makes once an epoch is left out.
+pipeline: whole epochs of the recipe's augmented and of plain images take turns, each with the draws
+  and the permutation that it makes at its start.
 
-Prints the median of the ratios of neighbouring steps (bare / trainer: 1 means no overhead) with a
-95 % interval from order statistics.
+Prints the median of the ratios of neighbours (bare / trainer, plain / augmented: 1 means no
+overhead) with a 95 % interval from order statistics.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -128,22 +129,34 @@ def compare_pipelines(args: argparse.Namespace) -> dict[str, object]:
         ),
         "augmented": TrainLoader(images, recipe, per_device_batch_size=size),
     }
-    taken: dict[str, list[float]] = {name: [] for name in loaders}
-    for pair in range(args.pairs + args.warmup):
-        for name, loader in loaders.items():
-            position = pair % loader.steps_per_epoch
-            if position == 0:
-                loader.set_epoch(pair)
-            spent = seconds(lambda: list(loader.micro_batches(position)), device)  # noqa: B023
-            if pair >= args.warmup:
-                taken[name].append(spent)
+    epochs = {name: epochs_of(loader) for name, loader in loaders.items()}
+    for epoch in epochs.values():
+        epoch()
+    taken = take_turns(
+        {name: partial(seconds, epoch, device) for name, epoch in epochs.items()}, args.epochs
+    )
     plain, augmented = taken["plain"], taken["augmented"]
+    count = loaders["plain"].steps_per_epoch * size
     return {
         "batch_size": size,
-        "plain_images_per_s": size / statistics.median(plain),
-        "augmented_images_per_s": size * len(augmented) / sum(augmented),
+        "epochs": args.epochs,
+        "plain_images_per_s": count / statistics.median(plain),
+        "augmented_images_per_s": count / statistics.median(augmented),
         "ratio": ratio(plain, augmented),
     }
+
+
+def epochs_of(loader: TrainLoader) -> Callable[[], None]:
+    """A function that makes all batches of the next epoch, and all that is drawn for them."""
+    numbers = itertools.count(1)
+
+    def epoch() -> None:
+        loader.set_epoch(next(numbers))
+        for step in range(loader.steps_per_epoch):
+            for _batch in loader.micro_batches(step):
+                pass
+
+    return epoch
 
 
 def main() -> None:
@@ -157,6 +170,7 @@ def main() -> None:
     parser.add_argument("--ema-decay", type=float, default=own, help="the recipe's; 0: no average")
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30, help="pipeline: of either kind")
     args = parser.parse_args()
     compare = compare_steps if args.what == "step" else compare_pipelines
     print(json.dumps(compare(args)))

@@ -230,8 +230,7 @@ def test_a_dry_run_shows_the_settings_that_would_be_recorded(files, capsys, monk
     assert main([*CELLS, "--dry-run"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[1])
     settings = dict(word.split("=", 1) for word in words[: words.index(sys.executable)])
-    (cell, _) = grid(["resnet20", "resnet18"], ["fp32"])
-    assert settings == recorded_environment(environment_for(cell, os.environ))
+    assert settings == recorded_environment(environment_for(1, os.environ))
     assert settings.items() >= chosen.items()
     assert "GOMP_SPINCOUNT" not in settings, "a user's own wait policy stands"
 
@@ -453,6 +452,19 @@ def test_runs_and_results_may_lie_in_the_home_folder(files, monkeypatch, capsys)
     assert main(["save", run.id, "--runs-dir=~/other", "--results-dir=~/results"]) == 0
     assert list((files / "results").glob("*/s.jsonl")) and not (files / "~").exists()
     assert main(["table", "~/good.jsonl"]) == 0
+
+
+def test_save_says_what_it_does_not_replace(files, capsys):
+    (cell,) = grid(["resnet20"], ["fp32"])
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=(cell,)),))
+    for status in ("ok", "timeout"):
+        run = runs.create(suite, files / "runs")
+        record = record_of(Job(task=run.plan.tasks[0]), status=status, reason="why")
+        append_record(run.records_file, record)
+        assert main(["save", run.id]) == 0
+    output = capsys.readouterr()
+    assert "bench: note: resnet20 fp32 b64: timeout (why); the results keep" in output.err
+    assert "note" not in output.out
 
 
 def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):

@@ -5,16 +5,22 @@ After an intended change of the tables write them anew: `UPDATE_GOLDEN=1 pytest 
 
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from bench.record import Record
 from bench.record_file import read_records
 from bench.save import save
+from bench.spec import Task, expand
+from bench.suites import SUITES, get_suite
 
 RESULTS = Path(__file__).parent.parent / "results"
 FILES = sorted(RESULTS.glob("*/*.jsonl"))
+OF_SUITES = [path for path in FILES if path.stem in SUITES]
 NAMES = [path.relative_to(RESULTS).as_posix() for path in FILES]
 
 
@@ -38,6 +44,26 @@ def test_a_table_is_what_its_records_say(path, tmp_path):
 def test_a_record_is_kept_once(path):
     records = read_records(path)
     assert len({record.key for record in records}) == len(records)
+
+
+def cells(tasks: Iterable[Task | Record]) -> dict[tuple[str, str], str]:
+    """Labels by the digests of cell and protocol; seeds together, of which there may be several."""
+    unseeded = (
+        (replace(each.cell, train=replace(each.cell.train, seed=0)), each.protocol)
+        for each in tasks
+    )
+    return {(cell.digest, protocol.digest): cell.label for cell, protocol in unseeded}
+
+
+@pytest.mark.parametrize("path", OF_SUITES, ids=lambda path: path.stem)
+def test_a_suite_s_records_are_of_the_cells_that_it_has_now(path):
+    recorded, planned = cells(read_records(path)), cells(expand(get_suite(path.stem)))
+    stale = sorted(recorded[key] for key in recorded.keys() - planned.keys())
+    absent = sorted(planned[key] for key in planned.keys() - recorded.keys())
+    assert not stale and not absent, (
+        f"a recipe, a default or the suite has changed since: record anew (bench run {path.stem}, "
+        f"bench save RUN); no longer of the suite: {stale}, not recorded: {absent}"
+    )
 
 
 def test_nothing_lies_beside_records_and_their_tables():

@@ -19,13 +19,14 @@ from test_table import DATA, ENVIRONMENT, check_golden, scalar
 from bench import frontier_command, probes, runs
 from bench.__main__ import main
 from bench.columns import DASH, frontier_columns
-from bench.frontier import SUITE, Search, frontier, next_batch, plan_search, probe, probe_protocol
+from bench.frontier import SUITE, frontier
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.job import Job
 from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.runs import Run
 from bench.save import save
+from bench.search import Search, next_batch, plan_search, probe, probe_protocol
 from bench.spec import Plan, Suite, Task, grid
 from bench.table import render_markdown, render_terminal
 from cifar.errors import ConfigError

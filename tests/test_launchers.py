@@ -98,10 +98,18 @@ def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
     assert "HOME" not in recorded
 
 
+AGE = "import os, time; print(time.monotonic() - float(os.environ['BENCH_LAUNCHED']))"
+
+
+def test_a_job_knows_when_it_was_launched(tmp_path):
+    folder = tmp_path / "job"
+    record = launch(make_job(), folder, argv_for=lambda *_: [sys.executable, "-c", AGE])
+    assert 0 < float((folder / "stdout").read_text()) < record.duration_s
+
+
 def test_accelerate_is_told_by_the_command_alone():
-    (cell,) = grid(["resnet20"], ["fp32"])
     base = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "HOME": "/home/x"}
-    environment = environment_for(cell, base)
+    environment = environment_for(1, base)
     assert not [name for name in environment if name.startswith("ACCELERATE_")]
     assert environment["HOME"] == "/home/x"
 
@@ -132,6 +140,34 @@ def test_settings_of_the_compilers_are_recorded_and_places_are_not():
         ("TORCHINDUCTOR_MAX_AUTOTUNE", "1"),
         ("TRITON_F32_DEFAULT", "tf32"),
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA",
+        "OMP_DYNAMIC", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "MKL_CBWR", "NCCL_BUFFSIZE",
+        "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "CXX", "CUDA_VISIBLE_DEVICES",
+    ],
+)  # fmt: skip
+def test_what_changes_how_a_process_computes_is_recorded(name):
+    assert process.recorded_environment({name: "1", "HOME": "/home/x"}) == {name: "1"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_COMM_ID", "NCCL_DEBUG_FILE", "NCCL_HOME",
+        "BENCH_JOB", "KMP_INIT_AT_FORK", "CUDA_VERSION", "XOMP_NUM_THREADS", "CXXFLAGS",
+    ],
+)  # fmt: skip
+def test_what_differs_between_launches_or_changes_nothing_is_not_recorded(name):
+    assert process.recorded_environment({name: "1"}) == {}
+
+
+def test_the_recorded_variables_are_in_order_of_their_names():
+    environ = {"TRITON_F32_DEFAULT": "tf32", "CC": "gcc", "OMP_NUM_THREADS": "2"}
+    assert list(process.recorded_environment(environ)) == sorted(environ)
 
 
 RESTART = """

@@ -22,8 +22,8 @@ FREE_NAMES = """
     bench bench.__main__ bench.columns bench.console bench.counters bench.estimate bench.execution
     bench.failure bench.frontier bench.frontier_command bench.job bench.judge bench.launchers
     bench.nvml bench.options bench.present bench.probes bench.progress bench.protocol bench.record
-    bench.record_file bench.repeats bench.rows bench.runs bench.save bench.selection bench.selfcheck
-    bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
+    bench.record_file bench.repeats bench.rows bench.runs bench.save bench.search bench.selection
+    bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
     cifar cifar.__main__ cifar.architectures cifar.cli cifar.compilers cifar.config cifar.cost
     cifar.data cifar.data.config cifar.data.dataset cifar.data.download cifar.data.folder
     cifar.data.npz cifar.data.shapes cifar.data.sources cifar.data.unpickle cifar.errors cifar.files
@@ -47,7 +47,9 @@ CHAINS = (
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
     "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
     "bench.rows bench.selection bench.__main__",
-    "bench.rows bench.frontier bench.runs bench.probes bench.frontier_command bench.__main__",
+    "bench.rows bench.frontier bench.frontier_command bench.__main__",
+    "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.__main__",
+    "bench.record bench.runs bench.rows bench.frontier bench.save",
     "bench.spec bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",
     "bench.record bench.unfinished bench.launchers bench.runs",

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from cifar.config import RunConfig
 from cifar.data.config import parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
-from cifar.errors import ConfigError
+from cifar.errors import ConfigError, UnsupportedError
 from cifar.process import worker_environment
 from cifar.serialize import to_json
 from cifar.trainer import Trainer
@@ -101,6 +102,30 @@ def test_speed_only_cell(npz: Path) -> None:
     by_size = {each.labels["batch_size"]: each for each in found["inference_latency"]}
     assert {size: len(each.samples[0]) for size, each in by_size.items()} == {1: 4, 8: 4}
     assert found["peak_memory_bytes"][0].value > 50 * 2**20
+
+
+def test_the_time_to_the_first_timed_step_counts_from_the_launch(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = make_subject(make_cell(npz))
+    before = time.monotonic()
+    monkeypatch.setenv("BENCH_LAUNCHED", str(before - 1000))
+    found = {each.name: each for each in measure_training(subject)}
+    after = time.monotonic()
+    waited = found["time_to_first_timed_step"]
+    assert (waited.unit, waited.better, waited.status) == ("s", "lower", "ok")
+    timed = sum(found["train_throughput"].samples[0])
+    warm = found["first_step"].samples[0] + found["warmup_step"].samples[0]
+    assert 1000 + sum(warm) <= waited.value <= 1000 + after - before - timed
+
+
+def test_the_time_to_the_first_timed_step_is_absent_without_a_launcher(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BENCH_LAUNCHED", raising=False)
+    found = {each.name: each for each in measure_training(make_subject(make_cell(npz)))}
+    waited = found["time_to_first_timed_step"]
+    assert (waited.status, waited.reason) == ("absent", "no launcher set BENCH_LAUNCHED")
 
 
 def test_the_budget_is_trained_and_scored(npz: Path) -> None:
@@ -382,6 +407,14 @@ def test_worker_says_what_a_cpu_cannot_run(npz: Path, tmp_path: Path, precision:
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "unsupported"
     assert precision in record.reason
+    assert_names_its_images(record, npz)
+
+
+def assert_names_its_images(record: Record, npz: Path) -> None:
+    dataset = load_dataset(parse_data(f"npz:{npz}"))
+    assert record.data is not None
+    assert record.data.fingerprint == dataset.fingerprint()
+    assert (record.data.train_samples, record.data.test_samples) == (96, 50)
 
 
 def test_worker_refuses_emulation_where_the_protocol_does(
@@ -393,6 +426,32 @@ def test_worker_refuses_emulation_where_the_protocol_does(
     record = parse_record((tmp_path / "job" / "record.json").read_text())
     assert record.status == "unsupported"
     assert "emulate" in record.reason
+    assert_names_its_images(record, npz)
+
+
+def test_worker_says_that_there_is_no_compiler(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert run_worker(tmp_path / "job", make_cell(npz, compile=(True,))) == 0
+    record = record_in(tmp_path / "job")
+    assert record.status == "unsupported"
+    assert "'no-such-compiler' was not found" in record.reason
+    assert_names_its_images(record, npz)
+
+
+def test_worker_says_that_memory_cannot_be_limited(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int | None) -> None:
+        raise UnsupportedError("memory-limit: 9: this system enforces none")
+
+    monkeypatch.setattr(worker, "limit_memory", refuse)
+    assert run_worker(tmp_path / "job", make_cell(npz)) == 0
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.reason[:12]) == ("unsupported", "memory-limit")
+    assert_names_its_images(record, npz)
 
 
 def test_worker_measures_the_trainers_emulation_and_says_so(

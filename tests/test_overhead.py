@@ -62,11 +62,11 @@ def test_a_short_step_takes_at_most_a_millisecond_more() -> None:
 
 
 def test_augmented_input_keeps_a_share_of_plain_input_s_rate() -> None:
-    found = overhead("pipeline", "--pairs", "300")
+    found = overhead("pipeline")
     assert found["ratio"][0] >= 0.3
 
 
 def test_the_input_pipeline_delivers_20_times_what_resnet18_consumes() -> None:
-    step, pipeline = overhead(*RESNET18), overhead("pipeline", "--pairs", "300")
+    step, pipeline = overhead(*RESNET18), overhead("pipeline")
     consumed = 1e3 * step["batch_size"] / step["bare_step_ms"]
     assert pipeline["augmented_images_per_s"] >= 20 * consumed

@@ -256,7 +256,14 @@ def test_the_present_environment_is_asked_of_a_process(tmp_path: Path, monkeypat
     text = f"import os\nassert os.environ['OMP_NUM_THREADS']\nprint({to_json(expected)!r})\n"
     (tmp_path / "here.py").write_text(text)
     (tmp_path / "broken.py").write_text("raise ValueError('no idea')")
+    (tmp_path / "accelerated.py").write_text(
+        "import os\nraise ValueError([name for name in os.environ if 'ACCELERATE' in name])"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(present, "MODULE", "accelerated")
+    with pytest.raises(CifarError, match=r"ValueError: \[\]$"):
+        present.present_environment(1)
     monkeypatch.setattr(present, "MODULE", "here")
     assert present.present_environment(1) == expected
     monkeypatch.setattr(present, "MODULE", "broken")
@@ -379,6 +386,77 @@ def test_saved_records_of_other_images_stay(tmp_path: Path, run: Run) -> None:
     assert stored(new) == kept, "its own place"
     assert stored(early) == [kept[1], ("resnet20", "unsupported", None)], "of unknown images"
     assert stored(old) == [kept[1], kept[0]]
+
+
+BROKEN = ("failed", "oom", "timeout")
+
+
+@pytest.mark.parametrize("status", BROKEN)
+@pytest.mark.parametrize("seen", [None, "same"])
+def test_a_broken_cell_leaves_what_is_stored_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, seen: str | None
+) -> None:
+    results, suite = tmp_path / "results", make_suite()
+    good, anew = (runs.create(suite, tmp_path / "runs") for _ in range(2))
+    first, second = (Job(task=task) for task in good.plan.tasks)
+    for job in (first, second):
+        append_record(good.records_file, record_of(job, run_id="good", data=images("same")))
+    facts = images(seen) if seen else None
+    broken = record_of(first, run_id="anew", status=status, reason="no\nluck", data=facts)
+    append_record(anew.records_file, broken)
+    append_record(anew.records_file, record_of(second, run_id="anew", data=images("same")))
+    save(good, results)
+    assert capsys.readouterr().out == ""
+    stored = read_records(save(anew, results)[0])
+    assert [(each.cell.train.model.label, each.status, each.run_id) for each in stored] == [
+        ("resnet20", "ok", "good"), ("resnet18", "ok", "anew"),
+    ]  # fmt: skip
+    line = f"note: resnet20 fp32 b64: {status} (no luck); the results keep what they had of it\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_broken_record_is_stored_beside_a_finished_repeat_or_where_there_is_nothing_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, suite = tmp_path / "results", make_suite(("resnet20",), repeats=2)
+
+    def stored(*statuses: str, data: DataFacts | None = None) -> list[str]:
+        run = runs.create(suite, tmp_path / "runs")
+        for task, status in zip(run.plan.tasks, statuses, strict=True):
+            reason = "" if status == "ok" else "why"
+            record = record_of(Job(task=task), status=status, reason=reason, data=data)
+            append_record(run.records_file, record)
+        return [record.status for record in read_records(save(run, results)[0])]
+
+    assert stored("timeout", "oom") == ["timeout", "oom"]
+    assert stored("failed", "oom") == ["failed", "oom"]
+    assert stored("ok", "timeout") == ["ok", "timeout"]
+    assert stored("timeout", "ok") == ["timeout", "ok"]
+    assert capsys.readouterr().out == ""
+    assert stored("failed", "failed") == ["timeout", "ok"]
+    assert capsys.readouterr().out.count("note: ") == 1
+
+
+def test_a_broken_record_of_other_images_is_stored_beside_the_good_ones(tmp_path: Path) -> None:
+    suite = make_suite(("resnet20",))
+    for status, fingerprint in (("ok", "old"), ("timeout", "new")):
+        run = runs.create(suite, tmp_path / "runs")
+        job = Job(task=run.plan.tasks[0])
+        record = record_of(job, status=status, reason="why", data=images(fingerprint))
+        append_record(run.records_file, record)
+        path = save(run, tmp_path / "results")[0]
+    assert [record.status for record in read_records(path)] == ["ok", "timeout"]
+
+
+def test_what_is_out_of_memory_is_a_result_of_a_memory_frontier(tmp_path: Path) -> None:
+    suite = replace(make_suite(("resnet20",)), name="frontier")
+    for status in ("ok", "oom"):
+        run = runs.create(suite, tmp_path / "runs")
+        job = Job(task=run.plan.tasks[0], suite="frontier")
+        record = record_of(job, suite="frontier", status=status, reason="why", run_id=run.id)
+        append_record(run.records_file, record)
+        path = save(run, tmp_path / "results")[0]
+    assert [record.status for record in read_records(path)] == ["oom"]
 
 
 def test_a_record_that_died_early_goes_with_its_run(tmp_path: Path, run: Run) -> None:

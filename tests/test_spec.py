@@ -64,6 +64,29 @@ def test_digest_is_the_same_after_json():
 
 def test_digest_is_that_of_old_records():
     assert make_cell().digest == "9b6c71ad143bdbde"
+    recipe = Recipe(optimizer="muon", lr=0.15, muon_step=0.02, crop_padding=2)
+    assert make_cell(recipe=recipe).digest == "c1b7774c76dc1591"
+
+
+NOT_READ = {
+    "muon": (
+        {"optimizer": "sgd"}, {"optimizer": "muon"}, {"muon_step": 0.02, "muon_momentum": 0.5}
+    ),
+    "crop": (
+        {"augment": ("flip",)}, {"augment": ("crop",)}, {"crop_padding": 2, "crop_fill": "reflect"}
+    ),
+}  # fmt: skip
+"""Settings of a recipe that does not read the last ones, of one that does, and these."""
+
+
+@pytest.mark.parametrize(("without", "within", "settings"), NOT_READ.values(), ids=NOT_READ)
+def test_what_a_recipe_does_not_read_does_not_enter_its_digest(without, within, settings):
+    def digest_of(**changes):
+        return make_cell(recipe=Recipe(lr=0.2, **changes)).digest
+
+    for name, value in settings.items():
+        assert digest_of(**without, **{name: value}) == digest_of(**without)
+        assert digest_of(**within, **{name: value}) != digest_of(**within)
 
 
 @pytest.mark.parametrize(

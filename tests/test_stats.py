@@ -1,6 +1,7 @@
 """Statistics against results worked out by hand."""
 
 import math
+import random
 import statistics
 
 import numpy as np
@@ -172,6 +173,29 @@ def test_ratio_interval_holds_the_true_ratio_about_as_often_as_it_says():
     intervals = [ratio_interval(*pair, resamples=200) for pair in pairs]
     # 95 % of 200 are 190; three standard deviations are 9.
     assert 181 <= sum(low <= 1.0 <= high for low, high in intervals) <= 199
+
+
+def test_ratio_interval_ends_where_resampled_medians_do():
+    """Drawn by numpy, and ten times as often."""
+    fast, slow = [20.0, 21.0, 19.0, 20.5, 22.0, 19.5], [10.0, 11.0, 9.0, 10.5, 12.0, 9.5]
+    generator = np.random.default_rng(0)
+    above, below = (
+        np.median(generator.choice(group, (20_000, 6)), axis=1) for group in (fast, slow)
+    )
+    expected = np.percentile(above / below, [2.5, 97.5])
+    assert ratio_interval(fast, slow) == pytest.approx(expected, rel=0.02)
+
+
+def test_ratio_intervals_of_many_groups_draw_once(monkeypatch):
+    """Else a table of 1,000 repeated records takes seconds."""
+    drawn = []
+    choices = random.Random.choices
+    counted = lambda self, *args, **options: drawn.append(1) or choices(self, *args, **options)  # noqa: E731
+    monkeypatch.setattr(random.Random, "choices", counted)
+    groups = np.random.default_rng(0).normal(1.0, 0.02, (40, 9)).tolist()
+    for group in groups:
+        ratio_interval(group, groups[0], resamples=50, seed=7)
+    assert 0 < len(drawn) <= 2 * 50
 
 
 def test_ratio_interval_refuses_few_values():

@@ -1,5 +1,6 @@
 """The named suites, their overrides, and the estimate of their cost."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -130,11 +131,20 @@ def test_override_refuses_what_a_cell_refuses():
         override(quick(), num_processes=3)
     with pytest.raises(ConfigError, match="compile-mode: 'reduce-overhead': needs --compile"):
         override(quick(), compile_mode="reduce-overhead")
+    with pytest.raises(ConfigError, match="compile-mode: 'default': needs --compile"):
+        override(quick(), compile_mode="default")
 
 
-def test_a_compile_mode_is_that_of_all_cells():
+def test_a_compile_mode_is_that_of_all_cells_that_compile():
     tasks = expand(override(quick(), compile=True, compile_mode="reduce-overhead"))
     assert {task.cell.compiled for task in tasks} == {"compile-reduce-overhead"}
+    before = [task.cell for task in expand(get_suite("precisions"))]
+    suite = override(get_suite("precisions"), compile_mode="max-autotune")
+    after = [task.cell for task in expand(suite)]
+    assert [cell for cell in after if not cell.train.compile] == [
+        cell for cell in before if not cell.train.compile
+    ]
+    assert Counter(cell.compiled for cell in after) == {"eager": 16, "compile-max-autotune": 16}
 
 
 ENVIRONMENT = Environment(

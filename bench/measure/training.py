@@ -1,12 +1,14 @@
 """Training throughput: a stable warm-up, then a window of steps in which nothing is read."""
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from bench.job import LAUNCHED
 from bench.measure.anatomy import set_aside
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
@@ -53,6 +55,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
         reset_peak_memory(subject.device)
     subject.witness.before_window()
     count = _window_steps(subject, pace)
+    began = time.monotonic()
     with Monitor(subject.device) as monitor, energy:
         seconds = _timed_steps(subject, count)
     subject.witness.after_window(count)
@@ -64,6 +67,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     if subject.protocol.train_samples:
         _train_the_rest(subject)
     yield subject.measurement("first_step", "s", "lower", [first_step])
+    yield _time_to_first_timed_step(subject, began)
     if warm:
         yield subject.measurement("warmup_step", "s", "none", warm, settled=settled)
     yield energy.measurement(count * batch)
@@ -73,6 +77,18 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     subject.invalid += reasons
     yield from disturbances
     yield from peak_memory(subject)
+
+
+def _time_to_first_timed_step(subject: Subject, began: float) -> Measurement:
+    """Seconds from the start of the launcher's command to the timed window, which then `began`.
+
+    Start-up, reading the images, compiling and the warm-up are in it.
+    """
+    name, launched = "time_to_first_timed_step", os.environ.get(LAUNCHED)
+    if launched is None:
+        reason = f"no launcher set {LAUNCHED}"
+        return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
+    return subject.measurement(name, "s", "lower", [began - float(launched)])
 
 
 def _energy_meter(subject: Subject) -> EnergyMeter:
