@@ -25,6 +25,7 @@ from cifar.progress import TrainingProgress
 from cifar.serialize import contents
 from cifar.signals import StopSignals
 from cifar.trainer import ComputeLoss, Trainer, Update, descend
+from cifar.training_state import card_of, load_state, state_of, tensor_groups
 
 
 def train(
@@ -228,11 +229,11 @@ class Session:
     def _save(self) -> None:
         """Write a checkpoint; at the end of an epoch its evaluation is still to come."""
         self._seconds += time.monotonic() - self._since
-        tensors, state = self.trainer.state(self._seconds)
+        tensors, state = state_of(self.trainer, self._seconds)
         if self.folder:
             folder = self._checkpoint_folder()
             with _writing(folder):
-                checkpoint.write_checkpoint(folder, tensors, self.trainer.card(), state)
+                checkpoint.write_checkpoint(folder, tensors, card_of(self.trainer), state)
         self._since = time.monotonic()
 
     def _prune(self) -> None:
@@ -247,7 +248,7 @@ class Session:
             tensors = {"model": self.trainer.eval_weights()}
             folder = self.folder / "final"
             with _writing(folder):
-                card = self.trainer.card(averaged=self.trainer.average is not None)
+                card = card_of(self.trainer, averaged=self.trainer.average is not None)
                 checkpoint.write_checkpoint(folder, tensors, card)
         barrier()
 
@@ -261,16 +262,16 @@ class Session:
         trainer = self.trainer
         where, files = self._newest_checkpoint(self.root / "checkpoints")
         state, card = checkpoint.read_state(files, where), checkpoint.read_card(files, where)
-        own = trainer.card()
+        own = card_of(trainer)
         same_images = card.fingerprint == own.fingerprint  # else that is what there is to say
         if same_images and _but_for_images(card.config) != _but_for_images(own.config):
             raise CheckpointError(
                 f"checkpoint: {where}: of another configuration than {run_folder.CONFIG} of its "
                 "run; put back the one it was started with"
             )
-        groups = trainer.tensor_groups
+        groups = tensor_groups(trainer)
         tensors = {group: checkpoint.read_tensors(files, group, where) for group in groups}
-        trainer.load_state(tensors, state)
+        load_state(trainer, tensors, state)
         self._seconds = state.epoch_seconds
         if self.folder:
             # The line of an epoch that is just over is written anew.

@@ -1,4 +1,4 @@
-"""The trainer: one optimiser step, the health of a run, evaluation, and the state to save.
+"""The trainer: one optimiser step, the health of a run, and evaluation.
 
 How the loss is computed and how the weights are updated are two functions that can be replaced,
 see `ComputeLoss` and `Update`.
@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cifar.accelerator import start_accelerator
-from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
+from cifar.checkpoint import Tensors
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset, Split
 from cifar.data.loader import (
@@ -30,17 +30,11 @@ from cifar.data.loader import (
 )
 from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
-from cifar.errors import CheckpointError, ConfigError, TrainingError
+from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.meter import Meter
 from cifar.models import build_model
-from cifar.optim import (
-    WeightAverage,
-    build_optimizer,
-    load_optimizer_tensors,
-    lr_at,
-    optimizer_tensors,
-)
+from cifar.optim import WeightAverage, build_optimizer, lr_at
 
 ComputeLoss = Callable[[nn.Module, TrainBatch], tuple[Tensor, Tensor]]
 """(model, batch) -> (mean loss, logits `[B, K]`); the batch can load partners to be mixed with."""
@@ -289,81 +283,3 @@ class Trainer:
         if self.average:
             tensors += [self.average.weights[name] for name, _ in self.module.named_buffers()]
         broadcast_from_first(tensors)
-
-    def card(self, *, averaged: bool = False) -> ModelCard:
-        """What the weights are, for the folder they are saved in (`averaged`: see `ModelCard`)."""
-        return ModelCard(
-            config=dataclasses.replace(self.config, model=self.model_config),
-            averaged=averaged,
-            dataset=self.dataset.name,
-            fingerprint=self.fingerprint,
-            classes=self.dataset.classes,
-            image_size=tuple(self.dataset.train.images.shape[2:]),
-            mean=self.normalization.mean,
-            std=self.normalization.std,
-            step=self.step,
-            samples_seen=self.samples_seen,
-        )
-
-    @property
-    def tensor_groups(self) -> tuple[str, ...]:
-        """The groups of tensors in a state."""
-        return ("model", "optimizer", "ema") if self.average else ("model", "optimizer")
-
-    def state(self, epoch_seconds: float = 0.0) -> tuple[dict[str, Tensors], TrainState]:
-        """Everything that the rest of the run depends on: tensors by group, and counters.
-
-        Raises:
-            TrainingError: a weight is not finite, so the state is not worth keeping.
-        """
-        self.synchronize_buffers()
-        tensors = {"model": self.weights(), "optimizer": optimizer_tensors(self.optimizer)}
-        if self.average:
-            tensors["ema"] = self.average.weights
-        for name, tensor in tensors["model"].items():
-            if not bool(tensor.isfinite().all()):
-                raise TrainingError(
-                    f"weights: {name} is not finite after step {self.step}: training stopped; "
-                    "lower --lr or change --precision"
-                )
-        return tensors, TrainState(
-            format=1,
-            step=self.step,
-            total_steps=self.total_steps,
-            fingerprint=self.fingerprint,
-            meter=self.meter.state(),
-            ema_updates=self.average.updates if self.average else 0,
-            scaler=self.scaler.state_dict() if self.scaler is not None else None,
-            epoch_seconds=epoch_seconds,
-        )
-
-    def load_state(self, tensors: dict[str, Tensors], state: TrainState) -> None:
-        """Take up a saved state.
-
-        Raises:
-            CheckpointError: it is of another model, data set, precision or length of run.
-        """
-        if state.fingerprint != self.fingerprint:
-            raise CheckpointError(
-                f"data: {self.dataset.name}: not the images this run was started with "
-                f"(fingerprint {self.fingerprint}, must be {state.fingerprint}); put them back, or "
-                "start a new run"
-            )
-        if state.total_steps != self.total_steps:
-            raise CheckpointError(
-                f"steps: {self.total_steps}: the run to resume has {state.total_steps}; "
-                "resume with the same epochs and batch size"
-            )
-        load_into(self.module, tensors["model"], "model")
-        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        if self.average:
-            check_same_shapes(self.average.weights, tensors["ema"], "ema")
-            for name, average in self.average.weights.items():
-                average.copy_(tensors["ema"][name])
-            self.average.updates = state.ema_updates
-        if self.scaler is not None:
-            if not state.scaler:
-                raise CheckpointError("checkpoint: scaler: absent; start a new run")
-            self.scaler.load_state_dict(state.scaler)
-        self.meter.load(state.meter, first=self.is_main)
-        self.step = state.step

@@ -32,6 +32,7 @@ from cifar.checkpoint import (
 from cifar.config import ModelConfig
 from cifar.errors import CheckpointError
 from cifar.models import build_model
+from cifar.training_state import card_of, state_of
 
 
 @pytest.fixture
@@ -39,17 +40,17 @@ def saved(tmp_path: Path) -> Path:
     """A checkpoint of one step with an average of the weights."""
     trainer = make_trainer(tiny_recipe(ema_decay=0.5))
     trainer.train_step()
-    tensors, counters = trainer.state()
+    tensors, counters = state_of(trainer)
     folder = checkpoint_folder(tmp_path / "checkpoints", trainer.step)
-    write_checkpoint(folder, tensors, trainer.card(), counters)
+    write_checkpoint(folder, tensors, card_of(trainer), counters)
     return folder
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     trainer = make_trainer(channels_last=True)
     trainer.train_step()
-    tensors, counters = trainer.state()
-    write_checkpoint(tmp_path / "a", tensors, trainer.card(), counters)
+    tensors, counters = state_of(trainer)
+    write_checkpoint(tmp_path / "a", tensors, card_of(trainer), counters)
     files = read_folder(tmp_path / "a")
     for group, expected in tensors.items():
         found = read_tensors(files, group, tmp_path)
@@ -58,7 +59,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read_state(files, tmp_path) == counters and counters.format == 1
     assert read_card(files, tmp_path).config.channels_last
     card, weights = load_weights(tmp_path / "a")
-    assert card == trainer.card() and weights.keys() == trainer.weights().keys()
+    assert card == card_of(trainer) and weights.keys() == trainer.weights().keys()
 
 
 def test_the_names_of_the_weights_have_no_wrappers_prefix(saved: Path) -> None:

@@ -22,6 +22,7 @@ from cifar.checkpoint import load_weights
 from cifar.config import RunConfig
 from cifar.errors import TrainingError
 from cifar.trainer import Trainer
+from cifar.training_state import load_state, state_of
 
 pytestmark = pytest.mark.gpu
 
@@ -125,11 +126,11 @@ def test_fp16_stops_after_too_many_skipped_steps() -> None:
 def test_the_loss_scale_is_part_of_the_state() -> None:
     trainer = trained(2, precision="fp16")
     trainer.scaler._scale.fill_(128.0)
-    tensors, counters = trainer.state()
+    tensors, counters = state_of(trainer)
     stored = {group: {k: v.cpu().clone() for k, v in some.items()} for group, some in
               tensors.items()}  # fmt: skip
     other = make_trainer(run=GPU, precision="fp16")
-    other.load_state(stored, counters)
+    load_state(other, stored, counters)
     other.train_step()
     assert float(other.scaler.get_scale()) == 128.0
     assert all(tensor.device.type == "cuda" for tensor in other.weights().values())

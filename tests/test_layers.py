@@ -39,6 +39,7 @@ TORCH_NAMES = """
     cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.loader
     cifar.distributed cifar.emulation cifar.evaluation cifar.meter cifar.muon cifar.models
     cifar.models.resnet cifar.models.summary cifar.optim cifar.run cifar.scoring cifar.trainer
+    cifar.training_state
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -55,7 +56,7 @@ CHAINS = (
     "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
-    "cifar.data.dataset cifar.data.loader cifar.trainer cifar.run",
+    "cifar.data.dataset cifar.data.loader cifar.trainer cifar.training_state cifar.run",
     "cifar.optim cifar.trainer",
     "cifar.config cifar.evaluation bench.measure",
     "bench.record bench.environment bench.worker",

@@ -14,6 +14,7 @@ from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.models import build_model
 from cifar.optim import lr_at, optimizer_tensors
 from cifar.trainer import Trainer, cross_entropy
+from cifar.training_state import load_state, state_of
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -301,11 +302,11 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step_however_late() -> N
 def test_weights_that_are_not_finite_are_not_worth_saving() -> None:
     trainer = make_trainer()
     trainer.train_step()
-    trainer.state()
+    state_of(trainer)
     with torch.no_grad():
         trainer.module.fc.bias[3] = torch.nan
     with pytest.raises(TrainingError, match=r"weights: fc\.bias is not finite after step 1"):
-        trainer.state()
+        state_of(trainer)
 
 
 def test_skipped_steps_in_a_row_stop_the_run() -> None:
@@ -334,7 +335,7 @@ def test_a_saved_state_continues_bit_for_bit(fields: dict[str, Any]) -> None:
         straight.train_step()
     for _ in range(2):
         saved.train_step()
-    tensors, counters = saved.state()
+    tensors, counters = state_of(saved)
     stored = {
         group: {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in
                 some.items()}
@@ -342,7 +343,7 @@ def test_a_saved_state_continues_bit_for_bit(fields: dict[str, Any]) -> None:
     }  # fmt: skip
     for _ in range(2):
         saved.train_step()
-    resumed.load_state(stored, counters)
+    load_state(resumed, stored, counters)
     for _ in range(3):
         resumed.train_step()
     assert_equal(resumed.weights(), straight.weights())
@@ -355,19 +356,19 @@ def test_a_saved_state_continues_bit_for_bit(fields: dict[str, Any]) -> None:
 def test_a_state_of_other_data_or_another_length_is_refused() -> None:
     trainer = make_trainer()
     trainer.train_step()
-    tensors, counters = trainer.state()
+    tensors, counters = state_of(trainer)
     with pytest.raises(CheckpointError, match="data: toy: not the images"):
-        make_trainer(data=make_dataset(train=97)).load_state(tensors, counters)
+        load_state(make_trainer(data=make_dataset(train=97)), tensors, counters)
     with pytest.raises(CheckpointError, match=r"steps: 9: .* has 6"):
-        make_trainer(tiny_recipe(epochs=3)).load_state(tensors, counters)
+        load_state(make_trainer(tiny_recipe(epochs=3)), tensors, counters)
 
 
 def test_a_state_of_another_model_is_refused_by_the_first_difference() -> None:
     trainer = make_trainer()
     trainer.train_step()
-    tensors, counters = trainer.state()
+    tensors, counters = state_of(trainer)
     with pytest.raises(CheckpointError, match=r"another model: bn1\.bias is \[4\], must be \[8\]"):
-        make_trainer(model=ModelConfig(name="resnet20", width=8)).load_state(tensors, counters)
+        load_state(make_trainer(model=ModelConfig(name="resnet20", width=8)), tensors, counters)
 
 
 def test_dropout_draws_anew_in_every_step() -> None:
