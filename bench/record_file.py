@@ -55,13 +55,18 @@ def parse_record(text: str, *, source: str = "record") -> Record:
     """Read a record of any schema version up to ours from JSON.
 
     Raises:
-        UserError: unknown or missing key, wrong value, NaN, newer schema; names `source`.
+        UserError: unknown or missing key, wrong value, NaN, newer schema, numbers or nesting out of
+            all measure; names `source`.
         json.JSONDecodeError: not JSON at all.
     """
     try:
         fields = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError:
+        raise
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+    except (ValueError, RecursionError):  # JSON, but of thousands of digits or brackets
+        raise UserError(f"{source}: {text[:40]!r}: is no record; remove this line") from None
     if not isinstance(fields, dict):
         raise UserError(f"{source}: {text[:40]!r}: must be a JSON object; remove this line")
     migrated = migrate(fields, source=source)
@@ -122,7 +127,9 @@ def _mend(descriptor: int) -> bytes:
     try:
         if last.strip():
             json.loads(last)
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         os.ftruncate(descriptor, start)
         return b""
+    except (ValueError, RecursionError):
+        pass  # not torn: whole, though no record, for a reader to complain of
     return b"" if not last or last.endswith(b"\n") else b"\n"

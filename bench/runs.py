@@ -83,8 +83,10 @@ class Run:
         """All records so far, in the order of the plan; those of one task oldest first.
 
         A search plans only where it starts: its probes come in the order in which they were made.
+        All are of this run, though its folder had another name when some were made.
         """
-        records = read_records(self.records_file) if self.records_file.exists() else []
+        stored = read_records(self.records_file) if self.records_file.exists() else []
+        records = [replace(record, run_id=self.id) for record in stored]
         if self.plan.search is not None:
             return records
         order = {task.key: number for number, task in enumerate(self.plan.tasks)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -19,7 +20,9 @@ T = TypeVar("T")
 FIRST_PROCESS_SECONDS = 10.0
 """How long a process waits for the first one to meet the same bad input and end the job."""
 
-_BOX = "╭╮╰╯│─ "
+_FRAME = "╭╮╰╯│ "
+_RULE = "─-"
+"""In which tyro writes: of hyphens where the terminal's encoding is not UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +72,17 @@ def parse(
 
 
 def _one_line(box: str, prog: str) -> str:
-    """tyro's framed message as one line: the text above its first rule, and where help is."""
-    lines = [line.strip(_BOX) for line in box.splitlines()[1:]]
-    message = lines[: lines.index("")] if "" in lines else lines
+    """tyro's framed message as one line: the text between its first rules, and where help is."""
+    lines = [line.strip(_FRAME) for line in box.splitlines()[1:]]
+    parts = [list(part) for ruled, part in itertools.groupby(lines, _is_rule) if not ruled]
+    message = parts[0] if parts else []
     text = " ".join(message).removeprefix("Error parsing ")
     text = re.sub(r"^[\w.]+: (?=[\w-]+: )", "", text)  # a dataclass's own message names the field
     return text if "--help" in text else f"{text} (see {prog} --help)"
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip(_RULE)
 
 
 def run_program(

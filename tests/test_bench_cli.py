@@ -149,6 +149,22 @@ def test_bad_input_is_one_line_and_exit_code_2(files, capsys, message, words):
     assert not (files / "runs").exists() or not list((files / "runs").iterdir())
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--bogus", "Unrecognized options: --bogus"),
+        ("--seeds=x", "--seeds: no type matching {None}|INT could be instantiated from ['x']."),
+    ],
+)
+def test_the_line_on_a_bad_option_is_the_same_in_any_encoding(monkeypatch, encoding, word, told):
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert main(["run", "quick", word]) == 2
+    assert errors.getvalue() == f"bench: {told} (see bench run --help)\n"
+
+
 def test_a_damaged_data_set_is_found_before_anything_starts(files, npz, capsys):
     npz.write_bytes(npz.read_bytes()[:2000])
     assert main([*CELLS, "--data", f"npz:{npz}"]) == 2

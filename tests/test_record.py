@@ -260,6 +260,16 @@ def test_a_torn_line_in_the_middle_is_an_error(tmp_path):
         read_records(path)
 
 
+@pytest.mark.parametrize("line", ['{"a": ' + "1" * 5000 + "}", "[" * 100_000 + "]" * 100_000])
+def test_a_line_out_of_all_measure_is_an_error_and_stays(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    path.write_text(line)
+    append_record(path, make_record())
+    assert path.read_text() == f"{line}\n{to_json(make_record())}\n"
+    with pytest.raises(UserError, match=r"records\.jsonl:1: .*: is no record; remove this line$"):
+        read_records(path)
+
+
 def test_a_missing_file_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"^records: .*none\.jsonl: No such file or directory"):
         read_records(tmp_path / "none.jsonl")

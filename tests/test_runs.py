@@ -16,6 +16,7 @@ from bench.progress import SuiteProgress, outcome
 from bench.protocol import Protocol
 from bench.record import DataFacts, Record
 from bench.record_file import append_record, read_records
+from bench.rows import rows
 from bench.runs import Run
 from bench.save import save, uncommitted
 from bench.spec import Plan, Suite, Task, grid
@@ -161,6 +162,14 @@ def test_what_did_not_finish_is_tried_again(run: Run, status: str, again: int) -
     assert [record.status for record in records] == ["ok" if again else status, "ok"]
     assert len(run.records()) == 2 + again
     assert list(runs.latest(run.records()).values()) == records
+
+
+def test_a_moved_run_goes_on_as_one_run(run: Run) -> None:
+    execution.execute(run, launch=FakeLaunch("timeout", "ok"), present=present_of())
+    moved = replace(run, folder=run.folder.rename(run.folder.with_name("moved")))
+    execution.execute(moved, launch=FakeLaunch(), present=present_of())
+    assert {record.run_id for record in moved.records()} == {"moved"}
+    assert [(row["status"], row["runs"]) for row in rows(moved.records())] == [("ok", 1)] * 2
 
 
 @pytest.mark.parametrize(
