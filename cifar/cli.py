@@ -78,7 +78,31 @@ def _one_line(box: str, prog: str) -> str:
     message = parts[0] if parts else []
     text = " ".join(message).removeprefix("Error parsing ")
     text = re.sub(r"^[\w.]+: (?=[\w-]+: )", "", text)  # a dataclass's own message names the field
+    for pattern, phrase in _PHRASES:
+        text = re.sub(pattern, phrase, text)
     return text if "--help" in text else f"{text} (see {prog} --help)"
+
+
+def _is_of_type(match: re.Match[str]) -> str:
+    kind = {"INT": "a whole number", "FLOAT": "a number"}.get(match[1], match[1])
+    return f"{match[2]}: give {kind}"
+
+
+def _is_choice(match: re.Match[str]) -> str:
+    names = re.findall(r"'([^']*)'", match[3])
+    if "None" in names:  # of what may be left out, which no user writes; tyro has made a set of it
+        names = sorted(name for name in names if name != "None")
+    return f"{match[2]}: {match[1]}: choose one of {', '.join(names)}"
+
+
+_PHRASES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"no type matching (?:\{None\}\|)?(\w+) could be instantiated from \[(.*)\]\.", _is_of_type),
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1: give a whole number"),
+    (r"could not convert string to float: (.*)", r"\1: give a number"),
+    (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", _is_choice),
+    (r"Missing value for argument '(.*)'\. Expected 1 values\.", r"\1: no value: give one"),
+)
+"""tyro's and Python's ways to say it, and ours: field, value and remedy."""
 
 
 def _is_rule(line: str) -> bool:

@@ -65,6 +65,12 @@ LONG = "x" * 300
 BAD = {
     "command: 'nope': choose one of list, run, frontier, table, save, selfcheck": ["nope"],
     "Unrecognized options: --nope": ["run", "quick", "--nope"],
+    "--repeats: no value: give one": ["run", "quick", "--repeats"],
+    "--timeout: 'abc': give a number": ["run", "quick", "--timeout", "abc"],
+    "--format: 'pdf': choose one of terminal, markdown, csv": ["table", "--format", "pdf"],
+    "--compile-mode: 'fast': choose one of default, max-autotune, reduce-overhead": [
+        *("run", "--models", "resnet20", "--compile-mode", "fast")
+    ],
     "suite: none given": ["run"],
     "suite: 'nope': choose one of quick": ["run", "nope"],
     "models: 'resnet20': a suite brings its own": ["run", "quick", "--models", "resnet20"],
@@ -154,7 +160,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, capsys, message, words):
     ("word", "told"),
     [
         ("--bogus", "Unrecognized options: --bogus"),
-        ("--seeds=x", "--seeds: no type matching {None}|INT could be instantiated from ['x']."),
+        ("--seeds=x", "--seeds: 'x': give a whole number"),
     ],
 )
 def test_the_line_on_a_bad_option_is_the_same_in_any_encoding(monkeypatch, encoding, word, told):
