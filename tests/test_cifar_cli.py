@@ -307,6 +307,7 @@ def test_another_process_waits_for_the_first_before_it_complains(
     complain_of_input("cifar", "data: gone")
     assert waited == []
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     complain_of_input("cifar", "data: gone")
     assert waited == [FIRST_PROCESS_SECONDS]
     assert capsys.readouterr().err == "cifar: data: gone\ncifar: process 3: data: gone\n"

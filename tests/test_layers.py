@@ -27,8 +27,8 @@ FREE_NAMES = """
     cifar cifar.__main__ cifar.architectures cifar.cli cifar.compilers cifar.config cifar.cost
     cifar.data cifar.data.config cifar.data.dataset cifar.data.download cifar.data.folder
     cifar.data.npz cifar.data.shapes cifar.data.sources cifar.data.unpickle cifar.errors cifar.files
-    cifar.process cifar.progress cifar.recipes cifar.run_folder cifar.serialize cifar.signals
-    cifar.train_options launch
+    cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
+    cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
