@@ -624,6 +624,29 @@ def test_npz_missing_and_damaged_files(tmp_path: Path) -> None:
         assert str(path) in refusal(text)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_damaged_in_any_compression(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "odd.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.npy", RNG.bytes(5000))
+    whole = path.read_bytes()
+    for position in range(35, 1000, 7):
+        damaged = bytearray(whole)
+        damaged[position : position + 40] = b"\xff" * 40
+        path.write_bytes(damaged)
+        assert str(path) in refusal(f"npz:{path}")
+
+
+def test_npz_that_is_encrypted(tmp_path: Path) -> None:
+    text = write_npz(tmp_path, arrays())
+    path = tmp_path / "digits.npz"
+    raw = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(signature) + flags] |= 1
+    path.write_bytes(raw)
+    assert "encrypted" in refusal(text)
+
+
 def test_npz_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, train_images=np.zeros((10**6, 1, 4, 4), np.uint8))
