@@ -232,7 +232,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
         raise CheckpointError(f"{where}: not the metrics of an epoch; correct it or take it out")

@@ -400,6 +400,10 @@ def damaged_line(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"epoch": 1, "st\n' + lines)
 
 
+def deep_line(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("[" * 100_000 + "\n")
+
+
 def line_without_step(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
 
@@ -411,6 +415,7 @@ def line_without_step(folder: Path) -> None:
         (without_group, "has no optimizer.safetensors"),
         (other_optimizer, "of another configuration than config.json"),
         (damaged_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
+        (deep_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
         (line_without_step, "metrics.jsonl: line 1: not the metrics of an epoch"),
     ],
 )
