@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import tyro
 
 from cifar import ranks
-from cifar.errors import CifarError, ConfigError, UserError
+from cifar.errors import CifarError, ConfigError, OutOfMemoryError, UserError
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def run_program(
         if words[0] not in commands:
             raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
         return commands[words[0]].run(words[1:])
-    except UserError as error:
+    except (UserError, OutOfMemoryError) as error:  # one process may meet it alone
         complain_of_input(prog, str(error))
         return error.exit_code
     except CifarError as error:

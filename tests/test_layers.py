@@ -37,9 +37,9 @@ TORCH_NAMES = """
     bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
     bench.measure.utilization bench.observe bench.worker
     cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.loader
-    cifar.distributed cifar.emulation cifar.evaluation cifar.meter cifar.muon cifar.models
-    cifar.models.resnet cifar.models.summary cifar.optim cifar.run cifar.scoring cifar.trainer
-    cifar.training_state
+    cifar.distributed cifar.emulation cifar.evaluation cifar.memory cifar.meter cifar.muon
+    cifar.models cifar.models.resnet cifar.models.summary cifar.optim cifar.run cifar.scoring
+    cifar.trainer cifar.training_state
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
