@@ -473,8 +473,8 @@ def test_a_new_run_never_overwrites(
 
 
 def test_bad_input_leaves_no_folder_behind(npz: Path, tmp_path: Path) -> None:
-    assert train(npz, tmp_path / "run", "-b", "97") == 2
-    assert not (tmp_path / "run").exists()
+    assert train(npz, tmp_path / "new" / "run", "-b", "97") == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_bad_input_leaves_a_folder_that_was_there_as_it_was(npz: Path, tmp_path: Path) -> None:
