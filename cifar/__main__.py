@@ -17,11 +17,12 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import ModelConfig, PrecisionName, require
+from cifar.config import ModelConfig, PrecisionOption, require
 from cifar.data.config import DataOption
 from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment
+from cifar.ranks import is_first, world_size
 from cifar.train_options import TrainOptions, read_train_options
 
 arg = tyro.conf.arg
@@ -56,14 +57,10 @@ def _train(options: TrainOptions, folder: Path | None) -> None:
     from cifar.run import train
 
     result = train(options.train, options.run, folder, resume=options.resume is not None)
-    if _is_first():
+    if is_first(os.environ):
         print(
             f"top-1 {result.top1:.2%} on {result.samples:,} test images; weights in {folder}/final"
         )
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -73,9 +70,10 @@ def _owned_folder(options: TrainOptions) -> Iterator[Path | None]:
     The others read a run to resume; of a new one they know no folder.
     """
     if options.folder is not None:
-        with run_folder.resumed(options.folder) if _is_first() else contextlib.nullcontext():
+        first = is_first(os.environ)
+        with run_folder.resumed(options.folder) if first else contextlib.nullcontext():
             yield options.folder
-    elif _is_first():
+    elif is_first(os.environ):
         with run_folder.created(options.train, options.run.output_dir) as new:
             yield new
     else:
@@ -94,7 +92,7 @@ class EvaluateOptions:
     """Which of its splits."""
     batch_size: Annotated[int | None, arg(aliases=("-b",))] = None
     """Images per forward pass; 500 of 32 x 32 pixels, or as many pixels, when not given."""
-    precision: PrecisionName | None = None
+    precision: PrecisionOption = None
     """Number format; the one the weights were trained in when not given."""
     cpu: bool = False
     """Run on the CPU although there is a GPU."""
@@ -111,7 +109,7 @@ def run_evaluate(argv: list[str]) -> int:
         description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix.",
         example="cifar evaluate runs/train/resnet18-cifar10-20260101-120000 --json",
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = world_size(os.environ)
     remedy = "evaluate runs in one process; start it without a launcher"
     require(started == 1, "processes", started, remedy)
     size = options.batch_size

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.errors import ConfigError, UnsupportedError
+from cifar.ranks import check_rendezvous, local_world_size, world_size
 
 _NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's `--mixed_precision` words and the precision that each means here."""
@@ -24,7 +25,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
 
     Raises:
         ConfigError: the precision contradicts Accelerate's, or another number of processes runs
-            than was asked for or than there are GPUs for.
+            than was asked for or than there are GPUs for, or they could not find each other.
         UnsupportedError: this device or stack cannot run the precision or compile, or Accelerate
             was launched with an engine or setting that this program does not have.
     """
@@ -39,6 +40,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
         check_compiler(device.type)
     if not cpu:
         check_devices(os.environ)
+    check_rendezvous(os.environ, cpu=cpu)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     accelerator = Accelerator(
@@ -185,7 +187,7 @@ def check_devices(environ: Mapping[str, str]) -> None:
 
     NCCL would end them with tracebacks. Other launchers may show every process its own GPU alone.
     """
-    processes, count = int(environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    processes, count = local_world_size(environ), torch.cuda.device_count()
     if "TORCHELASTIC_RUN_ID" in environ and processes > count > 0:
         raise ConfigError(
             f"num-processes: {processes}: this machine has {count} GPU(s), and every process needs "
@@ -199,12 +201,12 @@ def check_processes(accelerator: Accelerator, expected: int | None) -> None:
     `accelerate launch --cpu --num_processes 2` starts one process without a word, and other
     mistakes start independent copies that each believe to be alone.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    started = world_size(os.environ)
     running = accelerator.num_processes
-    wanted = world_size if expected is None else expected
-    if running != wanted or running != world_size:
+    wanted = started if expected is None else expected
+    if running != wanted or running != started:
         raise ConfigError(
-            f"num-processes: {wanted}: {running} run together (WORLD_SIZE is {world_size}); start "
+            f"num-processes: {wanted}: {running} run together (WORLD_SIZE is {started}); start "
             f"with: accelerate launch --config_file launch/ddp.yaml --num_processes {wanted} "
             "-m cifar train ..."
         )

@@ -135,7 +135,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         raise CheckpointError(
             f"checkpoint: {folder}: {error.filename} is missing; use another one"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint: {folder}: cannot be read: {error}; use another one"
         ) from None

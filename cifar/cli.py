@@ -13,7 +13,8 @@ from typing import Any, TypeVar, cast
 
 import tyro
 
-from cifar.errors import CifarError, ConfigError, UserError
+from cifar import ranks
+from cifar.errors import CifarError, ConfigError, OutOfMemoryError, UserError
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def run_program(
         if words[0] not in commands:
             raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
         return commands[words[0]].run(words[1:])
-    except UserError as error:
+    except (UserError, OutOfMemoryError) as error:  # one process may meet it alone
         complain_of_input(prog, str(error))
         return error.exit_code
     except CifarError as error:
@@ -143,7 +144,7 @@ def run_program(
 
 def complain(prog: str, message: str) -> None:
     """One line on stderr, from the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if _rank() == 0:
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
@@ -153,11 +154,19 @@ def complain_of_input(prog: str, message: str) -> None:
     It waits first: the launcher ends all processes as soon as one of them has failed, which must
     not be before the first has printed.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    rank = _rank()
+    if rank:
         time.sleep(FIRST_PROCESS_SECONDS)
         prog = f"{prog}: process {rank}"
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    """This process's rank; 0 if the environment does not tell it, lest nobody speaks."""
+    try:
+        return ranks.rank(os.environ)
+    except ConfigError:
+        return 0
 
 
 def _overview(prog: str, summary: str, commands: Mapping[str, Command]) -> str:

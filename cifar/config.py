@@ -6,7 +6,7 @@ A new precision is a row in `PRECISIONS` and its name in `PrecisionName`.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import tyro
 
@@ -117,6 +117,29 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
+def named_precision(text: str) -> PrecisionName:
+    """The precision of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    require(text in PRECISIONS, "precision", text, f"choose one of {', '.join(PRECISIONS)}")
+    return cast(PrecisionName, text)
+
+
+PrecisionOption = Annotated[
+    PrecisionName | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(PRECISIONS) + "}",
+        instance_from_str=lambda words: named_precision(words[0]),
+        is_instance=lambda value: value is None or value in PRECISIONS,
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A precision on the command line, None where it is not given."""
+
+
 _BY_MUON = in_digest_if(lambda recipe: recipe.optimizer == "muon")
 _BY_CROP = in_digest_if(lambda recipe: "crop" in recipe.augment)
 
@@ -168,9 +191,9 @@ class Recipe:
     """What these pixels are: black, or the image mirrored at its edges."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size"):
-            value = getattr(self, name)
-            require(value >= 1, option_name(name), value, "give 1 or more")
+        require(1 <= self.epochs <= MOST_EPOCHS, "epochs", self.epochs, f"give 1 to {MOST_EPOCHS}")
+        size = self.global_batch_size
+        require(size >= 1, option_name("global_batch_size"), size, "give 1 or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "give a positive number")
         for name in ("weight_decay", "warmup_epochs"):
             value = getattr(self, name)
@@ -233,6 +256,8 @@ class Recipe:
         )
 
 
+MOST_EPOCHS = 1_000_000
+"""So that a slip is told from a long run."""
 MOST_PADDING = 64
 """Pixels: more would show little but the padding."""
 OPTION_NAMES = {
@@ -255,7 +280,7 @@ class TrainConfig:
     recipe: Recipe = Recipe()
     data: DataOption = field(default=DataConfig())
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
-    precision: PrecisionName | None = None
+    precision: PrecisionOption = None
     """Number format; when not given, what Accelerate was launched with (fp32 unless told)."""
     channels_last: bool = False
     """Keep images and convolution weights in NHWC order."""

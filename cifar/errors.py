@@ -33,6 +33,10 @@ class TrainingError(CifarError):
     """Training cannot go on: a non-finite loss, or too many skipped steps in a row."""
 
 
+class OutOfMemoryError(TrainingError):
+    """The model and its batch do not fit into the memory of the machine or of its GPU."""
+
+
 class Stopped(CifarError):  # noqa: N818 - no error
     """Training stopped on a signal after saving; the exit code is 128 + signal."""
 

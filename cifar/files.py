@@ -77,6 +77,24 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those around it; what this has made and stays empty goes again at the end.
+
+    Raises:
+        FileExistsError: a file has that name.
+        OSError: it cannot be made.
+    """
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in one, and so in those around it
+            for each in new:
+                each.rmdir()
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """While entered, no other process can enter it for this folder; a killed one's lock is gone.
 

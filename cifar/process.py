@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from cifar.ranks import local_world_size
+
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -92,7 +94,7 @@ def differences(environ: Mapping[str, str]) -> list[str]:
     Each as `NAME=value (bench: value)`: by the user, or by a launcher that gives a process one
     thread.
     """
-    chosen = worker_environment(_local_processes(environ), {})
+    chosen = worker_environment(local_world_size(environ), {})
     found = {name: environ.get(name) for name in chosen}
     return [
         (f"{name} unset" if value is None else f"{name}={value}") + f" (bench: {chosen[name]})"
@@ -101,16 +103,15 @@ def differences(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _local_processes(environ: Mapping[str, str]) -> int:
-    return int(environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def ensure_environment() -> None:
     """Start this program anew with `worker_environment`, unless it runs with the malloc settings.
 
     The new program takes this one's place (exec), so its process id, pipes and a launcher's rank
     variables stay. Call it first thing in a program, before torch is imported. Systems other than
     Linux, whose C libraries have no such settings, are left as they are.
+
+    Raises:
+        ConfigError: a launcher's `LOCAL_WORLD_SIZE` is no number.
     """
     settled = MALLOC.keys() <= os.environ.keys() or _RESTARTED in os.environ
     if settled or sys.platform != "linux":
@@ -118,6 +119,6 @@ def ensure_environment() -> None:
     assert "torch" not in sys.modules, "OpenMP has read its settings already"
     sys.stdout.flush()
     sys.stderr.flush()
-    environment = worker_environment(_local_processes(os.environ), os.environ)
+    environment = worker_environment(local_world_size(os.environ), os.environ)
     argv = [sys.executable, *sys.orig_argv[1:]]
     os.execve(sys.executable, argv, {**environment, _RESTARTED: "1"})  # noqa: S606

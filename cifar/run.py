@@ -20,6 +20,7 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
+from cifar.memory import explained
 from cifar.process import differences
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
@@ -44,20 +45,22 @@ def train(
 
     Raises:
         UserError: bad input.
-        TrainingError: training went wrong.
+        TrainingError: training went wrong, or there is too little memory.
         Stopped: by a signal, after saving.
     """
-    dataset = load_dataset(config.data)
-    trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
-    with StopSignals() as signals:  # until here a signal ends the process, there is nothing to save
-        session = Session(trainer, folder, signals)
-        if resume:
-            session.resume()
-        elif session.folder:
-            run_folder.write_config(session.folder, trainer.config, run)
-        if trainer.is_main:
-            _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
-        result = session.fit()
+    with explained(config):
+        dataset = load_dataset(config.data)
+        trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
+        # Until here a signal ends the process, there is nothing to save.
+        with StopSignals() as signals:
+            session = Session(trainer, folder, signals)
+            if resume:
+                session.resume()
+            elif session.folder:
+                run_folder.write_config(session.folder, trainer.config, run)
+            if trainer.is_main:
+                _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
+            result = session.fit()
     leave()
     return result
 
@@ -118,12 +121,15 @@ class Session:
             Stopped: by a signal, after saving.
         """
         try:
-            return self._fit()
+            with explained(self.trainer.config):
+                return self._fit()
         except TrainingError as error:
-            raise TrainingError(f"{error}; {self._saved()}") from None
+            raise type(error)(f"{error}; {self._saved()}") from None
 
     def _saved(self) -> str:
-        found = checkpoint.list_checkpoints(self.folder / "checkpoints") if self.folder else []
+        if self.folder is None:
+            return "what was saved stays"
+        found = checkpoint.list_checkpoints(self.folder / "checkpoints")
         if not found:
             return "nothing was saved yet"
         return f"continue from step {checkpoint.step_of(found[-1])} with --resume"

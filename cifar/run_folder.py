@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
 from cifar.errors import CheckpointError, CifarError, ConfigError
-from cifar.files import LOCK, locked, user_path, write_atomic
+from cifar.files import LOCK, locked, made, user_path, write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_json
 
 CONFIG = "config.json"
@@ -34,7 +34,7 @@ def created(config: TrainConfig, asked: str | None) -> Iterator[Path]:
     """The folder of a new run, the one asked for or else runs/train/<model>-<data>-<UTC time>.
 
     While entered no other process can train there. If the run ends before it starts to train, the
-    folder is removed again, unless it was there before.
+    folder is removed again with those made around it, unless it was there before.
 
     Raises:
         ConfigError: the folder holds something already, or cannot be written.
@@ -82,8 +82,7 @@ def _taken(folder: Path) -> Iterator[None]:
         BlockingIOError: another process has locked it.
         OSError: it cannot be written.
     """
-    made = _make(folder)
-    try:
+    with made(folder):
         _check_empty(folder)
         with locked(folder):
             _check_empty(folder)  # another run may have come and gone until now
@@ -93,21 +92,6 @@ def _taken(folder: Path) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     if not (folder / CONFIG).exists():
                         (folder / LOCK).unlink()
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # something is in it: a run
-                folder.rmdir()
-
-
-def _make(folder: Path) -> bool:
-    """Whether the folder was not there before; raises FileExistsError for a file."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-        return False
-    return True
 
 
 def _check_empty(folder: Path) -> None:
@@ -232,7 +216,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
         raise CheckpointError(f"{where}: not the metrics of an epoch; correct it or take it out")

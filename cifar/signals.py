@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
+from cifar.ranks import world_size
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 ECHO_SECONDS = 1.0
@@ -19,8 +21,12 @@ _END = 0
 
 
 def echo_seconds(environ: Mapping[str, str]) -> float:
-    """How long a further signal may be an echo: not at all where no launcher passes any on."""
-    launched = "TORCHELASTIC_RUN_ID" in environ or int(environ.get("WORLD_SIZE", "1")) > 1
+    """How long a further signal may be an echo: not at all where no launcher passes any on.
+
+    Raises:
+        ConfigError: `WORLD_SIZE` is no number.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in environ or world_size(environ) > 1
     return ECHO_SECONDS if launched else 0.0
 
 

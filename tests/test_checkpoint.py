@@ -151,7 +151,11 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
     read_folder(saved)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"3", b'["model.json"]', b"{", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b'["model.json"]', b"{", b"\xff\xfe", b"[" * 100_000],
+    ids=lambda content: content[:15],
+)
 def test_a_manifest_that_is_none_is_refused(saved: Path, content: bytes) -> None:
     (saved / MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError):

@@ -40,7 +40,16 @@ LONG = "x" * 300
         (("train", "--data", "npz:~no-such-user-anywhere/x"), r"data: .*: no such user"),
         (("train", "-b", "0"), r"batch-size: 0: give 1 or more"),
         (("train", "-b", "many"), r"many"),
-        (("train", "--epochs", "0"), r"epochs: 0: give 1 or more"),
+        (("train", "--epochs", "0"), r"epochs: 0: give 1 to 1000000"),
+        (("train", "--epochs", "1" + 20 * "0"), r"epochs: 10+: give 1 to 1000000"),
+        (
+            ("train", "--precision", "fp8"),
+            r"precision: 'fp8': choose one of fp32, tf32, bf16, fp16",
+        ),
+        (
+            ("evaluate", "absent", "--precision", "None"),
+            r"precision: 'None': choose one of fp32, tf32, bf16, fp16",
+        ),
         (("train", "--lr", "nan"), r"lr: nan: give a positive number"),
         (("train", "--optimizer", "lion"), r"lion"),
         (("train", "--compile-mode", "max-autotune"), r"compile-mode: .*--compile"),
@@ -97,8 +106,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     assert cifar(*words) == 2
     assert re.search(named, only_line(capsys))
-    runs = tmp_path / "runs" / "train"
-    assert not runs.exists() or list(runs.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -310,6 +318,7 @@ def test_another_process_waits_for_the_first_before_it_complains(
     complain_of_input("cifar", "data: gone")
     assert waited == []
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     complain_of_input("cifar", "data: gone")
     assert waited == [FIRST_PROCESS_SECONDS]
     assert capsys.readouterr().err == "cifar: data: gone\ncifar: process 3: data: gone\n"

@@ -257,6 +257,12 @@ def test_http_errors(server: Server, tmp_path: Path, status: int) -> None:
     assert "--data cifar100:DIR" in message
 
 
+def test_a_failed_download_leaves_no_empty_folder(server: Server, tmp_path: Path) -> None:
+    server.status = 404
+    refusal(tmp_path / "new" / "below")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_server(server: Server, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

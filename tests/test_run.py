@@ -400,6 +400,10 @@ def damaged_line(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"epoch": 1, "st\n' + lines)
 
 
+def deep_line(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("[" * 100_000 + "\n")
+
+
 def line_without_step(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
 
@@ -411,6 +415,7 @@ def line_without_step(folder: Path) -> None:
         (without_group, "has no optimizer.safetensors"),
         (other_optimizer, "of another configuration than config.json"),
         (damaged_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
+        (deep_line, "metrics.jsonl: line 1: not the metrics of an epoch"),
         (line_without_step, "metrics.jsonl: line 1: not the metrics of an epoch"),
     ],
 )
@@ -468,8 +473,8 @@ def test_a_new_run_never_overwrites(
 
 
 def test_bad_input_leaves_no_folder_behind(npz: Path, tmp_path: Path) -> None:
-    assert train(npz, tmp_path / "run", "-b", "97") == 2
-    assert not (tmp_path / "run").exists()
+    assert train(npz, tmp_path / "new" / "run", "-b", "97") == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_bad_input_leaves_a_folder_that_was_there_as_it_was(npz: Path, tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ def test_truncated_batch(cifar10: Path, keep: int) -> None:
         ({b"labels": [0] * 10}, "data: missing"),
         ({b"data": PIXELS[:, :3000], b"labels": [0] * 10}, "data: [10, 3000]"),
         ({b"data": PIXELS}, "labels: missing"),
+        ({b"data": PIXELS[:0], b"labels": []}, "data: [0, 3072]"),
         ({b"data": PIXELS, b"labels": [0] * 9}, "labels: 9"),
         ({b"data": PIXELS, b"labels": [0] * 9 + [10]}, "labels: 10: "),
         ({b"data": PIXELS, b"labels": [0] * 9 + [-1]}, "labels: -1: "),
@@ -215,6 +216,23 @@ def test_wrong_contents(cifar10: Path, batch: Any, reason: str) -> None:
     message = refusal(f"cifar10:{cifar10}")
     assert f"{cifar10}/test_batch" in message
     assert reason in message
+
+
+def test_a_training_batch_shorter_than_the_others(cifar10: Path) -> None:
+    batch = {b"data": PIXELS[:9], b"labels": [0] * 9}
+    (cifar10 / "data_batch_4").write_bytes(py2_pickle(batch))
+    message = refusal(f"cifar10:{cifar10}")
+    assert "data_batch_4: data: 9 images: must be 10 as in data_batch_1" in message
+
+
+@pytest.mark.parametrize("name", [b"cat", b"two\nlines", b""])
+def test_class_names_that_no_table_could_show(cifar10: Path, name: bytes) -> None:
+    names = [b"cat", name, *(str(number).encode() for number in range(8))]
+    (cifar10 / "batches.meta").write_bytes(py2_pickle({b"label_names": names}))
+    message = refusal(f"cifar10:{cifar10}")
+    assert (
+        f"classes: {name.decode()!r}: must be one line of text and no other class's name" in message
+    )
 
 
 def test_wrong_class_names(cifar10: Path) -> None:
@@ -594,6 +612,8 @@ IMAGES = arrays()["train_images"]
         ({"class_names": np.array(["a", "b"])}, "class_names: <U1 [2]: must be at least 3"),
         ({"class_names": np.array([b"a", b"b", b"c"])}, "class_names: |S1 [3]"),
         ({"class_names": np.array(["a", None, "c"])}, "class_names: an array of objects"),
+        ({"class_names": np.array(["a", "b", "b"])}, "classes: 'b': must be one line"),
+        ({"class_names": np.array(["a", "b", "c\n"])}, r"classes: 'c\n': must be one line"),
         ({"train_images": np.array([{}])}, "train_images: an array of objects"),
     ],
 )
@@ -622,6 +642,29 @@ def test_npz_missing_and_damaged_files(tmp_path: Path) -> None:
     for raw in (b"", b"no zip", whole[:1000], bytes(flipped)):
         path.write_bytes(raw)
         assert str(path) in refusal(text)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_npz_damaged_in_any_compression(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "odd.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.npy", RNG.bytes(5000))
+    whole = path.read_bytes()
+    for position in range(35, 1000, 7):
+        damaged = bytearray(whole)
+        damaged[position : position + 40] = b"\xff" * 40
+        path.write_bytes(damaged)
+        assert str(path) in refusal(f"npz:{path}")
+
+
+def test_npz_that_is_encrypted(tmp_path: Path) -> None:
+    text = write_npz(tmp_path, arrays())
+    path = tmp_path / "digits.npz"
+    raw = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(signature) + flags] |= 1
+    path.write_bytes(raw)
+    assert "encrypted" in refusal(text)
 
 
 def test_npz_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

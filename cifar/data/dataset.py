@@ -59,6 +59,12 @@ class Dataset:
             )
         if len(self.classes) < 2:
             raise DataError(f"{self.name}: classes: {len(self.classes)}: there must be 2 or more")
+        for index, name in enumerate(self.classes):
+            if name.splitlines() != [name] or name in self.classes[:index]:
+                raise DataError(
+                    f"{self.name}: classes: {name!r}: must be one line of text and no other "
+                    "class's name"
+                )
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits over every pixel, label and class name, in order."""

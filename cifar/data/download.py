@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from cifar.data.sources import CIFAR_LAYOUTS, CifarLayout
 from cifar.data.unpickle import MAX_FILE_BYTES
 from cifar.errors import DataError
+from cifar.files import made
 
 MIB = 2**20
 MAX_ARCHIVE_BYTES = 256 * MIB
@@ -78,12 +79,12 @@ def download(
             if progress:
                 print(f"{folder}: already there", file=sys.stderr)
             return folder
-        directory.mkdir(parents=True, exist_ok=True)
-        if not part.exists() or _md5(part) != archive.md5:
-            _fetch(name, url or archive.url, part, progress)
-            _check_md5(name, url or archive.url, part)
-        _extract(part, folder, layout)
-        part.unlink()
+        with made(directory):
+            if not part.exists() or _md5(part) != archive.md5:
+                _fetch(name, url or archive.url, part, progress)
+                _check_md5(name, url or archive.url, part)
+            _extract(part, folder, layout)
+            part.unlink()
     except OSError as error:
         where, reason = error.filename or directory, error.strerror or error
         raise DataError(f"download: {where}: {reason}; choose another folder") from None

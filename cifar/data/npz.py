@@ -3,6 +3,7 @@
 `numpy.load` allocates the shape that a member declares before it looks whether the data are there.
 """
 
+import lzma
 import math
 import tokenize
 import zipfile
@@ -25,6 +26,7 @@ _MALFORMED = (
     SyntaxError,
     TypeError,
     ValueError,
+    lzma.LZMAError,
     tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,

@@ -140,6 +140,12 @@ def _cifar_classes(path: Path, layout: CifarLayout) -> tuple[str, ...]:
 
 def _cifar_split(paths: list[Path], layout: CifarLayout) -> Split:
     images, labels = zip(*(_cifar_batch(path, layout) for path in paths), strict=True)
+    for path, batch in zip(paths, images, strict=True):
+        if len(batch) != len(images[0]):
+            raise DataError(
+                f"data: {path}: data: {len(batch)} images: must be {len(images[0])} as in "
+                f"{paths[0].name}; replace the file"
+            )
     return Split(images=np.concatenate(images), labels=np.concatenate(labels))
 
 
@@ -148,9 +154,11 @@ def _cifar_batch(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     batch = unpickle(path)
     pixels, labels = batch.get("data"), batch.get(layout.labels_key)
-    if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3072:
+    if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3072,) or not len(pixels):
         shape = list(pixels.shape) if isinstance(pixels, np.ndarray) else "missing"
-        raise DataError(f"data: {path}: data: {shape}: must be an array [N, 3072] of uint8")
+        raise DataError(
+            f"data: {path}: data: {shape}: must be an array [N, 3072] of uint8, N not 0"
+        )
     if not isinstance(labels, list) or len(labels) != len(pixels):
         count = len(labels) if isinstance(labels, list) else "missing"
         raise DataError(

@@ -1,0 +1,70 @@
+"""A model that does not fit: one line, exit code 1, and what was saved can be resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training import after_step, cifar, resume, train
+
+from cifar.checkpoint import list_checkpoints
+from cifar.config import TrainConfig
+from cifar.errors import OutOfMemoryError
+from cifar.memory import explained
+
+NAMED = "cifar: memory: model resnet20-w{} with batch size 32 does not fit; choose a smaller "
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_whatever_says_that_there_is_no_room_is_explained(error: Exception) -> None:
+    named = pytest.raises(OutOfMemoryError, match="resnet18 with batch size 128")
+    with named, explained(TrainConfig()):
+        raise error
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), explained(TrainConfig()):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_model_that_cannot_be_built_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(npz, tmp_path / "run", "--model", "resnet20-w65536") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(NAMED.format(65536))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_finds_no_room_keeps_what_was_saved(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(4, lambda: torch.empty(2**62, dtype=torch.uint8)):
+        assert train(npz, folder) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(NAMED.format(4))
+    assert line.endswith("continue from step 3 with --resume")
+    assert len(list_checkpoints(folder / "checkpoints")) == 1
+    assert resume(folder) == 0
+
+
+@pytest.mark.gpu
+def test_a_model_too_large_for_the_gpu_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", "resnet20-w256", "-b", "32", "--output-dir", tmp_path / "run")
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        assert cifar("train", "--data", f"npz:{npz}", *words) == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(NAMED.format(256))
