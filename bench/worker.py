@@ -33,6 +33,7 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
+from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
 from cifar.trainer import Trainer, descend
 
@@ -178,7 +179,7 @@ def describe(dataset: Dataset) -> DataFacts:
 def main(folder: Path) -> int:
     """Measure the job in `folder`; returns the record's exit code."""
     job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=str(folder / CELL_FILE))
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_first(os.environ)
 
     def keep(record: Record) -> None:
         if first:

@@ -17,7 +17,7 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import ModelConfig, PrecisionOption, require
+from cifar.config import ModelConfig, PrecisionName, require
 from cifar.data.config import DataOption
 from cifar.errors import ConfigError
 from cifar.files import user_path
@@ -92,7 +92,7 @@ class EvaluateOptions:
     """Which of its splits."""
     batch_size: Annotated[int | None, arg(aliases=("-b",))] = None
     """Images per forward pass; 500 of 32 x 32 pixels, or as many pixels, when not given."""
-    precision: PrecisionOption = None
+    precision: PrecisionName | None = None
     """Number format; the one the weights were trained in when not given."""
     cpu: bool = False
     """Run on the CPU although there is a GPU."""

@@ -6,7 +6,7 @@ A new precision is a row in `PRECISIONS` and its name in `PrecisionName`.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -115,29 +115,6 @@ PRECISIONS: dict[str, Precision] = {
     "bf16": Precision(mixed_precision="bf16", autocast="bfloat16"),
     "fp16": Precision(mixed_precision="fp16", autocast="float16", loss_scaling=True),
 }
-
-
-def named_precision(text: str) -> PrecisionName:
-    """The precision of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    require(text in PRECISIONS, "precision", text, f"choose one of {', '.join(PRECISIONS)}")
-    return cast(PrecisionName, text)
-
-
-PrecisionOption = Annotated[
-    PrecisionName | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{" + ",".join(PRECISIONS) + "}",
-        instance_from_str=lambda words: named_precision(words[0]),
-        is_instance=lambda value: value is None or value in PRECISIONS,
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-"""A precision on the command line, None where it is not given."""
 
 
 _BY_MUON = in_digest_if(lambda recipe: recipe.optimizer == "muon")
@@ -280,7 +257,7 @@ class TrainConfig:
     recipe: Recipe = Recipe()
     data: DataOption = field(default=DataConfig())
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
-    precision: PrecisionOption = None
+    precision: PrecisionName | None = None
     """Number format; when not given, what Accelerate was launched with (fp32 unless told)."""
     channels_last: bool = False
     """Keep images and convolution weights in NHWC order."""

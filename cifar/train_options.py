@@ -1,5 +1,6 @@
 """The options of `cifar train`, which start from a recipe or from the run to resume."""
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _name_of(word: str) -> str:
 def _value_of(option: str, argv: list[str]) -> str | None:
     """The last value given for an option, as `--option value` or `--option=value`."""
     value = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:]):
         if _name_of(word) == option:
             value = word.partition("=")[2] if "=" in word else following
     return value

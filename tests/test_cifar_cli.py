@@ -10,6 +10,7 @@ import pytest
 from training import TINY_OPTIONS, cifar, finish, start, train
 
 from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
+from cifar.recipes import get_recipe
 from cifar.train_options import read_train_options
 
 
@@ -42,10 +43,6 @@ LONG = "x" * 300
         (("train", "-b", "many"), r"many"),
         (("train", "--epochs", "0"), r"epochs: 0: give 1 to 1000000"),
         (("train", "--epochs", "1" + 20 * "0"), r"epochs: 10+: give 1 to 1000000"),
-        (
-            ("train", "--precision", "fp8"),
-            r"precision: 'fp8': choose one of fp32, tf32, bf16, fp16",
-        ),
         (
             ("evaluate", "absent", "--precision", "None"),
             r"precision: 'None': choose one of fp32, tf32, bf16, fp16",
@@ -282,6 +279,11 @@ def test_an_optimizer_with_a_learning_rate_is_taken(
 ) -> None:
     options = ("--optimizer", "adamw", "--epochs", "1", "--augment", "flip")
     assert train(npz, tmp_path / "run", *options) == 0, "which gives --lr too, and crops nothing"
+
+
+def test_no_option_at_all_is_the_default_recipe_on_the_embedded_images() -> None:
+    read = read_train_options([])
+    assert (read.train.recipe, str(read.train.data)) == (get_recipe("default"), "shapes")
 
 
 @pytest.mark.parametrize(
