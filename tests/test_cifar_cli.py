@@ -43,10 +43,6 @@ LONG = "x" * 300
         (("train", "-b", "many"), r"many"),
         (("train", "--epochs", "0"), r"epochs: 0: give 1 to 1000000"),
         (("train", "--epochs", "1" + 20 * "0"), r"epochs: 10+: give 1 to 1000000"),
-        (
-            ("evaluate", "absent", "--precision", "None"),
-            r"precision: 'None': choose one of fp32, tf32, bf16, fp16",
-        ),
         (("train", "--lr", "nan"), r"lr: nan: give a positive number"),
         (("train", "--optimizer", "lion"), r"lion"),
         (("train", "--compile-mode", "max-autotune"), r"compile-mode: .*--compile"),

@@ -62,8 +62,8 @@ class Dataset:
         for index, name in enumerate(self.classes):
             if name.splitlines() != [name] or name in self.classes[:index]:
                 raise DataError(
-                    f"{self.name}: classes: {name!r}: must be one line of text and no other "
-                    "class's name"
+                    f"data: {self.name}: classes: {name!r}: must be one line of text and no other "
+                    "class's name; rename it"
                 )
 
     def fingerprint(self) -> str:
