@@ -28,15 +28,25 @@ class Crop:
     """
 
     def __init__(self, images: Tensor, padding: int = 4, fill: str = "black") -> None:
-        self._size = images.shape[-2:]
         self._shifts = 2 * padding + 1
-        reflects = fill == "reflect"
-        self._padded = reflect(images, padding) if reflects else F.pad(images, (padding,) * 4)
+        self._shape = images.shape[1:]
+        padded = reflect(images, padding) if fill == "reflect" else F.pad(images, (padding,) * 4)
+        (channels, height, width), device = self._shape, images.device
+        _, _, full_height, self._full_width = padded.shape
+        self._image = channels * full_height * self._full_width
+        planes = torch.arange(channels, device=device).view(-1, 1) * full_height
+        rows = planes + torch.arange(height, device=device)
+        # Where the rows of an image's top left window begin, from the image's first pixel.
+        self._rows = (rows * self._full_width).view(-1)
+        flat = padded.view(-1)
+        self._every_row = flat.as_strided((flat.numel() - width + 1, width), (1, 1))
 
     def __call__(self, samples: Tensor, draws: SampleDraws) -> Tensor:
         """The windows of the samples with these indices, `[B]` int64."""
         top, left = (draws.integers(f"crop.{edge}", self._shifts) for edge in ("top", "left"))
-        return take_windows(self._padded, samples, top, left, self._size)
+        starts = samples * self._image + top * self._full_width + left
+        rows = (starts.view(-1, 1) + self._rows).view(-1)
+        return self._every_row.index_select(0, rows).view(-1, *self._shape)
 
 
 def reflect(images: Tensor, padding: int) -> Tensor:
@@ -52,23 +62,6 @@ def reflect(images: Tensor, padding: int) -> Tensor:
     return images
 
 
-def take_windows(
-    images: Tensor, samples: Tensor, top: Tensor, left: Tensor, size: tuple[int, ...]
-) -> Tensor:
-    """Cut `images[samples[i], :, top[i]:top[i]+height, left[i]:left[i]+width]` for every i.
-
-    Returns `[B, C, height, width]`; `size` is the height and width, `images` contiguous.
-    """
-    _, channels, full_height, full_width = images.shape
-    height, width = size
-    device, flat = images.device, images.view(-1)
-    planes = samples.view(-1, 1, 1) * channels + torch.arange(channels, device=device).view(-1, 1)
-    rows = planes * full_height + top.view(-1, 1, 1) + torch.arange(height, device=device)
-    starts = rows * full_width + left.view(-1, 1, 1)
-    every_row = flat.as_strided((flat.numel() - width + 1, width), (1, 1))
-    return every_row.index_select(0, starts.view(-1)).view(-1, channels, height, width)
-
-
 def flip(images: Tensor, draws: SampleDraws) -> Tensor:
     """Mirror left-right with probability 1/2."""
     return _mirror(images, draws.integers("flip", 2))
@@ -80,7 +73,7 @@ def alternating_flip(images: Tensor, draws: SampleDraws) -> Tensor:
     So every two epochs show each image both ways, which half of random flips do not.
     Source: Jordan 2024, airbench (https://arxiv.org/abs/2404.00498).
     """
-    return _mirror(images, (draws.lasting_integers("alternating-flip", 2) + draws.epoch) % 2)
+    return _mirror(images, (draws.integers("alternating-flip", 2, lasting=True) + draws.epoch) % 2)
 
 
 def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:

@@ -38,18 +38,24 @@ class EpochDraws:
         self._seed = seed
         self._count = count
         self._device = device
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[tuple[str, int, bool], Tensor] = {}
 
-    def hashed(self, name: str, *, lasting: bool = False) -> Tensor:
-        """`[count]` int64 in [0, 2**32); `lasting` ones are the same in every epoch."""
-        if name not in self._made:
-            epoch = 0 if lasting else self.epoch
-            self._made[name] = hash_samples(self._seed, epoch, name, self._count, self._device)
-        return self._made[name]
+    def _hashed(self, name: str, epoch: int) -> Tensor:
+        return hash_samples(self._seed, epoch, name, self._count, self._device)
+
+    def integers(self, name: str, high: int, *, lasting: bool = False) -> Tensor:
+        """Uniform integers in [0, high), `[count]` int64; high up to 2**31.
+
+        `lasting` ones are the same in every epoch; a name is used for one kind.
+        """
+        key = name, high, lasting
+        if key not in self._made:
+            self._made[key] = (self._hashed(name, 0 if lasting else self.epoch) * high) >> 32
+        return self._made[key]
 
     def order(self) -> Tensor:
         """The epoch's permutation of the samples, `[count]` int64; ties keep sample order."""
-        return torch.argsort(self.hashed("order"), stable=True)
+        return torch.argsort(self._hashed("order", self.epoch), stable=True)
 
     def of(self, samples: Tensor) -> "SampleDraws":
         """The draws of the samples with these indices, `[B]` int64."""
@@ -68,11 +74,6 @@ class SampleDraws:
         """Number of the epoch, from 0."""
         return self._epoch.epoch
 
-    def integers(self, name: str, high: int) -> Tensor:
-        """Uniform integers in [0, high), `[B]` int64; high up to 2**31."""
-        return (self._epoch.hashed(name).index_select(0, self._samples) * high) >> 32
-
-    def lasting_integers(self, name: str, high: int) -> Tensor:
-        """Like `integers`, but a sample draws the same in every epoch; names are used for one."""
-        hashed = self._epoch.hashed(name, lasting=True).index_select(0, self._samples)
-        return (hashed * high) >> 32
+    def integers(self, name: str, high: int, *, lasting: bool = False) -> Tensor:
+        """Those of `EpochDraws.integers` that are of these samples, `[B]` int64."""
+        return self._epoch.integers(name, high, lasting=lasting).index_select(0, self._samples)
