@@ -66,7 +66,8 @@ def _notes(table: Sequence[Row]) -> list[str]:
     """What `Section.notes` holds, each reason once, with the models it befell."""
     models: dict[str, list[str]] = {}
     for row in table:
-        told = [f"{row['status']}: {row['reason']}"] if row["reason"] else []
+        kind = "note" if row["status"] == "ok" else row["status"]
+        told = [f"{kind}: {row['reason']}"] if row["reason"] else []
         told += [f"invalid: {row['invalid_reason']}"] if row["valid"] is False else []
         told += [f"partly failed: {failed}"] if (failed := row["failed_measurements"]) else []
         for why in told:

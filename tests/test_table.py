@@ -612,3 +612,10 @@ def test_the_csv_tells_which_rows_are_valid():
     lines = list(csv.DictReader(io.StringIO(render_csv(rows(disturbed_records())))))
     assert [line["valid"] for line in lines] == ["False", "True"]
     assert lines[0]["invalid_reason"] == "2 of 3 runs: a duck; a | cat"
+
+
+def test_what_a_good_record_says_of_itself_is_a_note_below_its_table() -> None:
+    emulated = replace(make_record(make_cell(precision="bf16")), reason="bf16 is emulated")
+    text = render_markdown(rows([make_record(), emulated]))
+    assert text.count("note: bf16 is emulated") == 1
+    assert "resnet20 note: bf16 is emulated" in text.partition("### bf16")[2]
