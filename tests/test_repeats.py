@@ -52,8 +52,8 @@ class FakeLaunch:
         self.started.append((model, task.repeat))
         rate = self._rates[model][task.repeat]
         if isinstance(rate, str):
-            return record_of(job, status=rate, reason="why", measurements=())
-        return record_at(task, rate)
+            return record_of(job, status=rate, reason="why", measurements=(), run_id=job.run_id)
+        return record_at(task, rate, run_id=job.run_id)
 
     def repeats(self, model: str) -> list[int]:
         return [repeat for name, repeat in self.started if name == model]

@@ -409,16 +409,16 @@ def test_a_broken_cell_leaves_what_is_stored_of_it(
     good, anew = (runs.create(suite, tmp_path / "runs") for _ in range(2))
     first, second = (Job(task=task) for task in good.plan.tasks)
     for job in (first, second):
-        append_record(good.records_file, record_of(job, run_id="good", data=images("same")))
+        append_record(good.records_file, record_of(job, run_id=good.id, data=images("same")))
     facts = images(seen) if seen else None
-    broken = record_of(first, run_id="anew", status=status, reason="no\nluck", data=facts)
+    broken = record_of(first, run_id=anew.id, status=status, reason="no\nluck", data=facts)
     append_record(anew.records_file, broken)
-    append_record(anew.records_file, record_of(second, run_id="anew", data=images("same")))
+    append_record(anew.records_file, record_of(second, run_id=anew.id, data=images("same")))
     save(good, results)
     assert capsys.readouterr().out == ""
     stored = read_records(save(anew, results)[0])
     assert [(each.cell.train.model.label, each.status, each.run_id) for each in stored] == [
-        ("resnet20", "ok", "good"), ("resnet18", "ok", "anew"),
+        ("resnet20", "ok", good.id), ("resnet18", "ok", anew.id),
     ]  # fmt: skip
     line = f"note: resnet20 fp32 b64: {status} (no luck); the results keep what they had of it\n"
     assert capsys.readouterr().out == line
