@@ -26,7 +26,7 @@ from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from bench.unfinished import unfinished
-from cifar.accelerator import is_emulated
+from cifar.accelerator import emulation_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
@@ -151,16 +151,6 @@ def refuse_emulation(task: Task) -> None:
         raise UnsupportedError(
             f"{told}; to measure that, name the cell: bench run --models ... --precisions ..."
         )
-
-
-def emulation_of(precision: str, device: torch.device) -> str:
-    """What a record says of a precision that its device emulates, "" of any other."""
-    if not is_emulated(precision, device):
-        return ""
-    return (
-        f"precision: '{precision}': this {device.type.upper()} has no {precision} kernels and "
-        "emulates them: the same rounding, not the speed"
-    )
 
 
 def describe(dataset: Dataset) -> DataFacts:

@@ -166,6 +166,16 @@ def is_emulated(name: str, device: torch.device) -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def emulation_of(name: str, device: torch.device) -> str:
+    """What is said of a precision that the device emulates, "" of any other."""
+    if not is_emulated(name, device):
+        return ""
+    return (
+        f"precision: '{name}': this {device.type.upper()} has no {name} kernels and emulates them: "
+        "the same rounding, not the speed"
+    )
+
+
 def is_native(name: str, device: torch.device) -> bool:
     """Whether the device has instructions for the precision's number format.
 

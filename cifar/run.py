@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cifar import checkpoint, run_folder
-from cifar.accelerator import is_emulated
+from cifar.accelerator import emulation_of
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
@@ -68,11 +68,9 @@ def train(
 def _tell_of_speed(trainer: Trainer) -> None:
     """Say what makes this process slower than another one, or another speed than bench measures."""
     name, notes = trainer.config.precision, []
-    if name is not None and is_emulated(name, trainer.device):
-        notes.append(
-            f"precision: {name}: this {trainer.device.type} has no kernels for it and emulates "
-            "them: the same rounding, not the speed"
-        )
+    assert name is not None, "a trainer has resolved it"
+    if emulated := emulation_of(name, trainer.device):
+        notes.append(emulated)
     if different := differences(os.environ):
         notes.append(f"environment: {', '.join(different)}")
     for note in notes:

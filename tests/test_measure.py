@@ -337,7 +337,7 @@ def run_worker(folder: Path, cell: Cell, protocol: Protocol = PROTOCOL) -> int:
 def test_worker_writes_one_good_record(npz: Path, tmp_path: Path, dataset: Dataset) -> None:
     cell = make_cell(npz)
     assert run_worker(tmp_path / "job", cell) == 0
-    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    record = record_in(tmp_path / "job")
     assert record.status == "ok"
     assert record.cell == cell
     assert record.data is not None
@@ -404,7 +404,7 @@ def test_worker_says_what_a_cpu_cannot_run(npz: Path, tmp_path: Path, precision:
     cell = make_cell(npz)
     cell = replace(cell, train=replace(cell.train, precision=precision))
     assert run_worker(tmp_path / "job", cell) == 0
-    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    record = record_in(tmp_path / "job")
     assert record.status == "unsupported"
     assert precision in record.reason
     assert_names_its_images(record, npz)
@@ -423,7 +423,7 @@ def test_worker_refuses_emulation_where_the_protocol_does(
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     protocol = replace(PROTOCOL, allow_emulated=False)
     assert run_worker(tmp_path / "job", bf16_cell(npz), protocol) == 0
-    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    record = record_in(tmp_path / "job")
     assert record.status == "unsupported"
     assert "emulate" in record.reason
     assert_names_its_images(record, npz)
@@ -461,7 +461,7 @@ def test_worker_measures_the_trainers_emulation_and_says_so(
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda k=kernels: k)
         folder = tmp_path / f"kernels-{kernels}"
         assert run_worker(folder, bf16_cell(npz)) == 0
-        record = parse_record((folder / "record.json").read_text())
+        record = record_in(folder)
         assert record.status == "ok"
         assert ("emulates" in record.reason) is not kernels
         assert record.effective["emulated"] is not kernels
@@ -479,7 +479,7 @@ def test_worker_fails_when_the_effective_configuration_differs(
 
     monkeypatch.setattr(worker, "Trainer", Nhwc)
     assert run_worker(tmp_path / "job", make_cell(npz)) == 1
-    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    record = record_in(tmp_path / "job")
     assert record.status == "failed"
     assert "weight_channels_last: True where False was asked" in record.reason
 
@@ -489,7 +489,7 @@ def test_worker_records_what_disturbed_the_windows(
 ) -> None:
     monkeypatch.setattr(training.Monitor, "report", lambda _: ([], ["a goat"]))
     assert run_worker(tmp_path / "job", make_cell(npz), replace(PROTOCOL, warmup_steps=0)) == 0
-    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    record = record_in(tmp_path / "job")
     assert (record.status, record.invalid[0]) == ("ok", "a goat")
     sizes = PROTOCOL.inference_batch_sizes
     assert {f"inference b{size}: a goat" for size in sizes} <= set(record.invalid)
@@ -498,7 +498,7 @@ def test_worker_records_what_disturbed_the_windows(
 def test_worker_records_the_wrong_number_of_processes(npz: Path, tmp_path: Path) -> None:
     cell = replace(make_cell(npz), num_processes=2)
     assert run_worker(tmp_path / "job", cell) == 1
-    record = parse_record((tmp_path / "job" / "record.json").read_text())
+    record = record_in(tmp_path / "job")
     assert record.status == "failed"
     assert "num-processes" in record.reason
 

@@ -922,6 +922,6 @@ def test_a_precision_without_kernels_is_emulated_and_told_once(
         folder = tmp_path / f"{emulated}-{precision}"
         with mock.patch("cifar.emulation.emulate_bf16", wraps=emulate_bf16) as emulate:
             assert train(npz, folder, "--epochs", "1", "--precision", precision) == 0
-            assert capsys.readouterr().err.count("note: precision: bf16: this cpu ") == count
+            assert capsys.readouterr().err.count("note: precision: 'bf16': this CPU ") == count
             assert cifar("evaluate", str(folder), "--cpu") == 0
         assert emulate.call_count == 2 * count
