@@ -5,16 +5,10 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from cifar.memory import OUT_OF_MEMORY
+
 Failure = Literal["failed", "oom"]
 
-_OUT_OF_MEMORY = re.compile(
-    r"^(?:[\w.]*(?:OutOfMemoryError|MemoryError)\b|what\(\):\s+std::bad_alloc)"
-    r"|\b(?:CUDA|HIP|XPU)(?:(?: driver)? error:)? out of memory"
-    r"|Triton Error \[\w+\]: out of memory|[Cc]uda failure(?: \d+)? '?out of memory"
-    r"|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc"
-    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|_(?:DEVICE|HOST)_ALLOCATION_FAILED"
-    r"|Cannot allocate memory|oom-kill|Out of memory: Killed"
-)
 _NO_ROOM_FOR_ONEDNN = re.compile(
     r"could not (?:create a primitive|create a memory object|execute a primitive)$"
 )
@@ -41,7 +35,7 @@ def classify(
     errors = list(_tracebacks(stderr))
     own = _own_lines(stderr)
     messages = [text for _, text in errors]
-    patterns = (_OUT_OF_MEMORY, _NO_ROOM_FOR_ONEDNN) if limited else (_OUT_OF_MEMORY,)
+    patterns = (OUT_OF_MEMORY, _NO_ROOM_FOR_ONEDNN) if limited else (OUT_OF_MEMORY,)
     memory = [
         text for text in (*messages, *own) if any(pattern.search(text) for pattern in patterns)
     ]

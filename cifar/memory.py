@@ -1,27 +1,26 @@
-"""Running out of memory, told in one line instead of a traceback."""
+"""Running out of memory, told in one line instead of a traceback. No torch in here."""
 
 import contextlib
+import re
 from collections.abc import Iterator
-
-import torch
 
 from cifar.config import TrainConfig
 from cifar.errors import OutOfMemoryError
 
-_SAID = (
-    *("DefaultCPUAllocator: can't allocate", "DefaultCPUAllocator: not enough memory"),
-    *("out of memory", "std::bad_alloc"),
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+OUT_OF_MEMORY = re.compile(
+    r"^(?:[\w.]*(?:OutOfMemoryError|MemoryError)\b|what\(\):\s+std::bad_alloc)"
+    r"|\b(?:CUDA|HIP|XPU)(?:(?: driver)? error:)? out of memory"
+    r"|Triton Error \[\w+\]: out of memory|[Cc]uda failure(?: \d+)? '?out of memory"
+    r"|DefaultCPUAllocator: (?:can't|not enough)|std::bad_alloc"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|_(?:DEVICE|HOST)_ALLOCATION_FAILED"
+    r"|Cannot allocate memory|oom-kill|Out of memory: Killed"
 )
-"""What torch's allocator on a CPU, the CUDA runtime and NVIDIA's libraries say of it, in errors of
-types that mean anything."""
+"""What Python, torch, the libraries of kernels and the system say of it, after the error's name."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the machine or of its GPU did not suffice."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ FREE_NAMES = """
     cifar.data cifar.data.config cifar.data.dataset cifar.data.download cifar.data.folder
     cifar.data.npz cifar.data.shapes cifar.data.sources cifar.data.unpickle cifar.errors cifar.files
     cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
-    cifar.signals cifar.train_options launch
+    cifar.memory cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -37,7 +37,7 @@ TORCH_NAMES = """
     bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
     bench.measure.utilization bench.observe bench.worker
     cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.loader
-    cifar.distributed cifar.emulation cifar.evaluation cifar.memory cifar.meter cifar.muon
+    cifar.distributed cifar.emulation cifar.evaluation cifar.meter cifar.muon
     cifar.models cifar.models.resnet cifar.models.summary cifar.optim cifar.run cifar.scoring
     cifar.trainer cifar.training_state
 """
