@@ -3,6 +3,7 @@
 Reading a number from a GPU waits for all work before it; so nothing is read in a step.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,26 +50,54 @@ class MeterState:
     skips: tuple[int, int, int]
 
 
+_NONE = (0.0, 0.0, 0.0)
+"""Loss, correct predictions and samples of no micro-batch."""
+_BLOCK = 64
+"""Micro-batches whose losses fill one buffer."""
+
+
 class Meter:
-    """Sums over the present epoch, and what went wrong since the start."""
+    """Sums over the present epoch, and what went wrong since the start.
+
+    A step only writes its loss and its correct predictions into a buffer on the device, few and
+    small operations: on a net with short steps they are what counting costs. Reading sums them up
+    on the host, in the steps' order, so that it does not matter how often they are read.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self._first_bad = torch.full((), torch.inf, dtype=torch.float64, device=device)
+        self._device = device
+        self._buffer = torch.zeros(2, _BLOCK, dtype=torch.float64, device=device)
+        self._places = tuple(zip(*(row.unbind() for row in self._buffer), strict=True))
+        self._full: list[Tensor] = []
+        self._unread: list[tuple[int, int]] = []  # step and samples of what the buffers hold
+        self._sums = _NONE
+        self._first_bad = math.inf
         self._skips = torch.zeros(3, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
         """Count one micro-batch: its mean loss, logits `[B, K]` and targets `[B]` or `[B, K]`."""
         labels = targets if targets.ndim == 1 else targets.argmax(1)
-        count = len(logits)
-        correct = (logits.argmax(1) == labels).sum()
-        # new_full and masked_fill_ run on the device; a copied number would wait for it.
-        self._sums += torch.stack(
-            (loss.double() * count, correct.double(), self._sums.new_full((), count))
-        )
-        bad = self._first_bad.new_full((), step).masked_fill_(loss.isfinite(), torch.inf)
-        torch.minimum(self._first_bad, bad, out=self._first_bad)
+        place = len(self._unread) % _BLOCK
+        if self._unread and place == 0:
+            self._full.append(self._buffer.clone())
+        self._unread.append((step, len(logits)))
+        of_loss, of_correct = self._places[place]
+        of_loss.copy_(loss)
+        torch.sum(logits.argmax(1) == labels, 0, dtype=torch.float64, out=of_correct)
+
+    def _read(self) -> None:
+        """Sum up what the buffers hold; waits for the device."""
+        held = torch.cat((*self._full, self._buffer), 1)[:, : len(self._unread)]
+        loss_sum, correct_sum, samples = self._sums
+        for (step, count), loss, correct in zip(self._unread, *held.tolist(), strict=True):
+            loss_sum += loss * count
+            correct_sum += correct
+            samples += count
+            if not math.isfinite(loss):
+                self._first_bad = min(self._first_bad, step)
+        self._sums = loss_sum, correct_sum, samples
+        self._full, self._unread = [], []
 
     def add_skip(self, skipped: Tensor) -> None:
         """Count one fp16 step, `skipped` a boolean on the device: total, in a row, longest row."""
@@ -78,22 +107,29 @@ class Meter:
 
     def health(self, signal: int) -> Health:
         """Read the state that all processes share; a collective call."""
-        mine = torch.stack(
-            (-self._first_bad, self._skips[2].double(), self._skips.new_tensor(signal).double())
-        )
+        self._read()
+        mine = self._on_device(-self._first_bad, float(self._skips[2]), float(signal))
         bad, skips, worst_signal = reduce_max(mine).tolist()
         return Health(
-            bad_step=None if bad == -torch.inf else int(-bad),
+            bad_step=None if bad == -math.inf else int(-bad),
             skipped_in_a_row=int(skips),
             signal=int(worst_signal),
         )
 
     def train_metrics(self) -> TrainMetrics:
         """The present epoch's metrics; a collective call."""
-        loss, correct, samples = reduce_sum(self._sums.clone()).tolist()
+        loss, correct, samples = self._all_sums()
         return TrainMetrics(
             samples=int(samples), loss=loss / max(1, samples), top1=correct / max(1, samples)
         )
+
+    def _all_sums(self) -> tuple[float, float, float]:
+        self._read()
+        loss, correct, samples = reduce_sum(self._on_device(*self._sums)).tolist()
+        return loss, correct, samples
+
+    def _on_device(self, *values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
 
     @property
     def skipped_steps(self) -> int:
@@ -102,16 +138,16 @@ class Meter:
 
     def reset(self) -> None:
         """Start a new epoch."""
-        self._sums.zero_()
+        self._read()
+        self._sums = _NONE
 
     def state(self) -> MeterState:
         """The counters over all processes, for a checkpoint; a collective call."""
-        loss, correct, samples = reduce_sum(self._sums.clone()).tolist()
         total, in_a_row, longest = self._skips.tolist()
-        return MeterState(sums=(loss, correct, samples), skips=(total, in_a_row, longest))
+        return MeterState(sums=self._all_sums(), skips=(total, in_a_row, longest))
 
     def load(self, state: MeterState, *, first: bool) -> None:
         """Take up a checkpoint's counters; the sums go to the first process alone."""
-        if first:
-            self._sums.copy_(torch.tensor(state.sums, dtype=torch.float64))
+        self._read()
+        self._sums = state.sums if first else _NONE
         self._skips.copy_(torch.tensor(state.skips))

@@ -47,19 +47,20 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def bare_step(trainer: Trainer) -> Callable[[], None]:
-    """The shortest training step in plain PyTorch: same model, layout and precision, one batch."""
+    """The shortest step in plain PyTorch: same model, loss, layout and precision, one batch."""
     config = trainer.config
     model = build_model(trainer.model_config).to(trainer.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config.recipe)
     (batch,) = trainer.loader.micro_batches(0)
-    autocast = config.precision == "bf16"
+    autocast, smoothing = config.precision == "bf16", config.recipe.label_smoothing
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(trainer.device.type, torch.bfloat16, enabled=autocast):
-            loss = F.cross_entropy(model(batch.images).float(), batch.targets)
+            logits = model(batch.images).float()
+            loss = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
         loss.backward()
         optimizer.step()
 

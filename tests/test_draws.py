@@ -34,7 +34,7 @@ PINNED_ORDER = [3, 4, 6, 5, 7, 0, 2, 1]
 
 @pytest.mark.parametrize("high", [2, 9, 10])
 def test_integers_are_uniform(high: int) -> None:
-    draws = EpochDraws(1, 2, 90_000, CPU).of(torch.arange(90_000))
+    draws = EpochDraws(1, 2, 90_000, CPU)
     counts = np.bincount(draws.integers("x", high).numpy(), minlength=high)
     expected = 90_000 / high
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -50,9 +50,22 @@ def test_order_is_a_permutation_that_changes_with_seed_and_epoch() -> None:
 
 
 def test_draws_of_different_names_are_unrelated() -> None:
-    draws = EpochDraws(0, 0, 20_000, CPU).of(torch.arange(20_000))
+    draws = EpochDraws(0, 0, 20_000, CPU)
     pair = torch.stack([draws.integers(name, 2**20) for name in ("crop.top", "crop.left")])
     assert abs(torch.corrcoef(pair.double())[0, 1].item()) < 0.03
+
+
+def test_samples_pick_their_share_of_what_is_made_once_for_the_epoch() -> None:
+    epoch, made = EpochDraws(3, 1, 50, CPU), []
+
+    def doubled(draws: EpochDraws) -> torch.Tensor:
+        made.append(draws.epoch)
+        return 2 * draws.integers("x", 1000)
+
+    for samples in ([4, 0, 49], [7]):
+        picked = epoch.of(torch.tensor(samples)).pick("doubled", doubled)
+        assert picked.tolist() == [2 * epoch.integers("x", 1000)[i].item() for i in samples]
+    assert made == [1]
 
 
 @pytest.mark.gpu

@@ -36,22 +36,24 @@ def test_crop_equals_its_definition(
     padding: int, fill: Literal["black", "reflect"], mode: Any
 ) -> None:
     images, samples = random_images(), torch.tensor([7, 0, 19, 7, *range(16)])
-    draws = EpochDraws(5, 1, len(images), CPU).of(samples)
-    shifts = 2 * padding + 1
-    top, left = draws.integers("crop.top", shifts), draws.integers("crop.left", shifts)
+    draws = EpochDraws(5, 1, len(images), CPU)
+    top, left = (draws.integers(f"crop.{edge}", 2 * padding + 1) for edge in ("top", "left"))
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2), mode)
-    expected = [padded[i, :, t : t + 8, x : x + 12] for i, t, x in zip(samples, top, left)]
+    expected = [
+        padded[i, :, t : t + 8, x : x + 12] for i in samples for t, x in [(top[i], left[i])]
+    ]
     read = get_reader(Recipe(augment=("crop",), crop_padding=padding, crop_fill=fill), images)
-    assert np.array_equal(read(samples, draws).numpy(), np.stack(expected))
+    assert np.array_equal(read(draws.of(samples)).numpy(), np.stack(expected))
     assert len(set(zip(top.tolist(), left.tolist()))) > 5
 
 
 def test_flip_equals_its_definition() -> None:
     images = random_images()
-    draws = EpochDraws(5, 1, len(images), CPU).of(torch.arange(len(images)))
+    draws = EpochDraws(5, 1, len(images), CPU)
     flipped = draws.integers("flip", 2).tolist()
     expected = [image.flip(-1) if yes else image for image, yes in zip(images, flipped)]
-    assert torch.equal(flip(images, draws), torch.stack(expected))
+    everyone = draws.of(torch.arange(len(images)))
+    assert torch.equal(flip(images, everyone), torch.stack(expected))
     assert 0 < sum(flipped) < len(images)
 
 
@@ -83,7 +85,7 @@ def test_every_augmentation_that_a_recipe_may_name_exists(name: str) -> None:
     images = random_images()
     samples, recipe = torch.arange(len(images)), Recipe(augment=(name,))
     draws = EpochDraws(0, 0, len(images), CPU).of(samples)
-    out = get_reader(recipe, images)(samples, draws)
+    out = get_reader(recipe, images)(draws)
     for augmentation in get_augmentations(recipe):
         out = augmentation(out, draws)
     assert out.shape == images.shape and out.dtype == torch.uint8

@@ -48,6 +48,28 @@ def test_the_first_bad_step_is_kept(bad: float) -> None:
     assert meter.health(0).bad_step == 2
 
 
+def test_any_number_of_steps_between_readings_gives_the_same_sums() -> None:
+    often, seldom = Meter(CPU), Meter(CPU)
+    losses = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    for step, loss in enumerate(losses):
+        for meter in (often, seldom):
+            meter.add(loss, logits(step % 3, 0), torch.tensor([0, 0]), step)
+        if step % 7 == 0:
+            often.health(0)
+    assert often.train_metrics() == seldom.train_metrics()
+    assert seldom.train_metrics().samples == 400
+    assert seldom.train_metrics().loss == pytest.approx(losses.mean().item())
+    assert seldom.train_metrics().top1 == pytest.approx((200 + 67) / 400)
+
+
+def test_a_bad_step_before_a_new_epoch_is_not_forgotten() -> None:
+    meter = Meter(CPU)
+    meter.add(torch.tensor(float("nan")), logits(0), torch.tensor([0]), 3)
+    meter.reset()
+    assert meter.health(0).bad_step == 3
+    assert meter.train_metrics().samples == 0
+
+
 def test_the_longest_row_of_skipped_steps_and_their_number() -> None:
     meter = Meter(CPU)
     for skipped in (True, False, True, True, True, False, True):

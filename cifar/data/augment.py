@@ -12,11 +12,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from cifar.config import AUGMENTATIONS, Recipe
-from cifar.data.draws import SampleDraws
+from cifar.data.draws import EpochDraws, SampleDraws
 
 Augmentation = Callable[[Tensor, SampleDraws], Tensor]
-Reader = Callable[[Tensor, SampleDraws], Tensor]
-"""From the indices of samples, `[B]` int64, and their draws to uint8 images `[B, C, H, W]`."""
+Reader = Callable[[SampleDraws], Tensor]
+"""From the draws of samples to their uint8 images `[B, C, H, W]`."""
 
 
 class Crop:
@@ -41,12 +41,17 @@ class Crop:
         flat = padded.view(-1)
         self._every_row = flat.as_strided((flat.numel() - width + 1, width), (1, 1))
 
-    def __call__(self, samples: Tensor, draws: SampleDraws) -> Tensor:
-        """The windows of the samples with these indices, `[B]` int64."""
-        top, left = (draws.integers(f"crop.{edge}", self._shifts) for edge in ("top", "left"))
-        starts = samples * self._image + top * self._full_width + left
+    def __call__(self, draws: SampleDraws) -> Tensor:
+        """The windows of the samples that these draws are of."""
+        starts = draws.pick("crop", self._starts)
         rows = (starts.view(-1, 1) + self._rows).view(-1)
         return self._every_row.index_select(0, rows).view(-1, *self._shape)
+
+    def _starts(self, epoch: EpochDraws) -> Tensor:
+        """Where every image's window begins."""
+        top, left = (epoch.integers(f"crop.{edge}", self._shifts) for edge in ("top", "left"))
+        images = torch.arange(epoch.count, device=epoch.device) * self._image
+        return images + top * self._full_width + left
 
 
 def reflect(images: Tensor, padding: int) -> Tensor:
@@ -64,7 +69,7 @@ def reflect(images: Tensor, padding: int) -> Tensor:
 
 def flip(images: Tensor, draws: SampleDraws) -> Tensor:
     """Mirror left-right with probability 1/2."""
-    return _mirror(images, draws.integers("flip", 2))
+    return _mirror(images, draws.pick("flip", lambda epoch: epoch.integers("flip", 2)))
 
 
 def alternating_flip(images: Tensor, draws: SampleDraws) -> Tensor:
@@ -73,14 +78,20 @@ def alternating_flip(images: Tensor, draws: SampleDraws) -> Tensor:
     So every two epochs show each image both ways, which half of random flips do not.
     Source: Jordan 2024, airbench (https://arxiv.org/abs/2404.00498).
     """
-    return _mirror(images, (draws.integers("alternating-flip", 2, lasting=True) + draws.epoch) % 2)
+    name = "alternating-flip"
+
+    def mirrored(epoch: EpochDraws) -> Tensor:
+        return (epoch.integers(name, 2, lasting=True) + epoch.epoch) % 2
+
+    return _mirror(images, draws.pick(name, mirrored))
 
 
 def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     """Mirror the images whose entry in `mirrored`, `[B]` of 0 and 1, is 1."""
     n = len(images)
     either = torch.cat((images, images.flip(-1)))
-    return either.index_select(0, torch.arange(n, device=images.device) + n * mirrored)
+    places = torch.arange(n, device=images.device).add_(mirrored, alpha=n)
+    return either.index_select(0, places)
 
 
 _FUNCTIONS: dict[str, Augmentation] = {"flip": flip, "alternating-flip": alternating_flip}
@@ -91,7 +102,7 @@ def get_reader(recipe: Recipe, images: Tensor) -> Reader:
     """What gets samples out of a split, cropped if the recipe says so."""
     if "crop" in recipe.augment:
         return Crop(images, recipe.crop_padding, recipe.crop_fill)
-    return lambda samples, _: images.index_select(0, samples)
+    return lambda draws: images.index_select(0, draws.samples)
 
 
 def get_augmentations(recipe: Recipe) -> tuple[Augmentation, ...]:

@@ -6,6 +6,7 @@ any number of processes and any resumed run draw the same numbers. The hash is t
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,31 +32,34 @@ def hash_samples(seed: int, epoch: int, name: str, count: int, device: torch.dev
 
 
 class EpochDraws:
-    """The draws of every sample in one epoch, made for all samples when first asked for."""
+    """The draws of every sample in one epoch."""
 
     def __init__(self, seed: int, epoch: int, count: int, device: torch.device) -> None:
         self.epoch = epoch
+        self.count = count
+        self.device = device
         self._seed = seed
-        self._count = count
-        self._device = device
-        self._made: dict[tuple[str, int, bool], Tensor] = {}
+        self._made: dict[str, Tensor] = {}
 
     def _hashed(self, name: str, epoch: int) -> Tensor:
-        return hash_samples(self._seed, epoch, name, self._count, self._device)
+        return hash_samples(self._seed, epoch, name, self.count, self.device)
 
     def integers(self, name: str, high: int, *, lasting: bool = False) -> Tensor:
         """Uniform integers in [0, high), `[count]` int64; high up to 2**31.
 
-        `lasting` ones are the same in every epoch; a name is used for one kind.
+        `lasting` ones are the same in every epoch.
         """
-        key = name, high, lasting
-        if key not in self._made:
-            self._made[key] = (self._hashed(name, 0 if lasting else self.epoch) * high) >> 32
-        return self._made[key]
+        return (self._hashed(name, 0 if lasting else self.epoch) * high) >> 32
 
     def order(self) -> Tensor:
         """The epoch's permutation of the samples, `[count]` int64; ties keep sample order."""
         return torch.argsort(self._hashed("order", self.epoch), stable=True)
+
+    def once(self, name: str, make: Callable[["EpochDraws"], Tensor]) -> Tensor:
+        """What `make` makes of these draws for every sample, `[count]`, kept under its name."""
+        if name not in self._made:
+            self._made[name] = make(self)
+        return self._made[name]
 
     def of(self, samples: Tensor) -> "SampleDraws":
         """The draws of the samples with these indices, `[B]` int64."""
@@ -63,17 +67,16 @@ class EpochDraws:
 
 
 class SampleDraws:
-    """The draws of the samples of one batch."""
+    """The draws of the samples of one batch; `samples` `[B]` int64 are their indices."""
 
     def __init__(self, epoch: EpochDraws, samples: Tensor) -> None:
+        self.samples = samples
         self._epoch = epoch
-        self._samples = samples
 
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch, from 0."""
-        return self._epoch.epoch
+    def pick(self, name: str, make: Callable[[EpochDraws], Tensor]) -> Tensor:
+        """These samples' share, `[B]`, of what `make` makes of the epoch's draws.
 
-    def integers(self, name: str, high: int, *, lasting: bool = False) -> Tensor:
-        """Those of `EpochDraws.integers` that are of these samples, `[B]` int64."""
-        return self._epoch.integers(name, high, lasting=lasting).index_select(0, self._samples)
+        That is made for all samples when first asked for, so that a batch costs one look-up,
+        and kept under `name`.
+        """
+        return self._epoch.once(name, make).index_select(0, self.samples)

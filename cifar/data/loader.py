@@ -139,7 +139,8 @@ class TrainLoader:
         self._images = images
         self._read = get_reader(recipe, images.images)
         self._augmentations = get_augmentations(recipe)
-        self._shape = (accumulation_steps, place.count, per_device_batch_size)
+        self._accumulation_steps = accumulation_steps
+        self._per_device_batch_size = per_device_batch_size
         self._place = place
         self._seed = seed
         self.global_batch_size = accumulation_steps * place.count * per_device_batch_size
@@ -150,33 +151,31 @@ class TrainLoader:
         """Draw the order and the augmentations of this epoch."""
         self.epoch = epoch
         self._draws = EpochDraws(self._seed, epoch, len(self._images), self._images.device)
-        self._order = self._draws.order()
+        used = self._draws.order()[: self.steps_per_epoch * self.global_batch_size]
+        steps = used.view(-1, self.global_batch_size)
+        self._samples, self._partners = self._share(steps), self._share(steps.flip(1))
+
+    def _share(self, steps: Tensor) -> Tensor:
+        """This process's part of global batches `[steps, B]`: `[steps, accumulation, B]`."""
+        parts = (self._accumulation_steps, self._place.count, self._per_device_batch_size)
+        return steps.view(-1, *parts)[:, :, self._place.index]
 
     def samples(self, step: int) -> Tensor:
         """Indices of this process's samples in step `step` of the epoch, `[accumulation, B]`."""
-        return self._share(self._global_batch(step))
+        return self._samples[step]
 
     def micro_batches(self, step: int) -> Iterator[TrainBatch]:
         """The augmented micro-batches of this process in step `step` of the epoch."""
-        for number, samples in enumerate(self.samples(step)):
+        for samples, partners in zip(self._samples[step], self._partners[step], strict=True):
             batch = self.load(samples)
-            partners = functools.partial(self._load_partners, step, number)
-            yield TrainBatch(batch.images, batch.targets, samples, partners)
-
-    def _load_partners(self, step: int, number: int) -> Batch:
-        return self.load(self._share(self._global_batch(step).flip(0))[number])
-
-    def _global_batch(self, step: int) -> Tensor:
-        start = step * self.global_batch_size
-        return self._order[start : start + self.global_batch_size]
-
-    def _share(self, samples: Tensor) -> Tensor:
-        return samples.view(self._shape)[:, self._place.index]
+            yield TrainBatch(
+                batch.images, batch.targets, samples, functools.partial(self.load, partners)
+            )
 
     def load(self, samples: Tensor) -> Batch:
         """The augmented images and labels of any samples of this epoch, `[B]` int64."""
         draws = self._draws.of(samples)
-        images = self._read(samples, draws)
+        images = self._read(draws)
         for augmentation in self._augmentations:
             images = augmentation(images, draws)
         labels = self._images.labels.index_select(0, samples)
