@@ -43,30 +43,21 @@ class Measurement:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        bad = [value for rank in self.samples for value in rank if not math.isfinite(value)]
-        require(not bad, f"{self.name} samples", bad, "must be finite")
+        if not all(all(map(math.isfinite, rank)) for rank in self.samples):
+            bad = [value for rank in self.samples for value in rank if not math.isfinite(value)]
+            require(False, f"{self.name} samples", bad, "must be finite")
         if self.status != "ok":
-            require(
-                bool(self.reason),
-                f"{self.name} reason",
-                self.reason,
-                f"say why it is {self.status}",
-            )
+            self._require(bool(self.reason), "reason", f"say why it is {self.status}")
             return
-        require(
-            bool(self.samples) and all(self.samples),
-            f"{self.name} samples",
-            self.samples,
-            "needs one or more from every rank",
-        )
+        sampled = bool(self.samples) and all(self.samples)
+        self._require(sampled, "samples", "needs one or more from every rank")
         if self.unit == "samples/s":
-            require(
-                self._samples_per_step > 0,
-                f"{self.name} labels",
-                self.labels,
-                "a rate needs samples_per_step",
-            )
+            self._require(self._samples_per_step > 0, "labels", "a rate needs samples_per_step")
             throughput(self.samples, self._samples_per_step)
+
+    def _require(self, holds: bool, part: str, remedy: str) -> None:
+        if not holds:
+            require(False, f"{self.name} {part}", getattr(self, part), remedy)
 
     @property
     def _samples_per_step(self) -> float:

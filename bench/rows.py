@@ -312,7 +312,7 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
         ratios = [straggler_ratio(each.samples) for each in good]
         row[f"{key}_straggler_ratio"] = statistics.median(ratios)
     if first.unit != "samples/s" and any(len(rank) > 1 for rank in first.samples):
-        pooled = [value for each in good for rank in each.samples for value in rank]
+        pooled = sorted(value for each in good for rank in each.samples for value in rank)
         row |= _percentiles(key, pooled)
     return row
 

@@ -6,9 +6,10 @@ Samples of a measurement come as one sequence per rank (outer) of one value per 
 import functools
 import itertools
 import math
+import operator
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 Ranks = Sequence[Sequence[float]]
@@ -166,23 +167,29 @@ def ratio_interval(
         )
     above = _resampled_medians(values, resamples, seed)
     below = _resampled_medians(reference, resamples, seed + 1)
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    ratios = sorted(map(operator.truediv, above, below))
     tail = 50 * (1 - confidence)
     return percentile(ratios, tail), percentile(ratios, 100 - tail)
 
 
-def _resampled_medians(group: Sequence[float], resamples: int, seed: int) -> list[float]:
+def _resampled_medians(group: Sequence[float], resamples: int, seed: int) -> tuple[float, ...]:
     """The median of every resample."""
     ordered = sorted(group)
-    return [(ordered[i] + ordered[j]) / 2 for i, j in _middles(len(group), resamples, seed)]
+    middles, of_resamples = _middles(len(group), resamples, seed)
+    return of_resamples([(ordered[i] + ordered[j]) / 2 for i, j in middles])
 
 
 @functools.lru_cache(maxsize=64)
-def _middles(size: int, resamples: int, seed: int) -> list[tuple[int, int]]:
-    """Of every resample of `size` values the two in its middle (one twice if odd), by their rank.
+def _middles(
+    size: int, resamples: int, seed: int
+) -> tuple[list[tuple[int, int]], Callable[[Sequence[float]], tuple[float, ...]]]:
+    """The ranks of the two values that can be in the middle of a resample (one twice if odd).
 
-    Which they are depends on the draws alone, not on the values.
+    And what picks for every resample its own of the values that belong to these pairs. Which they
+    are depends on the draws alone, not on the values.
     """
     generator = random.Random(seed)
     draws = (sorted(generator.choices(range(size), k=size)) for _ in range(resamples))
-    return [(ranks[(size - 1) // 2], ranks[size // 2]) for ranks in draws]
+    pairs = [(ranks[(size - 1) // 2], ranks[size // 2]) for ranks in draws]
+    distinct = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    return list(distinct), operator.itemgetter(*(distinct[pair] for pair in pairs))
