@@ -12,7 +12,7 @@ from bench.rows import rows
 from bench.runs import Run, latest
 from bench.table import render_markdown
 from cifar.errors import UserError
-from cifar.files import write_atomic
+from cifar.files import in_turn, write_atomic
 from cifar.serialize import to_json
 
 
@@ -33,12 +33,8 @@ def save(run: Run, results_dir: Path, tell: Callable[[str], None] = print) -> li
         path = results_dir / hardware / f"{run.plan.suite}.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stored = read_records(path) if path.exists() else []
-            added = _none_worse(records, stored)
-            merged = [*_others(stored, added), *added]
-            write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
-            text = f"# {run.plan.suite}\n\n{table(run.plan.suite, merged)}\n"
-            write_atomic(path.with_suffix(".md"), text)
+            with in_turn(path.parent):  # another run's may be saved at the same time
+                added = _merge(records, path, run.plan.suite)
         except OSError as error:
             raise UserError(
                 f"results-dir: {str(results_dir)!r}: cannot be written ({error.strerror}); "
@@ -50,6 +46,16 @@ def save(run: Run, results_dir: Path, tell: Callable[[str], None] = print) -> li
         for line in dict.fromkeys(lines):
             tell(line)
     return written
+
+
+def _merge(records: Sequence[Record], path: Path, suite: str) -> list[Record]:
+    """Put records into a file beside those of other cells; returns those that were put."""
+    stored = read_records(path) if path.exists() else []
+    added = _none_worse(records, stored)
+    merged = [*_others(stored, added), *added]
+    write_atomic(path, "".join(to_json(record) + "\n" for record in merged))
+    write_atomic(path.with_suffix(".md"), f"# {suite}\n\n{table(suite, merged)}\n")
+    return added
 
 
 def _staying(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""bf16 on a CPU without kernels for it: the same arithmetic, at the speed of fp32."""
+"""bf16 on a CPU without kernels for it: the same arithmetic, somewhat slower than fp32."""
 
 from collections.abc import Callable
 from types import MethodType

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from cifar.ranks import local_world_size
 
 MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-"""Makes glibc keep freed memory, in bytes.
+"""Makes glibc keep freed memory: no block of its own mapping, and hardly any trimming, in bytes.
 
+A large MALLOC_MMAP_THRESHOLD_ would do the same, but older glibc (2.33) ignores one above 32 MiB.
 Otherwise every step returns its activations to the kernel and faults them in again. How much that
 costs differs between machines: from nothing that could be told to a third of a training step.
 """

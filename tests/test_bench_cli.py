@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from bench.launchers import environment_for
 from bench.protocol import Protocol
 from bench.record import SCHEMA_VERSION, DataFacts
 from bench.record_file import append_record, read_records
+from bench.save import save
 from bench.spec import Plan, Suite, Task, grid
 from bench.suites import SUITES
 from cifar.data.config import DataConfig, parse_data
 from cifar.data.shapes import load_shapes
 from cifar.data.sources import load_dataset
 from cifar.errors import ConfigError
+from cifar.files import in_turn
 from cifar.process import recorded_environment
 
 ROOT = Path(__file__).parents[1]
@@ -487,6 +490,22 @@ def test_save_says_what_it_does_not_replace(files, capsys):
     output = capsys.readouterr()
     assert "bench: note: resnet20 fp32 b64: timeout (why); the results keep" in output.err
     assert "note" not in output.out
+
+
+def test_saving_waits_for_another_save_to_the_same_hardware(files):
+    (cell,) = grid(["resnet20"], ["fp32"])
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=(cell,)),))
+    run = runs.create(suite, files / "runs")
+    append_record(run.records_file, record_of(Job(task=run.plan.tasks[0])))
+    folder = files / "results" / environment().hardware
+    folder.mkdir(parents=True)
+    second = threading.Thread(target=save, args=(run, files / "results"))
+    with in_turn(folder):
+        second.start()
+        second.join(0.3)
+        assert second.is_alive() and not list(folder.iterdir())
+    second.join(30)
+    assert {path.name for path in folder.iterdir()} == {"s.jsonl", "s.md"}
 
 
 def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):

@@ -1,5 +1,6 @@
 """What only a CUDA device can show. `-m gpu` runs them."""
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from training import (
     make_trainer,
     metrics,
     start,
+    tiny_recipe,
 )
 
 from cifar.checkpoint import load_weights
 from cifar.config import RunConfig
 from cifar.errors import TrainingError
+from cifar.recipes import get_recipe
 from cifar.trainer import Trainer
 from cifar.training_state import load_state, state_of
 
@@ -91,12 +94,22 @@ def test_the_gpu_reads_its_counters_at_intervals() -> None:
     assert make_trainer(run=GPU).check_every == 20
 
 
-def test_a_step_never_waits_for_the_gpu() -> None:
-    trainer = trained(2, precision="bf16" if supports("bf16") else "fp32")
+@pytest.mark.parametrize(
+    ("name", "precision"), [("default", "fp32"), ("sgd", "fp16"), ("sgd", "bf16"), (None, "fp32")]
+)
+def test_a_step_never_waits_for_the_gpu(name: str | None, precision: str) -> None:
+    if not supports(precision):
+        pytest.skip(f"this GPU has no {precision}")
+    whole = get_recipe(name) if name else tiny_recipe()
+    recipe = dataclasses.replace(whole, global_batch_size=32, epochs=9)
+    trainer = make_trainer(run=GPU, recipe=recipe, precision=precision)
+    for _ in range(2):
+        trainer.train_step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.train_step()  # the third step of the first epoch
+        for _ in range(trainer.loader.steps_per_epoch):  # into the next epoch
+            trainer.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

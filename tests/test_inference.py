@@ -124,6 +124,8 @@ def test_the_weights_are_those_that_are_scored(
 def test_without_an_average_the_last_weights_are_run_and_scored() -> None:
     subject = make_subject(PROTOCOL)
     assert evaluated_module(subject.trainer) is subject.trainer.module
+    list(measure_inference(subject))
+    assert subject.trainer.module.training
     (top1, *_) = measure_accuracy(with_budget(subject))
     assert top1.labels["weights"] == "last"
 
@@ -365,6 +367,7 @@ def test_bf16_eager_tells_its_difference_from_fp32() -> None:
     found = list(measure_inference(subject))
     difference = find(found, "output_max_difference").value
     trainer = subject.trainer
+    trainer.module.eval()
     with torch.inference_mode():
         images = sample_images(trainer, 50)
         with torch.autocast("cpu", torch.bfloat16):

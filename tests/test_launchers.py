@@ -1,6 +1,8 @@
 """Launching: commands and environments, what becomes of broken workers, and why they broke."""
 
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -96,6 +98,34 @@ def test_workers_share_the_cores_and_the_user_wins(monkeypatch):
     assert recorded["OMP_NUM_THREADS"] == "5"
     assert recorded.keys() >= process.MALLOC.keys()
     assert "HOME" not in recorded
+
+
+FAULTS = """
+import ctypes, resource
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+for turn in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(8 << 20) for _ in range(20)]
+    for block in blocks:
+        ctypes.memset(block, 1, 8 << 20)
+    for block in blocks:
+        libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_freed_memory_is_kept_and_not_faulted_in_again():
+    def faults(settings):
+        bare = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+        argv, environ = [sys.executable, "-c", FAULTS], bare | settings
+        return int(subprocess.run(argv, env=environ, capture_output=True, check=True).stdout)
+
+    pages = 20 * (8 << 20) // resource.getpagesize()
+    assert faults(process.MALLOC) < pages / 100
+    assert faults({"MALLOC_TRIM_THRESHOLD_": "4294967296"}) > pages / 2
 
 
 AGE = "import os, time; print(time.monotonic() - float(os.environ['BENCH_LAUNCHED']))"

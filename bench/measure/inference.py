@@ -34,21 +34,31 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
     that the top-1 is measured of.
     """
     trainer = subject.trainer
-    trainer.module.eval()
     assert trainer.config.precision is not None
-    source = Source(
-        module=evaluated_module(trainer),
-        precision=trainer.config.precision,
-        device=trainer.device,
-        compile_mode=trainer.config.compile_mode,
-    )
-    reference = Reference(trainer, source)
-    own = "compiled" if trainer.config.compile else "eager"
-    with compiling_apart():
+    with _evaluating(trainer.module), compiling_apart():
+        source = Source(
+            module=evaluated_module(trainer),
+            precision=trainer.config.precision,
+            device=trainer.device,
+            compile_mode=trainer.config.compile_mode,
+        )
+        reference = Reference(trainer, source)
+        own = "compiled" if trainer.config.compile else "eager"
         yield from Candidate(subject, source, own, reference).measure()
         for name in subject.protocol.inference_backends:
             if name != own:
                 yield from Candidate(subject, source, name, reference, backend=name).measure()
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Let a network infer; afterwards it is in the mode it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 @torch.inference_mode(False)
