@@ -35,7 +35,9 @@ def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in chosen.items())
         print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
     total = sum(seconds[task.cell, task.protocol] for task in tasks)
-    print(f"{counted(tasks)}, about {format_duration(total)}")
+    basis = "earlier runs, where they tell, and rules of thumb" if past else "rules of thumb alone"
+    source = f" (from {basis})" if tasks else ""
+    print(f"{counted(tasks)}, about {format_duration(total)}{source}")
     return 0
 
 

@@ -224,11 +224,16 @@ def _alive(mark: str) -> list[psutil.Process]:
 
 def end_leftovers(folder: Path, grace: float = GRACE_SECONDS) -> None:
     """End the processes of jobs below `folder` that outlived the program which started them."""
+    marks = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             mark = process.environ().get(_MARK, "")
             if mark.partition(":")[2].partition(":")[2].startswith(f"{folder}{os.sep}"):
-                _end(mark, grace)
+                marks.add(mark)
+    if marks:
+        print(f"note: ending what a killed bench has left running in {folder}", file=sys.stderr)
+    for mark in marks:
+        _end(mark, grace)
 
 
 def _oom_kills() -> int:

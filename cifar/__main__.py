@@ -106,7 +106,8 @@ def run_evaluate(argv: list[str]) -> int:
         EvaluateOptions,
         argv,
         prog="cifar evaluate",
-        description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix.",
+        description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix; "
+        "in one process, without a launcher.",
         example="cifar evaluate runs/train/resnet18-cifar10-20260101-120000 --json",
     )
     started = world_size(os.environ)

@@ -320,7 +320,7 @@ class RunConfig:
     save_every: int | None = None
     """Optimiser steps between checkpoints; one at the end of every epoch when not given."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, newest first."""
+    """Checkpoints to keep, newest first; what a signal saves is one more."""
     check_every: int | None = None
     """Steps between readings of the device's counters (finite loss, skipped steps, signals);
     20 on a GPU, 10 in one process on a CPU and 1 in several when not given."""

@@ -74,7 +74,8 @@ def check_rendezvous(environ: Mapping[str, str], *, cpu: bool) -> None:
             )
     _first_number(_RANK, environ, 0, size - 1, 0)
     if environ.get("MASTER_PORT"):
-        _number("MASTER_PORT", environ, 1, 65_535)
+        remedy = "give a free one, or start by torchrun --standalone"
+        _number("MASTER_PORT", environ, 1, 65_535, remedy)
 
 
 def _first_number(
@@ -85,12 +86,14 @@ def _first_number(
     return default if name is None else _number(name, environ, least, most)
 
 
-def _number(name: str, environ: Mapping[str, str], least: int, most: int) -> int:
+def _number(
+    name: str, environ: Mapping[str, str], least: int, most: int, remedy: str = _REMEDY
+) -> int:
     try:
         value = int(environ[name])
     except ValueError:
         value = least - 1
     if not least <= value <= most:
         upper = "or more" if most == _LARGEST else f"to {most}"
-        raise ConfigError(f"{name}: {environ[name]!r}: must be {least} {upper}; {_REMEDY}")
+        raise ConfigError(f"{name}: {environ[name]!r}: must be {least} {upper}; {remedy}")
     return value

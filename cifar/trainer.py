@@ -99,12 +99,12 @@ class Trainer:
 
     def _build_data(self) -> None:
         recipe, dataset = self.config.recipe, self.dataset
-        per_device = self.config.per_device_batch_size(self.place.count)
         if recipe.global_batch_size > len(dataset.train):
             raise ConfigError(
                 f"batch-size: {recipe.global_batch_size}: larger than the {len(dataset.train)} "
                 f"training images of {dataset.name}; give at most that many"
             )
+        per_device = self.config.per_device_batch_size(self.place.count)
         self.normalization = Normalization.of(dataset.train)
 
         def on_device(split: Split) -> DeviceImages:

@@ -245,6 +245,7 @@ def test_a_dry_run_shows_commands_that_a_shell_can_read_and_starts_nothing(files
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[-3:] == ["-m", "bench.worker", "FOLDER"]
     assert lines[-1].startswith("12 cells, about ")
+    assert lines[-1].endswith("(from rules of thumb alone)")
     assert not (files / "runs").exists()
 
 
@@ -373,7 +374,9 @@ def test_a_cell_that_outlives_a_killed_run_is_ended_by_the_next_one(tmp_path):
     child = psutil.Process(int(children[0].read_text()))
     assert child.is_running()
     name = runs.newest(tmp_path / "runs").id
-    assert bench(tmp_path, "run", "--resume", name).returncode == 0
+    done = bench(tmp_path, "run", "--resume", name)
+    assert done.returncode == 0
+    assert done.stderr.startswith("note: ending what a killed bench has left running in ")
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert statuses(tmp_path) == ["ok", "ok"]
 
