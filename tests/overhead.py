@@ -7,8 +7,8 @@
 step: steps are interleaved in random order in one process: the trainer's, a bare loop's over one
   fixed batch, and a second bare loop's as the control. The trainer runs the recipe `sgd` but
   for its budget, batch size and learning rate, so its steps have augmentation, the schedule, the
-  training metrics and the average of the weights (EMA) in them, of which a bare loop has none;
-  --ema-decay 0 tells what is left without the average.
+  training metrics and the average of the weights (EMA) in them, of which a bare loop has none: it
+  shares the recipe's loss alone; --ema-decay 0 tells what is left without the average.
 pipeline: whole epochs of the recipe's augmented and of plain images take turns, each with the draws
   and the permutation that it makes at its start.
 
