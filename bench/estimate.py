@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from bench.protocol import Protocol
 from bench.record import Record, this_host
-from bench.spec import Cell
+from bench.spec import OBSERVED_STEPS, Cell, warm_up_span
 from cifar.cost import multiply_adds
 
 START_SECONDS = 10.0
@@ -74,9 +74,10 @@ def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> fl
     """Seconds of all steps, at `forward` seconds for one sample; a budget holds the timed ones."""
     if protocol.train_samples:
         return TRAINING_COST * forward * protocol.train_samples
+    step = TRAINING_COST * forward * batch_size
     timed = protocol.timed_steps if protocol.timed_seconds is None else 0
-    steps = 1 + 2 * protocol.warmup_steps + timed
-    return TRAINING_COST * forward * steps * batch_size + (protocol.timed_seconds or 0.0)
+    untimed = max(1, 2 * warm_up_span(protocol.warmup_steps, step)) + OBSERVED_STEPS
+    return step * (untimed + timed) + (protocol.timed_seconds or 0.0)
 
 
 def _inference_seconds(forward: float, protocol: Protocol) -> float:

@@ -21,7 +21,8 @@ class Protocol:
     __pydantic_config__: ClassVar = STRICT
 
     warmup_steps: int = 5
-    """Steps in each of two neighbouring spans whose median times must agree to end the warm-up."""
+    """Steps in each of two neighbouring spans whose median times must agree to end the warm-up;
+    fewer where these take more than a second (`bench.spec.SPAN_SECONDS`)."""
     max_warmup_steps: int = 30
     """Steps, or batches of inference, after which the clock starts anyway."""
     timed_steps: int = 20

@@ -1,6 +1,7 @@
 """What is measured: cells, suites, and their expansion into tasks. No torch."""
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -163,7 +164,7 @@ def expand(suite: Suite) -> tuple[Task, ...]:
 def _check_budget(cell: Cell, protocol: Protocol) -> None:
     batch, budget = cell.train.recipe.global_batch_size, protocol.train_samples
     warm_up = least_warm_up(cell.train, protocol)
-    least = 4 + warm_up
+    least = 2 + warm_up + OBSERVED_STEPS
     require(
         budget == 0 or budget >= least * batch,
         "train-samples",
@@ -173,14 +174,28 @@ def _check_budget(cell: Cell, protocol: Protocol) -> None:
     )
 
 
+OBSERVED_STEPS = 2
+"""One on either side of the timed window, see `bench.observe`."""
 CAPTURE_STEPS = 2
 """Steps after the first that may belong to compiling: CUDA graphs warm up in one and are captured
 in one. A compiled cell takes them before its window, whatever its protocol says."""
 
 
+SPAN_SECONDS = 1.0
+"""Seconds of work that tell a pace: no span of a warm-up needs to last longer."""
+
+
+def warm_up_span(steps: int, seconds_per_step: float) -> int:
+    """Steps in each of the two spans that end a warm-up: fewer than `steps` where they are long."""
+    return min(steps, math.ceil(SPAN_SECONDS / seconds_per_step))
+
+
 def least_warm_up(train: TrainConfig, protocol: Protocol) -> int:
-    """Steps between the first and the observed one that a cell takes at the least."""
-    return max(2 * protocol.warmup_steps, CAPTURE_STEPS if train.compile else 0)
+    """Steps between the first and the observed one that a cell of short steps takes at the least.
+
+    The first one is a step of the two spans as well.
+    """
+    return max(2 * protocol.warmup_steps - 1, CAPTURE_STEPS if train.compile else 0)
 
 
 def seeded(cells: Sequence[Cell], seeds: int) -> tuple[Cell, ...]:

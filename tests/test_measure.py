@@ -31,7 +31,7 @@ from bench.measure.training import (
 from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.record_file import parse_record
-from bench.spec import CAPTURE_STEPS, Cell, Plan, Suite, Task, expand, grid
+from bench.spec import CAPTURE_STEPS, Cell, Plan, Suite, Task, expand, grid, warm_up_span
 from bench.unfinished import PENDING, is_unfinished
 from cifar.config import RunConfig
 from cifar.data.config import parse_data
@@ -193,6 +193,26 @@ def test_a_warm_up_has_settled_when_two_spans_agree() -> None:
     assert not has_settled([1.06, 1.06, 1.0, 1.0], 2), "still getting faster"
 
 
+def test_a_span_of_a_warm_up_is_shorter_where_steps_are_long() -> None:
+    assert [warm_up_span(5, seconds) for seconds in (0.01, 0.2, 0.21, 0.4, 1.0, 9.0)] == [
+        *(5, 5, 5, 3, 1, 1)
+    ]
+    assert warm_up_span(0, 9.0) == 0
+
+
+def test_steps_of_seconds_are_warm_after_the_second_that_took_as_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def warm_up(first: float, *further: float) -> tuple[list[float], bool]:
+        steps = iter(further)
+        monkeypatch.setattr(training, "seconds_of_a_step", lambda _: next(steps))
+        return training._warm_up(pretend("cpu", replace(PROTOCOL, warmup_steps=5)), first)
+
+    assert warm_up(2.4, 2.4, 9.0) == ([2.4], True)
+    assert warm_up(3.0, 2.4, 2.4, 9.0) == ([2.4, 2.4], True), "the first one was slow"
+    assert warm_up(0.3, *[0.2] * 12) == ([0.2] * 9, True), "ten short ones with the first"
+
+
 def test_the_warm_up_ends_at_its_cap_and_says_so(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +280,8 @@ def test_a_compiled_cell_takes_the_steps_that_capture_before_its_window(
 ) -> None:
     monkeypatch.setattr(training, "seconds_of_a_step", lambda _: 1.0)
     protocol = replace(PROTOCOL, warmup_steps=0, max_warmup_steps=0)
-    assert training._warm_up(pretend("cpu", protocol, compiled=compiled)) == ([1.0] * steps, True)
+    subject = pretend("cpu", protocol, compiled=compiled)
+    assert training._warm_up(subject, 30.0) == ([1.0] * steps, True)
 
 
 def test_a_budget_holds_the_steps_that_capture() -> None:

@@ -17,14 +17,12 @@ from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import CAPTURE_STEPS, least_warm_up
+from bench.spec import CAPTURE_STEPS, OBSERVED_STEPS, least_warm_up, warm_up_span
 from cifar.distributed import barrier, least
 from cifar.trainer import Trainer
 
 UNBOUNDED_STEPS = 1_000_000
 """Planned for speed alone, which ends with the timed window; the learning rate stays near 0."""
-OBSERVED_STEPS = 2
-"""One on either side of the timed window."""
 WARM_TOLERANCE = 0.05
 """How far the medians of two neighbouring spans of the warm-up may differ, as a fraction."""
 PACE_STEPS = 5
@@ -49,7 +47,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     energy.watch_idle()
     reset_peak_memory(subject.device)
     first_step = _first_step(subject)
-    warm, settled = _warm_up(subject)
+    warm, settled = _warm_up(subject, first_step)
     pace = _pace(subject, warm)
     if on_gpu:  # kernels were tried out in the first step, which takes more
         reset_peak_memory(subject.device)
@@ -137,11 +135,12 @@ def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _warm_up(subject: Subject) -> tuple[list[float], bool]:
+def _warm_up(subject: Subject, first_step: float) -> tuple[list[float], bool]:
     """Step until the time of a step has settled on every rank, or the cap; seconds, and which.
 
-    Where a training budget is short, the window gets what the least warm-up leaves of it. A
-    compiled cell is not asked before its `CAPTURE_STEPS`.
+    The first step counts where it took no longer than others. Where a training budget is short, the
+    window gets what the least warm-up leaves of it. A compiled cell is not asked before its
+    `CAPTURE_STEPS`.
     """
     trainer, protocol = subject.trainer, subject.protocol
     least_steps = least_warm_up(trainer.config, protocol)
@@ -150,14 +149,17 @@ def _warm_up(subject: Subject) -> tuple[list[float], bool]:
     cap = max(0, min(max(protocol.max_warmup_steps, least_steps), room))
     captured = min(cap, CAPTURE_STEPS) if trainer.config.compile else 0
     seconds = [seconds_of_a_step(subject) for _ in range(captured)]
-    while not (settled := settled_everywhere(subject, seconds)) and len(seconds) < cap:
+    while True:
+        settled = settled_everywhere(subject, [first_step, *seconds])
+        if settled or len(seconds) >= cap:
+            return seconds, settled
         seconds.append(seconds_of_a_step(subject))
-    return seconds, settled
 
 
 def settled_everywhere(subject: Subject, seconds: Sequence[float]) -> bool:
     """Whether the warm-up may end; a collective call."""
-    return bool(least(has_settled(seconds, subject.protocol.warmup_steps), subject.device))
+    span = warm_up_span(subject.protocol.warmup_steps, seconds[-1])
+    return bool(least(has_settled(seconds, span), subject.device))
 
 
 def has_settled(seconds: Sequence[float], span: int) -> bool:
