@@ -24,7 +24,7 @@ bench: .venv/installed ## measure the suite quick and print its tables
 	.venv/bin/bench run quick
 
 test: .venv/installed-test ## run the tests (ARGS="-k loader" and the like are passed to pytest)
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n auto $(ARGS)
 
 check: .venv/installed-test ## check format, lint and types
 	.venv/bin/ruff format --check .

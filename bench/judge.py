@@ -97,5 +97,5 @@ def _disturbances(effective: Labels) -> Iterable[str]:
     steps, skipped = int(effective["timed_steps"]), int(effective["skipped_steps_in_window"])
     if skipped > 1 + steps // GROWTH_INTERVAL:
         yield f"skipped {skipped} of {steps} steps in the timed window: give more warm-up steps"
-    if changed := effective.get("changed_in_window"):
+    if changed := effective["changed_in_window"]:
         yield f"changed in the timed window: {changed}"

@@ -254,12 +254,12 @@ def _judge(job: Job, folder: Path, ending: Ending) -> Record:
         return _failure(job, "failed", f"unreadable {RECORD_FILE}: {' '.join(str(error).split())}")
     if record.key != job.task.key:
         return _failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
+    if is_unfinished(record):
+        return explained(record, *_why(job, folder, ending))
     if not ending.timed_out and ending.returncode == record.exit_code:
         return record
-    if is_unfinished(record):
-        return explained(record, _why(job, folder, ending)[1])
     end = _stopped(job) if ending.timed_out else f"exit code {ending.returncode}"
-    return explained(record, f"{end}, after the record was written")
+    return explained(record, record.status, f"{end}, after the record was written")
 
 
 def _why(job: Job, folder: Path, ending: Ending) -> tuple[Status, str]:

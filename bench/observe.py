@@ -30,8 +30,7 @@ _CONVOLUTION = "aten::convolution"
 class Witness:
     """Takes and observes the last step before a timed window and the first after it.
 
-    Both are ordinary steps of the trainer's budget. A budget too short for the one after the window
-    leaves its record without `changed_in_window`.
+    Both are ordinary steps of the trainer's budget.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -43,21 +42,18 @@ class Witness:
         self._start: dict[str, int] = {}
 
     def before_window(self) -> None:
-        """Observe a step if that leaves one to time; a collective call."""
-        trainer = self._trainer
-        if trainer.total_steps - trainer.step > 1:
-            self._before = self._observe_step()
+        """Observe a step, then count; a collective call."""
+        self._before = self._observe_step()
         self._start = self._counts()
 
     def after_window(self, steps: int) -> None:
-        """Count what the window's `steps` did, then observe a step if any is left."""
-        trainer, end = self._trainer, self._counts()
+        """Count what the window's `steps` did, then observe a step."""
+        end = self._counts()
         self._window = {name: end[name] for name in ("graph_breaks", "cudagraph_skips")}
         self._window["timed_steps"] = steps
         for name in ("samples", "skipped_steps", "recompiles"):
             self._window[f"{name}_in_window"] = end[name] - self._start[name]
-        if trainer.step < trainer.total_steps:
-            self._window["changed_in_window"] = changes(self._before, self._observe_step())
+        self._window["changed_in_window"] = changes(self._before, self._observe_step())
 
     def effective(self) -> Labels:
         """What was observed, and what the whole training came to; a collective call."""

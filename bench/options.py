@@ -13,11 +13,11 @@ from bench.protocol import Protocol
 from bench.record import Environment
 from bench.repeats import Fingerprints
 from bench.spec import Plan, Suite, Task, expand, grid
-from bench.suites import get_suite, override
+from bench.suites import P99_BATCHES, get_suite, override
 from cifar.config import CompileMode, option_name, require
 from cifar.data.config import DataConfig, parse_data
-from cifar.errors import ConfigError
-from cifar.files import user_path
+from cifar.errors import ConfigError, UserError
+from cifar.files import is_file, user_path
 from cifar.recipes import get_recipe
 
 arg = tyro.conf.arg
@@ -154,6 +154,12 @@ def build_suite(options: RunOptions) -> Suite:
         ConfigError: neither suite nor models, both, or a name or value that cannot be meant.
     """
     changes = _given(options, CELL_OPTIONS)
+    require(
+        not {"timed_steps", "timed_seconds"} <= changes.keys(),
+        "timed-steps",
+        options.timed_steps,
+        "not with --timed-seconds, which times as many as fit; leave out one of them",
+    )
     if options.recipe is not None:
         changes["recipe"] = get_recipe(options.recipe)
     if options.data is not None:
@@ -186,7 +192,7 @@ def _start(options: RunOptions) -> Suite:
     return Suite(
         name="custom",
         description="cells given on the command line",
-        plans=(Plan(protocol=Protocol(), cells=cells),),
+        plans=(Plan(protocol=Protocol(inference_iterations=P99_BATCHES), cells=cells),),
     )
 
 
@@ -276,6 +282,9 @@ def runs_folder(runs_dir: str) -> Path:
     """Where runs are kept, as an absolute path.
 
     Raises:
-        ConfigError: it names a user that does not exist.
+        UserError: it names a user that does not exist, or a file.
     """
-    return user_path(runs_dir, "runs-dir").absolute()
+    folder = user_path(runs_dir, "runs-dir").absolute()
+    if is_file(folder, "runs-dir"):
+        raise UserError(f"runs-dir: {str(folder)!r}: is a file; give a folder")
+    return folder

@@ -3,16 +3,13 @@ before, every one of them in fresh processes."""
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from bench.execution import Launch, Present, measure, taken_up
-from bench.job import Job
 from bench.launchers import launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
-from bench.record import Environment, Record, Status
+from bench.record import Record, Status
 from bench.repeats import UNCHANGED, Fingerprints, is_from_here
 from bench.runs import Run, latest
 from bench.search import Search, next_batch, probe
@@ -82,22 +79,19 @@ class _Known:
         self._fingerprints = fingerprints
         self._records = latest(run.records())
 
-    def environment(self, task: Task) -> Environment:
-        return self._environments[task.cell.num_processes]
-
     def record(self, task: Task) -> Record | None:
         found = self._records.get(task.key)
         if found is None or found.status not in (*ANSWERS, "unsupported"):
             return None
-        here = is_from_here(found, self.environment(task), self._fingerprints)
-        return found if here else None
+        here = self._environments[task.cell.num_processes]
+        return found if is_from_here(found, here, self._fingerprints) else None
 
 
 class _Execution:
     """The loop over a run's searches and their probes."""
 
     def __init__(self, run: Run, known: _Known, launch: Launch) -> None:
-        self._run, self._known, self._process = run, known, launch
+        self._run, self._known, self._launch = run, known, launch
         self._done: list[Record] = []
 
     def all(self) -> list[Record]:
@@ -115,9 +109,3 @@ class _Execution:
         progress.finish(f"kept {outcome(record)}" if kept else outcome(record), None)
         self._done.append(record)
         return record
-
-    def _launch(self, job: Job, folder: Path) -> Record:
-        """Measure; a process that ran out of memory before it said where it ran, ran here."""
-        record = self._process(job, folder)
-        here = self._known.environment(job.task)
-        return replace(record, environment=record.environment or here)

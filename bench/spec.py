@@ -164,7 +164,7 @@ def expand(suite: Suite) -> tuple[Task, ...]:
 def _check_budget(cell: Cell, protocol: Protocol) -> None:
     batch, budget = cell.train.recipe.global_batch_size, protocol.train_samples
     warm_up = least_warm_up(cell.train, protocol)
-    least = 2 + warm_up + OBSERVED_STEPS
+    least = FEWEST_STEPS + warm_up
     require(
         budget == 0 or budget >= least * batch,
         "train-samples",
@@ -176,6 +176,8 @@ def _check_budget(cell: Cell, protocol: Protocol) -> None:
 
 OBSERVED_STEPS = 2
 """One on either side of the timed window, see `bench.observe`."""
+FEWEST_STEPS = 2 + OBSERVED_STEPS
+"""The first step, a timed one and those observed: what a cell takes without any warm-up."""
 CAPTURE_STEPS = 2
 """Steps after the first that may belong to compiling: CUDA graphs warm up in one and are captured
 in one. A compiled cell takes them before its window, whatever its protocol says."""

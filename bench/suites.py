@@ -26,9 +26,10 @@ def quick() -> Suite:
         train_samples=12_800,
         warmup_steps=2,
         timed_steps=8,
+        inference_batch_sizes=(1, 64),
         inference_warmup=2,
         inference_iterations=P99_BATCHES,
-        inference_seconds=3.0,
+        inference_seconds=15.0,
         allow_emulated=False,
     )
     speed = replace(trained, train_samples=0, inference_warmup=1)

@@ -6,10 +6,14 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bench.columns import ALWAYS, DASH, IDENTITY, Column, distinct, result_columns
 from bench.rows import Row
 from cifar.config import PRECISIONS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +140,7 @@ def render_terminal(
 
     A narrower terminal wraps whole lines, which reads better than broken words.
     """
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     output = io.StringIO()
@@ -152,24 +154,32 @@ def render_terminal(
             console.print(Text(f"{subject}: {text}", style="dim"))
         for precision, cells in section.tables.items():
             console.print()
-            grid = Table(title=Text(precision), title_justify="left", box=box.SIMPLE_HEAD)
-            grid.padding, grid.pad_edge = (0, 1, 0, 0), False
-            for column, texts in zip(section.columns, zip(*cells, strict=True), strict=True):
-                grid.add_column(
-                    Text(column.heading),
-                    justify="right" if column.numeric else "left",
-                    overflow="fold",
-                    no_wrap=not column.numeric,
-                    min_width=max(
-                        len(word) for text in (column.heading, *texts) for word in text.split()
-                    ),
-                )
-            for line in cells:
-                grid.add_row(*map(Text, line))
-            console.print(grid, crop=False)
+            console.print(_grid(precision, section.columns, cells), crop=False)
             for note in section.notes[precision]:
                 console.print(Text(f" {note}"))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _grid(title: str, columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> "Table":
+    """One precision's table, with columns as wide as their longest word."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    grid.padding, grid.pad_edge = (0, 1, 0, 0), False
+    for column, texts in zip(columns, zip(*cells, strict=True), strict=True):
+        words = [word for text in (column.heading, *texts) for word in text.split()]
+        grid.add_column(
+            Text(column.heading),
+            justify="right" if column.numeric else "left",
+            overflow="fold",
+            no_wrap=not column.numeric,
+            min_width=max(map(len, words)),
+        )
+    for line in cells:
+        grid.add_row(*map(Text, line))
+    return grid
 
 
 def render_csv(table: Sequence[Row]) -> str:

@@ -1,13 +1,14 @@
-"""Records of cells that broke down after their training had been measured: kept, and explained.
+"""Records of cells that broke down on their way: kept, and explained.
 
-A worker writes what it knows before every metric that follows. If that metric ends its processes,
-in whatever way and on whatever rank, that record stays, and the launcher adds the reason. No torch.
+A worker writes what it knows, where it runs and which images it read, and after the training what
+it has measured, before every metric that follows. If its processes end, in whatever way and on
+whatever rank, that record stays, and the launcher adds the reason. No torch.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.record import Measurement, Record
+from bench.record import Measurement, Record, Status
 
 PENDING = "the processes ended before it was measured"
 
@@ -25,8 +26,13 @@ def unfinished(record: Record, names: Sequence[str]) -> Record:
     )
 
 
-def explained(record: Record, why: str) -> Record:
-    """An unfinished record with the reason for which its processes ended."""
+def explained(record: Record, status: Status, why: str) -> Record:
+    """An unfinished record with the reason for which its processes ended.
+
+    The `status` that gives it becomes the record's, unless the training had been measured.
+    """
+    if record.reason == PENDING:
+        return replace(record, status=status, reason=why)
     measurements = tuple(
         replace(each, reason=why) if each.reason == PENDING else each
         for each in record.measurements
@@ -36,7 +42,7 @@ def explained(record: Record, why: str) -> Record:
 
 def is_unfinished(record: Record) -> bool:
     """Whether a worker wrote it on its way and never came to write a finished one."""
-    return any(each.reason == PENDING for each in record.measurements)
+    return PENDING in (record.reason, *(each.reason for each in record.measurements))
 
 
 def _joined(*reasons: str) -> str:

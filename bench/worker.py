@@ -1,8 +1,8 @@
 """The program that measures one cell; runs under `accelerate launch`, one process per device.
 
 `python -m bench.worker FOLDER` reads FOLDER/cell.json; the first process writes FOLDER/record.json.
-An out-of-memory error, a crash or a hang leaves no record, or after the training that of what was
-measured before (`bench.unfinished`); the launcher then says what happened.
+An out-of-memory error, a crash or a hang leaves a record of what was known by then
+(`bench.unfinished`); the launcher then says what happened.
 """
 
 import os
@@ -25,7 +25,7 @@ from bench.measure.training import planned_steps
 from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
-from bench.unfinished import unfinished
+from bench.unfinished import PENDING, unfinished
 from cifar.accelerator import emulation_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
@@ -41,7 +41,8 @@ from cifar.trainer import Trainer, descend
 class Worker:
     """One process's part in measuring a task; what is known so far goes into the record.
 
-    `keep` is given a record of it before every metric that follows the training.
+    `keep` is given a record of it before the images are read, before the training, and before
+    every metric that follows.
     """
 
     def __init__(self, job: Job, keep: Callable[[Record], None]) -> None:
@@ -62,6 +63,7 @@ class Worker:
         and the launcher those of the other ranks, which may be waiting for it: `keep` has had a
         record of everything before it by then.
         """
+        self._keep(self._record("failed", PENDING))
         try:
             subject, status, reason = self._train(self._job.task)
         except UnsupportedError as error:
@@ -80,6 +82,7 @@ class Worker:
         train, protocol = task.cell.train, task.protocol
         dataset = load_dataset(train.data)
         self._data = describe(dataset)  # before anything is refused: every record names its images
+        self._keep(self._record("failed", PENDING))
         refuse_emulation(task)
         limit_memory(protocol.memory_limit)
         batch_size = train.recipe.global_batch_size

@@ -24,8 +24,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explained(config: TrainConfig) -> Iterator[None]:
-    """While entered, running out of memory is an error that names the model and the remedy.
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """While entered, running out of memory is an error: `what` does not fit, and the remedy.
 
     Raises:
         OutOfMemoryError: in place of whatever says so.
@@ -35,8 +35,12 @@ def explained(config: TrainConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(
-            f"memory: model {config.model.label} with batch size "
-            f"{config.recipe.global_batch_size} does not fit; choose a smaller --width or -b, or "
-            "more --accumulation"
-        ) from None
+        raise OutOfMemoryError(f"memory: {what} does not fit; {remedy}") from None
+
+
+def explained_training(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    """`explained` for a model in training."""
+    return explained(
+        f"model {config.model.label} with batch size {config.recipe.global_batch_size}",
+        "choose a smaller --width or -b, or more --accumulation",
+    )

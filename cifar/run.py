@@ -20,7 +20,7 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
-from cifar.memory import explained
+from cifar.memory import explained_training
 from cifar.process import differences
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
@@ -48,7 +48,7 @@ def train(
         TrainingError: training went wrong, or there is too little memory.
         Stopped: by a signal, after saving.
     """
-    with explained(config):
+    with explained_training(config):
         dataset = load_dataset(config.data)
         trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
         # Until here a signal ends the process, there is nothing to save.
@@ -119,7 +119,7 @@ class Session:
             Stopped: by a signal, after saving.
         """
         try:
-            with explained(self.trainer.config):
+            with explained_training(self.trainer.config):
                 return self._fit()
         except TrainingError as error:
             raise type(error)(f"{error}; {self._saved()}") from None

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
 from cifar.errors import CheckpointError, CifarError, ConfigError
 from cifar.files import LOCK, locked, made, user_path, write_atomic
-from cifar.serialize import STRICT, contents, from_json, to_json
+from cifar.serialize import STRICT, contents, from_json, to_dict, to_json
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -150,18 +150,24 @@ def write_config(folder: Path, train: TrainConfig, run: RunConfig) -> None:
 
 def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None:
     """Raise a ConfigError that names the first option that a resumed run cannot change."""
-    before, now = _options(stored.train, stored.run), _options(train, run)
+    compared = [
+        (_options(each.train, each.run, contents), _options(each.train, each.run, to_dict))
+        for each in (stored, StoredConfig(train=train, run=run))
+    ]
+    (before, all_before), (now, all_now) = compared
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ConfigError(
-                f"{name}: {now.get(name, 'default')!r}: the run to resume has "
-                f"{before.get(name, 'default')!r}; leave it out, or start a new run"
+                f"{name}: {all_now[name]!r}: the run to resume has {all_before[name]!r}; "
+                "leave it out, or start a new run"
             )
 
 
-def _options(train: TrainConfig, run: RunConfig) -> dict[str, Any]:
-    """What must not change, by the options' names; the images may have moved."""
-    flat = _flat({**contents(train), "data": train.data.source})
+def _options(
+    train: TrainConfig, run: RunConfig, fields: Callable[[TrainConfig], dict[str, Any]]
+) -> dict[str, Any]:
+    """What must not change of these fields, by the options' names; the images may have moved."""
+    flat = _flat({**fields(train), "data": train.data.source})
     options = {
         OPTION_NAMES.get(name, OPTION_NAMES.get(last := name.rpartition(".")[2], last)): value
         for name, value in flat.items()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cifar.accelerator import allow_tf32, check_supported
-from cifar.checkpoint import ModelCard, find_weights, load_into, load_weights
+from cifar.checkpoint import ModelCard, Tensors, find_weights, load_into, load_weights
 from cifar.config import PRECISIONS
 from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset
@@ -18,6 +19,7 @@ from cifar.data.sources import load_dataset
 from cifar.emulation import emulate_if_needed
 from cifar.errors import DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.memory import explained
 from cifar.models import build_model
 
 
@@ -71,27 +73,37 @@ def score(
     name = precision or card.config.precision
     assert name is not None, "a card's is resolved"
     check_supported(name, device)
-    formats = PRECISIONS[name]
-    allow_tf32(formats.tf32)
-    module = build_model(card.config.model).to(device).eval()
-    load_into(module, weights, str(file))
-    nhwc = card.config.channels_last
-    if nhwc:
-        module = module.to(memory_format=torch.channels_last)
-    emulate_if_needed(module, name, device)
+    allow_tf32(PRECISIONS[name].tf32)
     dataset = _load(data, card)
+    module = _module(card, weights, str(file)).to(device)
+    emulate_if_needed(module, name, device)
     _tell_of_other_images(dataset, card)
-    images = dataset.test if split == "test" else dataset.train
-    on_device = DeviceImages(images, card.normalization, device, channels_last=nhwc)
-    autocast = getattr(torch, formats.autocast) if formats.autocast else torch.float32
-    with torch.autocast(device.type, autocast, enabled=formats.autocast is not None):
-        result = evaluate(
-            module,
-            eval_batches(on_device, batch_size or eval_batch_size(on_device), Place()),
-            num_classes=len(card.classes),
-            device=device,
-        )
+    images = DeviceImages(
+        dataset.test if split == "test" else dataset.train,
+        card.normalization,
+        device,
+        channels_last=card.config.channels_last,
+    )
+    size = batch_size or eval_batch_size(images)
+    batches = eval_batches(images, size, Place())
+    what = f"model {card.config.model.label} with batch size {size}"
+    with explained(what, "choose a smaller -b"), _autocast(name, device):
+        result = evaluate(module, batches, num_classes=len(card.classes), device=device)
     return Scored(weights=file, card=card, precision=name, evaluation=result)
+
+
+def _module(card: ModelCard, weights: Tensors, source: str) -> nn.Module:
+    """The network with these weights, in the memory format that it was trained in."""
+    module = build_model(card.config.model).eval()
+    load_into(module, weights, source)
+    return module.to(memory_format=torch.channels_last) if card.config.channels_last else module
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What autocasts as a precision does, to nothing where it does not."""
+    name = PRECISIONS[precision].autocast
+    dtype = getattr(torch, name) if name else torch.float32
+    return torch.autocast(device.type, dtype, enabled=name is not None)
 
 
 def _load(data: DataConfig | None, card: ModelCard) -> Dataset:

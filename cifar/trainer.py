@@ -255,8 +255,6 @@ class Trainer:
         weights = self.eval_weights()
 
         def forward(images: Tensor) -> Tensor:
-            if self.average is None:
-                return self.module(images)  # type: ignore[no-any-return]
             return torch.func.functional_call(self.module, weights, (images,))  # type: ignore[no-any-return]
 
         result = evaluate(
@@ -279,7 +277,6 @@ class Trainer:
 
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""
-        tensors = [*self.module.buffers()]
-        if self.average:
-            tensors += [self.average.weights[name] for name, _ in self.module.named_buffers()]
-        broadcast_from_first(tensors)
+        averages = [self.average.weights] if self.average else []
+        names = [name for name, _ in self.module.named_buffers()]
+        broadcast_from_first([each[name] for each in (self.weights(), *averages) for name in names])

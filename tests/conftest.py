@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cifar.data.dataset import Dataset, Split
+from cifar.process import available_cores
 
 
 def make_dataset(
@@ -50,6 +51,16 @@ def cifar_data() -> Path:
     if not folder or not (Path(folder) / "cifar-10-batches-py").is_dir():
         pytest.skip("CIFAR_DATA does not name a folder with cifar-10-batches-py")
     return Path(folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The workers of `-n auto`: none unless the tests are those of pyproject.toml's `-m`.
+
+    The others measure time, or share a GPU.
+    """
+    default = config.option.markexpr in config.getini("addopts")
+    return min(available_cores(), 4) if default else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

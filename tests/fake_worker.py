@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.record import Environment, Measurement, Record
-from bench.unfinished import unfinished
+from bench.record import DataFacts, Environment, Measurement, Record
+from bench.unfinished import PENDING, unfinished
 from cifar.files import write_atomic
 from cifar.serialize import from_json, to_json
 
@@ -33,6 +33,9 @@ def environment(**fields):
     return Environment(**known | fields)
 
 
+DATA = DataFacts(name="toy", fingerprint="f00d", train_samples=96, test_samples=50, classes=10)
+
+
 def record_of(job, **fields):
     """A finished record of a job."""
     rate = Measurement(
@@ -50,6 +53,7 @@ def record_of(job, **fields):
         "started": "2026-01-01T00:00:00+00:00",
         "duration_s": 1.0,
         "environment": environment(),
+        "data": DATA,
         "measurements": (rate,),
     }
     return Record(**known | fields)
@@ -82,6 +86,9 @@ def main():
             status, reason = told[what.startswith("unsupported")]
             record = record_of(job, status=status, reason=reason, measurements=())
             write_atomic(folder / RECORD_FILE, to_json(record))
+        case "early-crash" | "early-exit0" | "early-oom" | "early-sleep":
+            begun = record_of(job, status="failed", reason=PENDING, measurements=())
+            write_atomic(folder / RECORD_FILE, to_json(begun))
         case "later-crash" | "later-oom" | "later-sleep":
             known = unfinished(record_of(job), ["inference", "anatomy"])
             write_atomic(folder / RECORD_FILE, to_json(known))
@@ -91,7 +98,7 @@ def main():
             (folder / RECORD_FILE).write_text(good.replace('"suite":', '"color": 1, "suite":', 1))
         case "other-cell":
             write_atomic(folder / RECORD_FILE, good.replace('"repeat": 0', '"repeat": 7'))
-    break_down(what.removeprefix("later-"))
+    break_down(what.removeprefix("later-").removeprefix("early-"))
     if what in ("hang", "ok-hang", "orphan"):
         # Like torchrun's workers: in a session of its own and deaf to polite requests.
         code = (

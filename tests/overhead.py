@@ -32,8 +32,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from turns import middle, ratio, take_turns
+from turns import Taken, middle, ratio, take_turns
 
+from cifar.accelerator import is_emulated
 from cifar.config import ModelConfig, RunConfig, TrainConfig
 from cifar.data.loader import DeviceImages, Normalization, TrainLoader
 from cifar.data.sources import load_dataset
@@ -103,6 +104,11 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
     taken = take_turns(
         {name: partial(seconds, step, trainer.device) for name, step in steps.items()}, args.pairs
     )
+    return told(args, taken)
+
+
+def told(args: argparse.Namespace, taken: Taken) -> dict[str, object]:
+    """What was compared, and the ratios that came of it."""
     bare = taken["bare"]
     return {
         "model": args.model,
@@ -173,6 +179,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="pipeline: of either kind")
     args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if is_emulated(args.precision, device):
+        parser.error(f"precision: {args.precision!r}: emulated here, which a bare loop is not")
     compare = compare_steps if args.what == "step" else compare_pipelines
     print(json.dumps(compare(args)))
 

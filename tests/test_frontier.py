@@ -137,7 +137,7 @@ class FakeLaunch:
             raise KeyboardInterrupt
         if status == "ok":
             return record_of(job, run_id=job.run_id, suite=job.suite)
-        died = {"status": status, "reason": f"why {status}", "environment": None}
+        died = {"status": status, "reason": f"why {status}"}
         return record_of(job, run_id=job.run_id, suite=job.suite, measurements=(), **died)
 
     @property
@@ -166,11 +166,8 @@ def test_every_model_is_searched_and_every_probe_recorded(tmp_path, capsys) -> N
     assert (first["status"], second["model"]) == ("ok", "resnet18")
 
 
-def test_a_process_that_died_early_ran_where_it_was_started(tmp_path) -> None:
-    records = probes.execute(
-        make_run(tmp_path), launch=FakeLaunch(7), present=present_of(threads=3)
-    )
-    assert {record.environment.threads for record in records} == {3}
+def test_a_search_of_which_no_batch_fits_says_so(tmp_path) -> None:
+    records = probes.execute(make_run(tmp_path), launch=FakeLaunch(7), present=present_of())
     (row,) = frontier(records)
     assert (row["largest_batch"], row["smallest_oom"], row["status"]) == (None, 8, "oom")
     assert row["reason"] == "batch 8: why oom"

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from fake_worker import record_of
+from fake_worker import DATA, record_of
 
 from bench import launchers
 from bench.failure import classify
@@ -362,8 +362,29 @@ def test_a_note_keeps_what_the_record_said_itself():
     job = make_job()
     record = record_of(job, status="failed", reason="autocast: off where bfloat16 was asked")
     known = unfinished(record, ["inference"])
-    assert explained(known, "killed").reason == f"{record.reason}; not measured: inference; killed"
-    assert explained(record, "killed").measurements == record.measurements
+    told = explained(known, "oom", "killed")
+    assert (told.status, told.reason) == (
+        *("failed", f"{record.reason}; not measured: inference; killed"),
+    )
+    assert explained(record, "oom", "killed").measurements == record.measurements
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "why"),
+    [
+        ("early-crash", "failed", "ValueError: the worker broke"),
+        ("early-exit0", "failed", "ended with exit code 0 but wrote no record"),
+        ("early-oom", "oom", "MemoryError: no room"),
+        ("early-sleep", "timeout", "stopped after 2 s"),
+    ],
+)
+def test_what_breaks_before_the_training_tells_where_and_of_what(
+    tmp_path, monkeypatch, what, status, why
+):
+    record = launch_fake(monkeypatch, tmp_path, what, timeout=2.0)
+    assert (record.status, record.reason, record.measurements) == (status, why, ())
+    assert record.environment.cpu_count == 2
+    assert record.data == DATA
 
 
 # --- Under Accelerate ---

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 from bench import measure, worker
 from bench.environment import code_digest, collect
 from bench.job import Job
-from bench.measure import clock, compilation, inference, outcome, training
+from bench.measure import clock, compilation, inference, memory, outcome, training
 from bench.measure.clock import HostClock
 from bench.measure.compilation import break_even, excess, first_steps, measure_compilation
 from bench.measure.memory import reset_peak_memory
@@ -140,10 +141,26 @@ def test_the_budget_is_trained_and_scored(npz: Path) -> None:
 
 
 def test_a_budget_shorter_than_the_window_times_what_there_is(npz: Path) -> None:
-    subject = make_subject(make_cell(npz), replace(PROTOCOL, train_samples=2 * 16))
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, train_samples=4 * 16))
     found = collect_all(subject)
     assert len(found["train_throughput"][0].samples[0]) == 1
-    assert subject.trainer.step == 2
+    assert subject.trainer.step == 4
+
+
+@pytest.mark.parametrize(
+    ("allowed", "kind"),
+    [(True, "resident set while training"), (False, "resident set since the process started")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own memory is measured there")
+def test_the_peak_of_memory_says_since_when_it_is(
+    npz: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool, kind: str
+) -> None:
+    if not allowed:
+        refused = mock.Mock(side_effect=PermissionError)
+        monkeypatch.setattr(memory, "Path", lambda _: SimpleNamespace(write_text=refused))
+        monkeypatch.setattr(memory, "_peak_resident", lambda: 2**30)
+    (peak,) = collect_all(make_subject(make_cell(npz)))["peak_memory_bytes"]
+    assert peak.labels["kind"] == kind
 
 
 def test_sizes_are_those_of_the_model(npz: Path) -> None:
@@ -396,7 +413,7 @@ def test_what_breaks_after_the_training_leaves_the_record_of_it(
     assert record.effective["samples_seen"] > 0
 
 
-def test_what_breaks_in_the_training_leaves_no_record(
+def test_what_breaks_in_the_training_leaves_a_record_of_where_and_of_which_images(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: Subject) -> Iterator[Measurement]:
@@ -406,7 +423,25 @@ def test_what_breaks_in_the_training_leaves_no_record(
     monkeypatch.setattr(worker, "CORE", (full,))
     with pytest.raises(torch.OutOfMemoryError):
         run_worker(tmp_path / "job", make_cell(npz))
-    assert not (tmp_path / "job" / "record.json").exists()
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.reason, record.measurements) == ("failed", PENDING, ())
+    assert is_unfinished(record)
+    assert record.environment is not None
+    assert_names_its_images(record, npz)
+
+
+def test_what_breaks_while_reading_the_images_leaves_a_record_of_where(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> Dataset:
+        raise MemoryError
+
+    monkeypatch.setattr(worker, "load_dataset", full)
+    with pytest.raises(MemoryError):
+        run_worker(tmp_path / "job", make_cell(npz))
+    record = record_in(tmp_path / "job")
+    assert is_unfinished(record)
+    assert record.environment is not None and record.data is None
 
 
 def test_training_alone_is_all_that_is_measured(npz: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from training import after_step, cifar, resume, train
 
+from cifar import scoring
 from cifar.checkpoint import list_checkpoints
 from cifar.config import TrainConfig
 from cifar.errors import OutOfMemoryError
-from cifar.memory import explained
+from cifar.memory import explained_training
 
 NAMED = "cifar: memory: model resnet20-w{} with batch size 32 does not fit; choose a smaller "
 
@@ -26,12 +27,12 @@ NAMED = "cifar: memory: model resnet20-w{} with batch size 32 does not fit; choo
 )
 def test_whatever_says_that_there_is_no_room_is_explained(error: Exception) -> None:
     named = pytest.raises(OutOfMemoryError, match="resnet18 with batch size 128")
-    with named, explained(TrainConfig()):
+    with named, explained_training(TrainConfig()):
         raise error
 
 
 def test_another_error_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), explained(TrainConfig()):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), explained_training(TrainConfig()):
         raise RuntimeError("shapes differ")
 
 
@@ -55,6 +56,18 @@ def test_a_step_that_finds_no_room_keeps_what_was_saved(
     assert line.endswith("continue from step 3 with --resume")
     assert len(list_checkpoints(folder / "checkpoints")) == 1
     assert resume(folder) == 0
+
+
+def test_a_batch_too_large_to_evaluate_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(npz, tmp_path / "run") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(scoring, "evaluate", lambda *_, **__: torch.empty(2**62, dtype=torch.uint8))
+    assert cifar("evaluate", tmp_path / "run", "--cpu", "-b", "40") == 1
+    assert capsys.readouterr().err == (
+        "cifar: memory: model resnet20-w4 with batch size 40 does not fit; choose a smaller -b\n"
+    )
 
 
 @pytest.mark.gpu

@@ -443,15 +443,13 @@ def test_observed_steps_train_as_others_do() -> None:
         assert torch.equal(tensor, other.weights()[name]), name
 
 
-@pytest.mark.parametrize(
-    ("steps", "timed", "after"), [(2, 1, False), (3, 1, False), (4, 1, True), (6, 3, True)]
-)
-def test_a_small_budget_is_never_exceeded(steps: int, timed: int, after: bool) -> None:
+@pytest.mark.parametrize(("steps", "timed"), [(4, 1), (6, 3)])
+def test_a_small_budget_is_never_exceeded(steps: int, timed: int) -> None:
     subject = make_subject(make_cell(), steps=steps)
     effective = measured(subject)
     assert subject.trainer.step == effective["steps"] == steps
     assert effective["timed_steps"] == timed
-    assert ("changed_in_window" in effective) == after
+    assert effective["changed_in_window"] == ""
     assert mismatches(make_cell(), effective, "cpu") == []
 
 

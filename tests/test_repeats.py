@@ -128,7 +128,8 @@ def test_resuming_tries_again_what_broke_after_its_training_though_the_cell_is_k
 
     def partly(job: Job, folder: Path) -> Record:
         record = launch(job, folder)
-        return explained(unfinished(record, ["flops"]), "oom") if job.task.repeat == 0 else record
+        broken = explained(unfinished(record, ["flops"]), "oom", "no room")
+        return broken if job.task.repeat == 0 else record
 
     assert len(execute(run, partly)) == 6, "its throughput counts"
     again = FakeLaunch(resnet20=CLOSE)

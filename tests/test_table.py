@@ -567,7 +567,7 @@ def test_the_only_run_s_reasons_stand_alone():
 
 def test_a_run_that_broke_down_after_its_training_keeps_its_numbers_and_says_so():
     whole = make_record()
-    broken_late = explained(unfinished(replace(whole, repeat=1), ["inference"]), "no room")
+    broken_late = explained(unfinished(replace(whole, repeat=1), ["inference"]), "oom", "no room")
     row = only(rows([whole, broken_late]))
     assert (row["status"], row["runs"]) == ("ok", 2)
     assert row["reason"] == "1 of 2 runs: not measured: inference; no room"

@@ -1,6 +1,5 @@
 """Peak memory of training: of the device, or this process's resident set on a CPU."""
 
-import contextlib
 import resource
 import sys
 from collections.abc import Iterable
@@ -12,8 +11,8 @@ from bench.measure.subject import Subject
 from bench.record import Measurement
 
 
-def peak_memory(subject: Subject) -> Iterable[Measurement]:
-    """The high-water mark since `reset_peak_memory`."""
+def peak_memory(subject: Subject, *, was_reset: bool) -> Iterable[Measurement]:
+    """The high-water mark since `reset_peak_memory`, and whether that could reset it."""
     if subject.device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(subject.device)
         reserved = torch.cuda.max_memory_reserved(subject.device)
@@ -27,12 +26,12 @@ def peak_memory(subject: Subject) -> Iterable[Measurement]:
         "bytes",
         "lower",
         [_peak_resident()],
-        kind="resident set while training",
+        kind=f"resident set {'while training' if was_reset else 'since the process started'}",
     )
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start the high-water mark anew, so that loading the data does not count.
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start the high-water mark anew, so that loading the data does not count; whether it could.
 
     A GPU's allocator gives back nothing by itself: what was freed goes back first, or it would
     count as reserved. The next step takes again what a step needs, so a window must not be next.
@@ -41,9 +40,12 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):  # not on this system, or forbidden: the mark then stands
-            Path("/proc/self/clear_refs").write_text("5")
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not on this system, or forbidden: the mark then stands
+        return False
+    return True
 
 
 def _peak_resident() -> int:

@@ -17,7 +17,7 @@ from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
-from bench.spec import CAPTURE_STEPS, OBSERVED_STEPS, least_warm_up, warm_up_span
+from bench.spec import CAPTURE_STEPS, FEWEST_STEPS, OBSERVED_STEPS, least_warm_up, warm_up_span
 from cifar.distributed import barrier, least
 from cifar.trainer import Trainer
 
@@ -38,15 +38,18 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     """Warm up, time a window of steps, then train what is left of the budget.
 
     The steps next to the window are observed, see `bench.observe`; nothing is read from the device
-    inside it. A step's seconds include loading, augmenting and normalising its batch.
+    inside it. A step's seconds include loading, augmenting and normalising its batch. The first
+    step holds allocation and compilation, and on a CPU the loading of libraries and the choice of
+    kernels; on a GPU `_wake_up` has done both for what runs eagerly.
     """
     trainer, on_gpu = subject.trainer, subject.device.type == "cuda"
+    assert trainer.total_steps >= FEWEST_STEPS, "see bench.spec.expand"
     energy = _energy_meter(subject)
     if on_gpu and not subject.protocol.training_alone:
         _wake_up(subject)
     energy.watch_idle()
-    reset_peak_memory(subject.device)
-    first_step = _first_step(subject)
+    was_reset = reset_peak_memory(subject.device)
+    first_step = seconds_of_a_step(subject)
     warm, settled = _warm_up(subject, first_step)
     pace = _pace(subject, warm)
     if on_gpu:  # kernels were tried out in the first step, which takes more
@@ -66,15 +69,21 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
         _train_the_rest(subject)
     yield subject.measurement("first_step", "s", "lower", [first_step])
     yield _time_to_first_timed_step(subject, began)
-    if warm:
-        yield subject.measurement("warmup_step", "s", "none", warm, settled=settled)
+    yield from _told_of_warm_up(subject, warm, settled)
     yield energy.measurement(count * batch)
-    if not settled:
-        subject.invalid.append(f"warm-up: step time had not settled after {len(warm)} steps")
     disturbances, reasons = monitor.report()
     subject.invalid += reasons
     yield from disturbances
-    yield from peak_memory(subject)
+    yield from peak_memory(subject, was_reset=was_reset)
+
+
+def _told_of_warm_up(subject: Subject, seconds: list[float], settled: bool) -> list[Measurement]:
+    """Its steps, if it took any; one that did not settle makes the record invalid."""
+    if not settled:
+        subject.invalid.append(f"warm-up: step time had not settled after {len(seconds)} steps")
+    if not seconds:
+        return []
+    return [subject.measurement("warmup_step", "s", "none", seconds, settled=settled)]
 
 
 def _time_to_first_timed_step(subject: Subject, began: float) -> Measurement:
@@ -107,18 +116,6 @@ def _wake_up(subject: Subject) -> None:
             trainer.train_step()
         finally:
             trainer.model = model
-
-
-def _first_step(subject: Subject) -> float:
-    """Seconds of the first step, with allocation and compilation in it.
-
-    On a CPU it also holds the loading of libraries and the choice of kernels. On a GPU the step of
-    `_wake_up` has done both for what runs eagerly, unless the protocol measures training alone.
-    Of a budget of two steps it is the only one before the window, and so the observed one.
-    """
-    if subject.trainer.total_steps > 2:
-        return seconds_of_a_step(subject)
-    return _seconds_of(subject.witness.before_window, subject.device)
 
 
 def seconds_of_a_step(subject: Subject) -> float:
@@ -199,7 +196,7 @@ def _window_steps(subject: Subject, pace: float | None) -> int:
     trainer = subject.trainer
     steps = fitting_steps(subject.protocol, pace, on_gpu=subject.device.type == "cuda")
     left = trainer.total_steps - trainer.step - 1
-    return max(1, min(least(steps, subject.device), left))
+    return min(least(steps, subject.device), left)
 
 
 def fitting_steps(protocol: Protocol, pace: float | None, *, on_gpu: bool) -> int:
