@@ -16,8 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bench import execution, runs, selfcheck
-from bench.console import expected_seconds, show_plan, shown, stoppable
-from bench.estimate import format_duration
+from bench.console import expected_seconds, plural, show_plan, shown, stoppable
 from bench.frontier_command import run_frontier
 from bench.options import (
     RunOptions,
@@ -35,6 +34,7 @@ from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
 from cifar.errors import UserError
 from cifar.files import is_file, user_path
+from cifar.progress import format_duration
 
 arg = tyro.conf.arg
 
@@ -78,7 +78,7 @@ def run_list(argv: list[str]) -> int:
         suite = make()
         tasks = expand(suite)
         about = format_duration(expected_seconds(tasks, past))
-        print(f"{name:<{width}}  {suite.description}; {len(tasks)} cells, about {about}")
+        print(f"{name:<{width}}  {suite.description}; {plural(len(tasks), 'cell')}, about {about}")
     return 0
 
 
@@ -124,7 +124,8 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
     broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)
     more = f" ({skipped} more were not needed)" if skipped else ""
-    print(f"{len(records)} cells in {took}{more}; records and logs are in {shown(run.folder)}")
+    cells = plural(len(records), "cell")
+    print(f"{cells} in {took}{more}; records and logs are in {shown(run.folder)}")
     if broken:
         print(f"{len(broken)} did not finish; to try them again: {resume}")
     if disturbed := [record for record in records if not record.valid]:
@@ -175,6 +176,8 @@ def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
         path = user_path(name, "records")
         if name.endswith(".jsonl") or is_file(path, "records"):
             found = read_records(path)
+            if not found:
+                raise UserError(f"records: {name}: no whole record in it; give another file")
             selfcheck.refuse_records(found, name)
         else:
             run = runs.find(name, folder)

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from bench.estimate import estimate_seconds, format_duration
+from bench.estimate import estimate_seconds
 from bench.launchers import argv_for, environment_for
 from bench.record import Record
 from bench.spec import Task
 from cifar.errors import Stopped
 from cifar.process import recorded_environment
+from cifar.progress import format_duration
 
 
 def expected_seconds(tasks: Sequence[Task], past: Sequence[Record]) -> float:
@@ -44,7 +45,12 @@ def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
 def counted(tasks: Sequence[Task]) -> str:
     """How many cells, and processes if those are more: `2 cells`, `2 cells in 14 processes`."""
     cells = len({task.key[:2] for task in tasks})
-    return f"{cells} cells" + (f" in {len(tasks)} processes" if len(tasks) > cells else "")
+    return plural(cells, "cell") + (f" in {len(tasks)} processes" if len(tasks) > cells else "")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 @contextlib.contextmanager

@@ -91,14 +91,3 @@ def _inference_seconds(forward: float, protocol: Protocol) -> float:
     further = len(protocol.inference_backends)
     building = BUILD_SECONDS * len(protocol.inference_batch_sizes)
     return (1 + further) * timing + further * building
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds for people: `45 s`, `3 min 20 s`, `1 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

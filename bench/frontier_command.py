@@ -13,8 +13,7 @@ import tyro
 
 from bench import probes, runs
 from bench.columns import frontier_columns
-from bench.console import show_plan, shown, stoppable
-from bench.estimate import format_duration
+from bench.console import plural, show_plan, shown, stoppable
 from bench.frontier import SUITE, frontier
 from bench.launchers import get_launcher
 from bench.options import (
@@ -28,13 +27,14 @@ from bench.options import (
 from bench.present import present_environment
 from bench.record import Environment
 from bench.repeats import Fingerprints
-from bench.search import RESOLUTION, START, Search, plan_search, probe_protocol
+from bench.search import RESOLUTION, Search, plan_search, probe_protocol
 from bench.spec import RECIPE, Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import require
 from cifar.data.config import DataConfig, parse_data
 from cifar.errors import UserError
+from cifar.progress import format_duration
 from cifar.recipes import get_recipe
 
 arg = tyro.conf.arg
@@ -163,7 +163,7 @@ def build_searches(
     search = plan_search(
         processes,
         images=images,
-        start=START if options.start is None else options.start,
+        start=options.start,
         largest=options.largest,
         resolution=RESOLUTION if options.resolution is None else options.resolution,
     )
@@ -233,7 +233,7 @@ def _measure(run: runs.Run, fingerprints: Fingerprints) -> int:
     table = frontier(records)
     print(render_terminal(table, frontier_columns, color=sys.stdout.isatty()))
     took = format_duration(time.monotonic() - start)
-    print(f"{len(records)} probes in {took}; records and logs are in {shown(run.folder)}")
+    print(f"{plural(len(records), 'probe')} in {took}; records and logs are in {shown(run.folder)}")
     broken = [row for row in table if row["status"] in ("failed", "timeout")]
     if broken:
         print(f"{len(broken)} did not finish; to try them again: {resume}")

@@ -1,5 +1,6 @@
 """The options of `bench run`, and the suite that they ask for."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from bench.launchers import get_launcher
+from bench.launchers import environment_for, get_launcher
 from bench.present import present_environment
 from bench.protocol import Protocol
 from bench.record import Environment
@@ -218,7 +219,12 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
 
 
 def check(tasks: Sequence[Task]) -> Fingerprints:
-    """Refuse what no process needs to be started for; see `check_data` and `check_devices`."""
+    """Refuse what no process needs to be started for; see `check_data` and `check_devices`.
+
+    Raises:
+        UserError: one of theirs, or a variable that no worker can start with.
+    """
+    environment_for(1, os.environ)
     fingerprints = check_data(tasks)
     check_devices(tasks)
     return fingerprints

@@ -4,8 +4,8 @@ import sys
 from types import TracebackType
 from typing import Any, TextIO
 
-from bench.estimate import format_duration
 from bench.record import Record
+from cifar.progress import format_duration
 
 
 def outcome(record: Record) -> str:

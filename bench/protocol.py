@@ -100,7 +100,7 @@ class Protocol:
         require(
             all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
             "inference-batch-sizes",
-            sizes,
+            ",".join(map(str, sizes)),
             "give different sizes of 1 or more",
         )
 

@@ -29,7 +29,8 @@ class Measurement:
     samples of one step over all ranks.
 
     Raises:
-        ConfigError (a ValueError): NaN, infinity, no samples though ok, no reason though not ok.
+        ConfigError (a ValueError): NaN, infinity, no samples though ok, ranks with more of them
+            than others, seconds that are none, no reason though not ok.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -51,6 +52,10 @@ class Measurement:
             return
         sampled = bool(self.samples) and all(self.samples)
         self._require(sampled, "samples", "needs one or more from every rank")
+        even = len({len(rank) for rank in self.samples}) == 1
+        self._require(even, "samples", "needs as many from every rank")
+        positive = self.unit != "s/sample" or min(map(min, self.samples)) > 0
+        self._require(positive, "samples", "needs seconds above 0")
         if self.unit == "samples/s":
             self._require(self._samples_per_step > 0, "labels", "a rate needs samples_per_step")
             throughput(self.samples, self._samples_per_step)
@@ -61,7 +66,8 @@ class Measurement:
 
     @property
     def _samples_per_step(self) -> float:
-        return float(self.labels.get("samples_per_step", 0))
+        found = self.labels.get("samples_per_step", 0)
+        return 0.0 if isinstance(found, str) else float(found)
 
     @property
     def value(self) -> float | None:

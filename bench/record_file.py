@@ -103,7 +103,7 @@ def read_records(path: Path) -> list[Record]:
         UserError: the file cannot be read, or holds a bad line; names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"records: {path}: {error.strerror}; give a record file") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

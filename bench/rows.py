@@ -183,7 +183,7 @@ def _trained_samples(finished: Iterable[Record]) -> int | None:
     """
     scores = (found for record in finished if (found := record.find("top1")))
     counts = (each.labels.get("trained_samples") for each in scores)
-    return next((int(count) for count in counts if count is not None), None)
+    return next((count for count in counts if isinstance(count, int)), None)
 
 
 def _validity(finished: Sequence[Record]) -> Row:

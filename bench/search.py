@@ -56,22 +56,26 @@ def plan_search(
     parts: int,
     *,
     images: int,
-    start: int = START,
+    start: int | None = None,
     largest: int | None = None,
     resolution: float = RESOLUTION,
 ) -> Search:
     """The search over batches that are split into `parts`: processes x accumulation steps.
 
-    `start` and `largest` (all `images` of the training split if None) are rounded down to multiples
-    of the granule, the least one of both 8 and `parts`.
+    `start` (if None `START`, or less where that is too many) and `largest` (if None all `images`
+    of the training split) are rounded down to multiples of the granule, the least one of both 8 and
+    `parts`.
 
     Raises:
         ConfigError: a value out of range.
     """
     granule = math.lcm(LEAST_GRANULE, parts)
-    require(start >= 1, "start", start, "give 1 or more")
+    remedy = f"give at least {granule}; batches are its multiples"
+    require(largest is None or largest >= granule, "largest", largest, remedy)
     most = min(images, images if largest is None else largest) // granule * granule
-    first = max(granule, min(start, most) // granule * granule)
+    first = min(START, most) if start is None else start
+    require(1 <= first <= most, "start", first, f"give 1 to {most}, the largest batch to probe")
+    first = max(granule, first // granule * granule)
     return Search(start=first, largest=most, granule=granule, resolution=resolution)
 
 

@@ -84,7 +84,7 @@ def _owned_folder(options: TrainOptions) -> Iterator[Path | None]:
 class EvaluateOptions:
     """Options of `cifar evaluate`."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: tyro.conf.Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """A run, a checkpoint folder, or the model.safetensors or ema.safetensors in one."""
     data: DataOption | None = None
     """Images to evaluate on; those that the weights were trained on when not given."""
@@ -195,7 +195,7 @@ def run_download(argv: list[str]) -> int:
     from cifar.data.sources import default_data_dir
 
     asked = options.directory
-    directory = user_path(asked, "directory") if asked else default_data_dir()
+    directory = default_data_dir() if asked is None else user_path(asked, "directory")
     print(download(options.name, directory))
     return 0
 

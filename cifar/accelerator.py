@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
 
 from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
@@ -31,8 +31,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     """
     check_launch(os.environ)
     name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    launched_on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    cpu = run.cpu or launched_on_cpu or not torch.cuda.is_available()
+    cpu = launched_on_cpu(os.environ) or run.cpu or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
     check_supported(name, device)
     if config.compile:
@@ -54,6 +53,19 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     assert accelerator.mixed_precision == precision.mixed_precision
     check_processes(accelerator, run.num_processes)
     return accelerator, name
+
+
+def launched_on_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether Accelerate was told to leave GPUs alone.
+
+    Raises:
+        ConfigError: what it was told is neither yes nor no.
+    """
+    told = environ.get("ACCELERATE_USE_CPU", "false")
+    try:
+        return bool(str_to_bool(told))
+    except ValueError:
+        raise ConfigError(f"ACCELERATE_USE_CPU: {told!r}: give true or false") from None
 
 
 def allow_tf32(allowed: bool) -> None:

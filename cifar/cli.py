@@ -1,6 +1,8 @@
 """What both command lines share: commands, options from dataclasses, errors, exit codes."""
 
+import codecs
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import tyro
@@ -21,6 +24,8 @@ T = TypeVar("T")
 FIRST_PROCESS_SECONDS = 10.0
 """How long a process waits for the first one to meet the same bad input and end the job."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What a full or broken disk says; of files that the programs write, they tell the name."""
 _FRAME = "╭╮╰╯│ "
 _RULE = "─-"
 """In which tyro writes: of hyphens where the terminal's encoding is not UTF-8."""
@@ -78,7 +83,7 @@ def _one_line(box: str, prog: str) -> str:
     parts = [list(part) for ruled, part in itertools.groupby(lines, _is_rule) if not ruled]
     message = parts[0] if parts else []
     text = " ".join(message).removeprefix("Error parsing ")
-    text = re.sub(r"^[\w.]+: (?=[\w-]+: )", "", text)  # a dataclass's own message names the field
+    text = re.sub(r"^[\w.-]+: (?=[\w-]+: )", "", text)  # a dataclass's own message names the field
     for pattern, phrase in _PHRASES:
         text = re.sub(pattern, phrase, text)
     return text if "--help" in text else f"{text} (see {prog} --help)"
@@ -119,15 +124,11 @@ def run_program(
     a launcher the first process alone prints it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
     try:
-        if not words:
-            raise ConfigError(f"command: none given; see {prog} --help")
-        if words[0] in ("-h", "--help"):
-            print(_overview(prog, summary, commands))
-            return 0
-        if words[0] not in commands:
-            raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
-        return commands[words[0]].run(words[1:])
+        code = _run(prog, summary, commands, words)
+        sys.stdout.flush()
+        return code
     except (UserError, OutOfMemoryError) as error:  # one process may meet it alone
         complain_of_input(prog, str(error))
         return error.exit_code
@@ -135,11 +136,61 @@ def run_program(
         complain(prog, str(error))
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        _drop_output()
+        complain(
+            prog, f"output: cannot be written ({error.strerror}); make room, or write elsewhere"
+        )
         return 1
     except KeyboardInterrupt:
         complain(prog, "interrupted")
         return 130
+
+
+def _run(prog: str, summary: str, commands: Mapping[str, Command], words: Sequence[str]) -> int:
+    if not words:
+        raise ConfigError(f"command: none given; see {prog} --help")
+    if words[0] in ("-h", "--help"):
+        print(_overview(prog, summary, commands))
+        return 0
+    if words[0] not in commands:
+        raise ConfigError(f"command: {words[0]!r}: choose one of {', '.join(commands)}")
+    return commands[words[0]].run(list(words[1:]))
+
+
+_SPELLED = {
+    "\N{BOX DRAWINGS LIGHT HORIZONTAL}": "-",
+    "\N{EN DASH}": "-",
+    "\N{PLUS-MINUS SIGN}": "+-",
+}
+"""Of tables and numbers, for terminals that cannot show them."""
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs, see `_SPELLED`; everything else is a question mark."""
+    assert isinstance(error, UnicodeEncodeError), "in a stream that is written"
+    text = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(each, "?") for each in text), error.end
+
+
+def _prepare_streams() -> None:
+    """Let printing succeed whatever the terminal's encoding, and with streams that are closed."""
+    codecs.register_error("spell", _spell)
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="spell")
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
+
+
+def _drop_output() -> None:
+    """Let the interpreter's own last flush succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(prog: str, message: str) -> None:

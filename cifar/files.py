@@ -20,12 +20,23 @@ def user_path(text: str, name: str) -> Path:
     """A path as a user wrote it: `~` and `~user` stand for home folders.
 
     Raises:
-        ConfigError: no such user; calls the option `name`.
+        ConfigError: no such user, no text, or none that UTF-8 can write; calls the option `name`.
     """
+    if not text or not is_writable_text(text):
+        raise ConfigError(f"{name}: {text!r}: is no path in UTF-8; give another one")
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{name}: {text!r}: no such user; write the path without ~") from None
+
+
+def is_writable_text(text: str) -> bool:
+    """Whether UTF-8 can write it; it cannot write a file's name that is not in UTF-8 itself."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_file(path: Path, name: str) -> bool:

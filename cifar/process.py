@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+from cifar.errors import ConfigError
 from cifar.ranks import local_world_size
 
 MALLOC = {
@@ -58,6 +59,7 @@ _SET_BY_PROGRAMS = (
 """What launchers and libraries set by themselves, so that not every process of a machine has it:
 the launcher, the kind of GPU and the software are recorded anyway."""
 
+_THREADS = "OMP_NUM_THREADS"
 _RESTARTED = "CIFAR_RESTARTED"
 
 
@@ -72,10 +74,16 @@ def worker_environment(num_processes: int, base: Mapping[str, str]) -> dict[str,
     """`base` and what it lacks of the settings for one of `num_processes` on this machine.
 
     Threads are shared out evenly, one per process at least. What `base` sets wins.
+
+    Raises:
+        ConfigError: `base` sets another number of threads than 1, 2, ...
     """
+    given = base.get(_THREADS, "1")
+    if not (given.isdecimal() and int(given)):
+        raise ConfigError(f"{_THREADS}: {given!r}: give 1 or more, or unset it")
     threads = max(1, available_cores() // num_processes)
     spin = {} if "OMP_WAIT_POLICY" in base else SPIN
-    return {**MALLOC, **spin, "OMP_NUM_THREADS": str(threads), **base}
+    return {**MALLOC, **spin, _THREADS: str(threads), **base}
 
 
 def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -112,14 +120,14 @@ def ensure_environment() -> None:
     Linux, whose C libraries have no such settings, are left as they are.
 
     Raises:
-        ConfigError: a launcher's `LOCAL_WORLD_SIZE` is no number.
+        ConfigError: a launcher's `LOCAL_WORLD_SIZE`, or the number of threads, is no number.
     """
+    environment = worker_environment(local_world_size(os.environ), os.environ)
     settled = MALLOC.keys() <= os.environ.keys() or _RESTARTED in os.environ
     if settled or sys.platform != "linux":
         return
     assert "torch" not in sys.modules, "OpenMP has read its settings already"
     sys.stdout.flush()
     sys.stderr.flush()
-    environment = worker_environment(local_world_size(os.environ), os.environ)
     argv = [sys.executable, *sys.orig_argv[1:]]
     os.execve(sys.executable, argv, {**environment, _RESTARTED: "1"})  # noqa: S606

@@ -9,6 +9,17 @@ PLAIN_INTERVAL = 30.0
 """Seconds between lines within an epoch when the output is no terminal."""
 
 
+def format_duration(seconds: float) -> str:
+    """Seconds for people: `45 s`, `3 min 20 s`, `1 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class TrainingProgress:
     """Shows steps, images/s and time left; silent unless `enabled` (the first process)."""
 
@@ -74,7 +85,7 @@ class TrainingProgress:
             left = (self._total_steps - step) * self._batch_size / max(1e-9, rate)
             print(
                 f"step {step}/{self._total_steps}  {rate:,.0f} images/s  "
-                f"about {left / 60:.0f} min left",
+                f"about {format_duration(left)} left",
                 flush=True,
             )
 

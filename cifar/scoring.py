@@ -156,7 +156,7 @@ def render(scored: Scored) -> None:
     from rich.table import Table
 
     card, result = scored.card, scored.evaluation
-    console = Console()
+    console = Console(width=max(80, Console().width))  # a narrower one would empty columns
     console.print(
         f"{card.config.model.label}, trained on {escape(card.dataset)} for "
         f"{card.samples_seen:,} images in {card.config.precision}, scored in {scored.precision}\n"

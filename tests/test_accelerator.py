@@ -120,6 +120,12 @@ def test_launcher_settings_that_would_change_the_training_are_refused(
         make_trainer()
 
 
+def test_a_launchers_setting_that_is_neither_yes_nor_no_is_refused() -> None:
+    told = pytest.raises(ConfigError, match=r"^ACCELERATE_USE_CPU: 'maybe': give true or false$")
+    with mock.patch.dict(os.environ, ACCELERATE_USE_CPU="maybe"), told:
+        make_trainer()
+
+
 def test_the_launchers_neutral_settings_pass() -> None:
     check_launch(
         {

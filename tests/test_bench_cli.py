@@ -19,6 +19,7 @@ from fake_worker import environment, record_of
 
 from bench import options, runs
 from bench.__main__ import main
+from bench.console import plural
 from bench.job import Job
 from bench.launchers import environment_for
 from bench.protocol import Protocol
@@ -111,7 +112,14 @@ BAD = {
     "/runs'; start one with bench run": ["table"],
     "--models: '': give one or more": ["run", "quick", "--models", ""],
     "--inference-batch-sizes: '1,a': give whole numbers": [*CELLS, "--inference-batch-sizes=1,a"],
-    "records: none yet": ["table", "empty.jsonl"],
+    "records: empty.jsonl: no whole record in it; give another file": ["table", "empty.jsonl"],
+    "/file': is a file; give a folder": ["list", "--runs-dir", "file"],
+    "runs-dir: '': is no path in UTF-8": ["run", "quick", "--runs-dir", ""],
+    "timed-steps: 5: not with --timed-seconds": [
+        *(*CELLS, "--timed-steps", "5", "--timed-seconds", "3"),
+    ],
+    "bench: data: '': write shapes": ["run", "quick", "--data", ""],
+    "inference-batch-sizes: '0': give different sizes": [*CELLS, "--inference-batch-sizes", "0"],
     "records: missing.jsonl: No such file": ["table", "missing.jsonl"],
     "records: '~no-such-user/x': no such user": ["table", "~no-such-user/x"],
     "xxx': File name too long; give another path": ["table", LONG],
@@ -172,6 +180,33 @@ def test_the_line_on_a_bad_option_is_the_same_in_any_encoding(monkeypatch, encod
     monkeypatch.setattr(sys, "stderr", errors)
     assert main(["run", "quick", word]) == 2
     assert errors.getvalue() == f"bench: {told} (see bench run --help)\n"
+
+
+def test_what_is_no_utf_8_is_refused(files, capsys):
+    for words in (
+        [*CELLS, "--runs-dir", "r\udcff"],
+        [*CELLS, "--data", "npz:b\udcff.npz", "--dry-run"],
+    ):
+        assert main(words) == 2
+        assert "is no path in UTF-8; give another one" in capsys.readouterr().err
+
+
+def test_a_variable_that_tells_no_number_of_threads_is_refused_first(files, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "abc")
+    assert main([*CELLS, "--num-processes", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "bench: OMP_NUM_THREADS: 'abc': give 1 or more, or unset it\n"
+    )
+    assert not (files / "runs").exists()
+
+
+def test_a_file_without_a_whole_record_is_named(files, capsys):
+    torn = files / "torn.jsonl"
+    torn.write_text('{"schema_version": 2')
+    assert main(["table", str(torn)]) == 2
+    assert capsys.readouterr().err == (
+        f"bench: records: {torn}: no whole record in it; give another file\n"
+    )
 
 
 def test_a_damaged_data_set_is_found_before_anything_starts(files, npz, capsys):
@@ -401,7 +436,9 @@ def test_resume_measures_anew_what_is_of_images_that_changed(tmp_path, npz):
         )
         append_record(run.records_file, record_of(Job(task=run.plan.tasks[0]), data=facts))
         done = bench(tmp_path, "run", "--resume", run.id, "--dry-run")
-        assert done.stdout.splitlines()[-1].startswith(f"{count} cells, about "), done.stderr
+        assert done.stdout.splitlines()[-1].startswith(plural(count, "cell") + ", about "), (
+            done.stderr
+        )
 
 
 def test_a_cell_that_timed_out_is_given_more_time_on_resume(tmp_path):
@@ -526,6 +563,7 @@ def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):
 NO_TORCH = """
 import sys
 from bench.__main__ import main
+from bench.console import plural
 try:
     code = main(sys.argv[1:])
 finally:
@@ -558,3 +596,51 @@ def test_no_torch_is_imported(files, words):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.fixture
+def shell(files):
+    """Run the program by a shell, with words for that: redirections, variables before it."""
+
+    def run(before, words, after=""):
+        command = f"{before} {sys.executable} -m bench {words} {after}"
+        return subprocess.run(
+            ["sh", "-c", command],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=False,
+        )
+
+    return run
+
+
+QUICK = ROOT / "results/amd-epyc-2c/quick.jsonl"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_tables_are_spelled_out_where_the_terminal_has_no_such_characters(shell, encoding):
+    done = shell(f"PYTHONIOENCODING={encoding}", f"table {QUICK}")
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode(encoding)
+    assert "resnet18-w16" in text and "-" * 20 in text and "?" not in text
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_none_to_worry_about(shell, closed):
+    assert shell("", f"table {QUICK}", closed).returncode == 0
+
+
+@pytest.mark.parametrize("words", [f"table {QUICK}", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_told(shell, words, unbuffered):
+    done = shell(f"PYTHONUNBUFFERED={unbuffered}", words, "> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == (
+        b"bench: output: cannot be written (No space left on device); make room, or write "
+        b"elsewhere\n"
+    )
+
+
+def test_a_reader_that_has_enough_is_no_error(shell):
+    done = shell("", f"table --format csv {QUICK}", "| true")
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -95,9 +95,11 @@ def test_sizes_are_rounded_to_what_divides() -> None:
     assert plan_search(3, images=10_000, start=50) == Search(start=48, largest=9_984, granule=24)
     assert plan_search(1, images=99, largest=10**6) == Search(start=64, largest=96)
     assert plan_search(1, images=99, start=1, largest=21) == Search(start=8, largest=16)
+    assert plan_search(1, images=50) == Search(start=48, largest=48), "64 was nobody's wish"
     for options, message in (
-        ({"largest": 7}, "largest: 0: give at least 8"),
-        ({"start": 0}, "start: 0: give 1 or more"),
+        ({"start": 0}, "start: 0: give 1 to 96, the largest batch to probe"),
+        ({"start": 97}, "start: 97: give 1 to 96"),
+        ({"largest": 7}, "largest: 7: give at least 8"),
         ({"resolution": 1.0}, "resolution: 1.0: give one in"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
@@ -359,8 +361,8 @@ BAD = {
     "num-processes: 0: give 1 or more": [*LIMITED, "--num-processes", "0"],
     "memory-limit: 0: give 1 to ": [*LIMITED[:-1], "0"],
     "--memory-limit": [*LIMITED[:-1], "much"],
-    "start: 0: give 1 or more": [*LIMITED, "--start", "0"],
-    "largest: 0: give at least 8": [*LIMITED, "--largest", "7"],
+    "start: 0: give 1 to ": [*LIMITED, "--start", "0"],
+    "largest: 7: give at least 8": [*LIMITED, "--largest", "7"],
     "resolution: 0.0: give one in (0, 1)": [*LIMITED, "--resolution", "0"],
     "timeout: 0.0: give a positive number": [*LIMITED, "--timeout", "0"],
     "run: 'nope': no such run": ["frontier", "--resume", "nope"],

@@ -148,8 +148,21 @@ def test_a_rank_without_samples_is_refused(samples):
 def test_a_rate_needs_samples_per_step_and_equal_steps():
     with pytest.raises(ConfigError, match="a rate needs samples_per_step"):
         rate((1.0,))
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
+    with pytest.raises(ConfigError, match="a rate needs samples_per_step"):
+        rate((1.0,), samples_per_step="x")
+    with pytest.raises(ConfigError, match="needs as many from every rank"):
         rate((1.0, 1.0), (1.0,), samples_per_step=1)
+
+
+def test_a_latency_of_no_time_is_refused():
+    with pytest.raises(ConfigError, match=r"^inference_latency samples: .*: needs seconds above 0"):
+        latency((0.1, 0.0))
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_a_record(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text(to_json(make_record()) + "\n", encoding="utf-8-sig")
+    assert read_records(path) == [make_record()]
 
 
 def test_nan_is_refused_when_written_and_when_read():

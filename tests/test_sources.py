@@ -499,6 +499,20 @@ def test_folder_unreadable_images(images: Path) -> None:
         assert f"{path}: unreadable image" in refusal(f"folder:{images}")
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_folder_images_that_are_no_files(images: Path, make: Callable[[Path], None]) -> None:
+    path = images / "train" / "cat" / "0.png"
+    path.unlink(missing_ok=True)
+    make(path)
+    assert refusal(f"folder:{images}") == f"data: {path}: is no file; remove it"
+
+
+def test_folder_classes_that_are_not_utf_8(images: Path) -> None:
+    for split in ("train", "test"):
+        write_image(images / split / "c\udcff" / "a.png")
+    assert "classes: 'c\\udcff': must be one line of text" in refusal(f"folder:{images}")
+
+
 def test_folder_other_formats_and_depths(images: Path) -> None:
     path = images / "train" / "cat" / "1.png"
     Image.fromarray(np.zeros((5, 6, 3), dtype=np.uint8)).save(path, format="GIF")

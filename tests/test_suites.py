@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds, format_duration
+from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds
 from bench.protocol import Protocol
 from bench.record import Environment, Record
 from bench.spec import expand, grid
@@ -13,6 +13,7 @@ from bench.suites import SUITES, get_suite, override, quick
 from cifar.config import Recipe
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
+from cifar.progress import format_duration
 
 
 @pytest.mark.parametrize("name", SUITES)

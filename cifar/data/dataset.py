@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar.errors import DataError
+from cifar.files import is_writable_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,27 +41,29 @@ class Dataset:
             if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
                 raise DataError(
                     f"{where} images: {images.dtype} {list(images.shape)}: "
-                    "must be uint8 [N, channels, height, width], none of them 0"
+                    "must be uint8 [N, channels, height, width], none of them 0; write it again"
                 )
             if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
                 raise DataError(
                     f"{where} labels: {labels.dtype} {list(labels.shape)}: "
-                    f"must be integers [{len(images)}], one per image"
+                    f"must be integers [{len(images)}], one per image; write them again"
                 )
             if labels.min() < 0 or labels.max() >= len(self.classes):
                 raise DataError(
                     f"{where} labels: {labels.min()}..{labels.max()}: "
-                    f"must lie in 0..{len(self.classes) - 1}, there are {len(self.classes)} classes"
+                    f"must lie in 0..{len(self.classes) - 1}; correct them, or name all classes"
                 )
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise DataError(
                 f"{self.name}: test images: {list(self.test.images.shape[1:])}: "
-                f"must have the train images' shape {list(self.train.images.shape[1:])}"
+                f"must have the train images' shape {list(self.train.images.shape[1:])}; "
+                "scale them"
             )
         if len(self.classes) < 2:
-            raise DataError(f"{self.name}: classes: {len(self.classes)}: there must be 2 or more")
+            raise DataError(f"{self.name}: classes: {len(self.classes)}: give 2 or more")
         for index, name in enumerate(self.classes):
-            if name.splitlines() != [name] or name in self.classes[:index]:
+            is_line = name.splitlines() == [name] and is_writable_text(name)
+            if not is_line or name in self.classes[:index]:
                 raise DataError(
                     f"data: {self.name}: classes: {name!r}: must be one line of text and no other "
                     "class's name; rename it"

@@ -96,6 +96,8 @@ def _read_image(path: Path) -> npt.NDArray[np.uint8]:
     """An image as RGB `[height, width, 3]`; Pillow's limit on pixels is an error."""
     from PIL import Image
 
+    if not path.is_file():
+        raise DataError(f"data: {path}: is no file; remove it")
     bad = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
     try:
         with warnings.catch_warnings():

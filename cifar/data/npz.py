@@ -50,7 +50,8 @@ def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
             total = sum(member.file_size for member in archive.infolist())
             if total > max_bytes:
                 raise DataError(
-                    f"data: {path}: {total:,} bytes unpacked: must be at most {max_bytes:,}"
+                    f"data: {path}: {total:,} bytes unpacked: must be at most {max_bytes:,}; "
+                    "leave out images"
                 )
             return {
                 member.filename.removesuffix(".npy"): _read_member(path, archive, member)

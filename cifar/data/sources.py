@@ -131,7 +131,8 @@ def _cifar_classes(path: Path, layout: CifarLayout) -> tuple[str, ...]:
     names = unpickle(path).get(layout.names_key)
     if not isinstance(names, list) or len(names) != layout.num_classes:
         raise DataError(
-            f"data: {path}: {layout.names_key}: must be a list of {layout.num_classes} names"
+            f"data: {path}: {layout.names_key}: must be a list of {layout.num_classes} names; "
+            "replace the file"
         )
     return tuple(
         name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names
@@ -157,19 +158,20 @@ def _cifar_batch(
     if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3072,) or not len(pixels):
         shape = list(pixels.shape) if isinstance(pixels, np.ndarray) else "missing"
         raise DataError(
-            f"data: {path}: data: {shape}: must be an array [N, 3072] of uint8, N not 0"
+            f"data: {path}: data: {shape}: must be an array [N, 3072] of uint8, N not 0; "
+            "replace the file"
         )
     if not isinstance(labels, list) or len(labels) != len(pixels):
         count = len(labels) if isinstance(labels, list) else "missing"
         raise DataError(
             f"data: {path}: {layout.labels_key}: {count}: must be a list of {len(pixels)}, "
-            "one per image"
+            "one per image; replace the file"
         )
     for label in labels:
         if not isinstance(label, int) or not 0 <= label < layout.num_classes:
             raise DataError(
                 f"data: {path}: {layout.labels_key}: {reprlib.repr(label)}: "
-                f"must be an integer in 0..{layout.num_classes - 1}"
+                f"must be an integer in 0..{layout.num_classes - 1}; replace the file"
             )
     return pixels.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
 
@@ -223,21 +225,25 @@ def _npz_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str) -> S
     if labels.dtype.kind not in "iu" or labels.shape not in ((len(images),), (len(images), 1)):
         raise DataError(
             f"{where}: {labels.dtype} {list(labels.shape)}: "
-            f"must be integers [{len(images)}], one per image"
+            f"must be integers [{len(images)}], one per image; write them again"
         )
     if labels.min() < 0 or int(labels.max()) > np.iinfo(np.int64).max:
-        raise DataError(f"{where}: {labels.min()}..{labels.max()}: must be 0 or more")
+        raise DataError(f"{where}: {labels.min()}..{labels.max()}: must be 0 or more; correct them")
     return Split(images=images, labels=labels.reshape(-1).astype(np.int64))
 
 
 def _channels_first(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     found = f"{where}: {images.dtype} {list(images.shape)}"
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
-        raise DataError(f"{found}: must be uint8 [N, H, W, C] or [N, C, H, W], none of them 0")
+        raise DataError(
+            f"{found}: must be uint8 [N, H, W, C] or [N, C, H, W], none of them 0; write it again"
+        )
     first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
     if first == last:
         problem = "cannot tell which axis holds the channels" if first else "no axis has 1 or 3"
-        raise DataError(f"{found}: {problem}; C of [N, H, W, C] or [N, C, H, W] must be 1 or 3")
+        raise DataError(
+            f"{found}: {problem}; C of [N, H, W, C] or [N, C, H, W] must be 1 or 3; write it again"
+        )
     return np.ascontiguousarray(images if first else images.transpose(0, 3, 1, 2))
 
 
@@ -255,7 +261,7 @@ def _npz_classes(
     if names.dtype.kind != "U" or names.ndim != 1 or highest >= len(names):
         raise DataError(
             f"data: {path}: class_names: {names.dtype} {list(names.shape)}: must be at least "
-            f"{highest + 1} texts, the largest label is {highest}"
+            f"{highest + 1} texts, the largest label is {highest}; add names"
         )
     return tuple(names.tolist())
 
