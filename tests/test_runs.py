@@ -198,7 +198,7 @@ def images(fingerprint: str, source: str = "shapes") -> DataFacts:
 def test_a_record_of_other_images_is_measured_anew(run: Run) -> None:
     first, second = run.plan.tasks
     append_record(run.records_file, record_of(Job(task=first), data=images("old")))
-    early = record_of(Job(task=second), status="unsupported", reason="no such unit")
+    early = record_of(Job(task=second), status="unsupported", reason="no such unit", data=None)
     append_record(run.records_file, early)
 
     def missing(now: str) -> list[Task]:
@@ -387,7 +387,7 @@ def test_saved_records_of_other_images_stay(tmp_path: Path, run: Run) -> None:
         ]
 
     old, new = (record_of(Job(task=first), data=images(name)) for name in ("old", "new"))
-    early = record_of(Job(task=first), status="unsupported", reason="why")
+    early = record_of(Job(task=first), status="unsupported", reason="why", data=None)
     beside = record_of(Job(task=second), data=images("old"))
     assert len(stored(old, beside)) == 2
     kept = [("resnet20", "ok", "old"), ("resnet18", "ok", "old"), ("resnet20", "ok", "new")]
