@@ -52,24 +52,24 @@ class MeterState:
 
 _NONE = (0.0, 0.0, 0.0)
 """Loss, correct predictions and samples of no micro-batch."""
-_BLOCK = 64
-"""Micro-batches whose losses fill one buffer."""
+_HELD = 64
+"""Micro-batches that are held at most before they are summed up on the device."""
 
 
 class Meter:
     """Sums over the present epoch, and what went wrong since the start.
 
-    A step only writes its loss and its correct predictions into a buffer on the device, few and
-    small operations: on a net with short steps they are what counting costs. Reading sums them up
-    on the host, in the steps' order, so that it does not matter how often they are read.
+    A step only holds its loss, predictions and targets on the device: on a net with short steps
+    every operation is felt. They are counted there `_HELD` micro-batches at a time, and summed up
+    on the host when read, in the steps' order, so that it does not matter how often they are read.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffer = torch.zeros(2, _BLOCK, dtype=torch.float64, device=device)
-        self._places = tuple(zip(*(row.unbind() for row in self._buffer), strict=True))
-        self._full: list[Tensor] = []
-        self._unread: list[tuple[int, int]] = []  # step and samples of what the buffers hold
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, predictions, targets
+        self._losses: list[Tensor] = []  # of the counted ones, `[N]`
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._unread: list[tuple[int, int]] = []  # step and samples of all of these
         self._sums = _NONE
         self._first_bad = math.inf
         self._skips = torch.zeros(3, dtype=torch.int64, device=device)
@@ -77,27 +77,38 @@ class Meter:
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor, step: int) -> None:
         """Count one micro-batch: its mean loss, logits `[B, K]` and targets `[B]` or `[B, K]`."""
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
-        place = len(self._unread) % _BLOCK
-        if self._unread and place == 0:
-            self._full.append(self._buffer.clone())
         self._unread.append((step, len(logits)))
-        of_loss, of_correct = self._places[place]
-        of_loss.copy_(loss)
-        torch.sum(logits.argmax(1) == labels, 0, dtype=torch.float64, out=of_correct)
+        # The predictions are a copy of what a CUDA graph may write anew in the next step.
+        self._held.append((loss, logits.argmax(1), targets))
+        if len(self._held) == _HELD:
+            self._count()
 
+    def _count(self) -> None:
+        """Count on the device what is held."""
+        if not self._held:
+            return
+        losses, predictions, targets = zip(*self._held, strict=True)
+        labels = [each if each.ndim == 1 else each.argmax(1) for each in targets]
+        self._correct += (torch.cat(predictions) == torch.cat(labels)).sum()
+        self._losses.append(torch.stack(losses))
+        self._held = []
+
+    @torch.no_grad()
     def _read(self) -> None:
-        """Sum up what the buffers hold; waits for the device."""
-        held = torch.cat((*self._full, self._buffer), 1)[:, : len(self._unread)]
+        """Sum up what was counted; waits for the device."""
+        self._count()
+        if not self._unread:
+            return
         loss_sum, correct_sum, samples = self._sums
-        for (step, count), loss, correct in zip(self._unread, *held.tolist(), strict=True):
+        losses = torch.cat(self._losses).tolist()
+        for (step, count), loss in zip(self._unread, losses, strict=True):
             loss_sum += loss * count
-            correct_sum += correct
             samples += count
             if not math.isfinite(loss):
                 self._first_bad = min(self._first_bad, step)
-        self._sums = loss_sum, correct_sum, samples
-        self._full, self._unread = [], []
+        self._sums = loss_sum, correct_sum + float(self._correct), samples
+        self._correct.zero_()
+        self._losses, self._unread = [], []
 
     def add_skip(self, skipped: Tensor) -> None:
         """Count one fp16 step, `skipped` a boolean on the device: total, in a row, longest row."""

@@ -110,6 +110,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 class WeightAverage:
     """Exponential moving average of all weights and BatchNorm statistics.
 
+    What is counted instead, batches, is in `weights` as it stands: those are the trained ones' own.
     The decay is warmed up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first
     weights, which are random, do not linger (TensorFlow's ExponentialMovingAverage).
     """
@@ -118,19 +119,14 @@ class WeightAverage:
         """Average these tensors, which training changes in place."""
         self.decay = decay
         self.updates = 0
-        self.weights = {name: tensor.clone() for name, tensor in weights.items()}
         floating = [name for name, tensor in weights.items() if tensor.is_floating_point()]
-        counting = [name for name in weights if name not in floating]
-        self._averages = [self.weights[name] for name in floating]
         self._values = [weights[name] for name in floating]
-        self._counters = [self.weights[name] for name in counting]
-        self._counts = [weights[name] for name in counting]
+        self._averages = [value.clone() for value in self._values]
+        self.weights = weights | dict(zip(floating, self._averages, strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every average towards the present weights; counters are copied."""
+        """Move every average towards the present weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averages, self._values, 1 - decay)
-        if self._counters:
-            torch._foreach_copy_(self._counters, self._counts)

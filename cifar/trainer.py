@@ -211,9 +211,13 @@ class Trainer:
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
                 loss, logits = self.compute_loss(self.model, batch)
-                self.accelerator.backward(loss / len(batches) if len(batches) > 1 else loss)
+                self.backward(loss / len(batches) if len(batches) > 1 else loss)
             if record:
                 self.meter.add(loss.detach(), logits.detach(), batch.targets, self.step)
+
+    def backward(self, loss: Tensor) -> None:
+        """As Accelerate's `backward`, which would divide the loss by 1 in every step."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def optimizer_step(self) -> None:
         """Apply the gradients; in fp16 unscale them first and skip the step if they overflowed."""

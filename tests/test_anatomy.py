@@ -62,7 +62,7 @@ def timed_trainer(monkeypatch: pytest.MonkeyPatch, **config: Any) -> Trainer:
     for owner, name, part in (
         (trainer, "batches_of", "data"),
         (trainer, "compute_loss", "forward"),
-        (trainer.accelerator, "backward", "backward"),
+        (trainer, "backward", "backward"),
         (trainer.optimizer, "zero_grad", "zero"),
         (trainer.optimizer, "step", "step"),
         (Meter, "add", "other"),
@@ -204,7 +204,7 @@ def test_a_step_that_fails_leaves_the_trainer_as_it_was(monkeypatch: pytest.Monk
     assert trainer.step == 0
     assert all(torch.equal(before[name], t) for name, t in trainer.weights().items())
     assert not {"batches_of", "optimizer_step"} & vars(trainer).keys()
-    assert "backward" not in vars(trainer.accelerator)
+    assert "backward" not in vars(trainer)
 
 
 def test_what_is_set_aside_was_changed_within() -> None:

@@ -118,7 +118,7 @@ def _marked_step(trainer: Trainer) -> Timeline:
         for owner, name, part in (
             (trainer, "batches_of", "data"),
             (trainer, "compute_loss", "forward"),
-            (trainer.accelerator, "backward", "backward"),
+            (trainer, "backward", "backward"),
             (trainer.optimizer, "zero_grad", "optimizer"),
             (trainer, "optimizer_step", "optimizer"),
         ):
