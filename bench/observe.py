@@ -7,13 +7,14 @@ trainer's own are read on either side of it.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +28,12 @@ T = TypeVar("T")
 _CONVOLUTION = "aten::convolution"
 
 
+def _counters() -> Mapping[str, Counter[str]]:
+    """What torch's compiler has counted, which is nothing in a process that has not imported it."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return defaultdict(Counter) if module is None else module.counters
+
+
 class Witness:
     """Takes and observes the last step before a timed window and the first after it.
 
@@ -35,8 +42,8 @@ class Witness:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._graphs = counters["stats"]["unique_graphs"]
-        self._skips = counters["inductor"]["cudagraph_skips"]
+        self._graphs = _counters()["stats"]["unique_graphs"]
+        self._skips = _counters()["inductor"]["cudagraph_skips"]
         self._before: Labels = {}
         self._window: Labels = {}
         self._start: dict[str, int] = {}
@@ -68,6 +75,7 @@ class Witness:
 
     def _counts(self) -> dict[str, int]:
         """Everything counted so far; waits for the device."""
+        counters = _counters()
         stats, frames = counters["stats"], counters["frames"]
         meter = self._trainer.meter
         return {
@@ -85,7 +93,7 @@ class Witness:
             seen = _observe_compiled(trainer)
         else:
             seen = _observe_eager(trainer)
-            seen["compile"] = counters["stats"]["unique_graphs"] > self._graphs
+            seen["compile"] = _counters()["stats"]["unique_graphs"] > self._graphs
         return {**_settings(trainer), **seen}
 
 

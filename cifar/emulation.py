@@ -6,7 +6,6 @@ from types import MethodType
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 
 from cifar.accelerator import is_emulated
 
@@ -29,6 +28,8 @@ def emulate_bf16(module: nn.Module) -> None:
     module computes as ever. Compiled code rounds as well from here on, which Inductor leaves out
     where it fuses otherwise.
     """
+    from torch._inductor import config as inductor  # takes as long to import as torch
+
     inductor.emulate_precision_casts = True
     for layer in module.modules():
         for kind, forward in _FORWARD.items():

@@ -1,7 +1,8 @@
 """Parameter groups, optimisers, the learning rate as a function of the step, weight averaging."""
 
+import inspect
 import math
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,33 @@ def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
+_WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+
+def eager(cls: type[Optimizer]) -> type[Optimizer]:
+    """An optimiser's class without what torch puts around its methods for compiled steps.
+
+    Those wrappers import torch's compiler, which takes as long as all the rest of torch; here no
+    optimiser's step is compiled.
+    """
+    methods = {name: inspect.unwrap(getattr(cls, name)) for name in _WRAPPED}
+    methods["step"] = torch.no_grad()(inspect.unwrap(cls.step))
+    return cast(type[Optimizer], type(cls.__name__, (cls,), methods))
+
+
+_SGD, _AdamW, _Muon = eager(torch.optim.SGD), eager(torch.optim.AdamW), eager(Muon)
+
+
 def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser, in the fused form that torch has for CPU and GPU alike."""
     groups = parameter_groups(module, recipe)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+        return _AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
     if recipe.optimizer == "muon":
         return build_muon(groups, recipe)
-    optimizer = torch.optim.SGD(
+    optimizer = _SGD(
         groups,
         lr=recipe.lr,
         momentum=recipe.momentum,
@@ -48,7 +68,7 @@ def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def build_muon(groups: list[dict[str, Any]], recipe: Recipe) -> Muon:
     """Muon for the convolutions among the groups' parameters, SGD for the others."""
-    return Muon(
+    return _Muon(
         ({**group, "params": [p for p in group["params"] if p.ndim == 4]} for group in groups),
         ({**group, "params": [p for p in group["params"] if p.ndim != 4]} for group in groups),
         lr=recipe.lr,

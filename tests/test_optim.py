@@ -1,13 +1,15 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from training import ROOT, finish, start
 
 from cifar.config import Recipe
 from cifar.errors import ConfigError
 from cifar.muon import orthogonalized
-from cifar.optim import WeightAverage, build_optimizer, lr_at, parameter_groups
+from cifar.optim import WeightAverage, build_optimizer, eager, lr_at, parameter_groups
 
 
 def rates(total: int, steps_per_epoch: int, **fields: object) -> list[float]:
@@ -249,3 +251,46 @@ def test_muon_does_not_depend_on_the_layout_and_leaves_what_has_no_gradient() ->
     for one, other in zip(plain.parameters(), nhwc.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     assert nhwc[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (torch.optim.AdamW, {}),
+    ],
+)
+def test_an_eager_optimizer_steps_as_torch_s_own(cls: type, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Linear(4, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    for module, made in ((ours, eager(cls)), (theirs, cls)):
+        optimizer = made(module.parameters(), lr=0.1, fused=True, **options)
+        for step in range(4):
+            optimizer.zero_grad()
+            (module(torch.full((2, 4), step + 1.0)) ** 2).sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        assert isinstance(optimizer, cls)
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+LIGHT = """
+import sys
+from training import make_trainer, tiny_recipe
+from cifar.training_state import load_state, state_of
+for optimizer in ("sgd", "adamw", "muon"):
+    trainer = make_trainer(tiny_recipe(optimizer=optimizer, ema_decay=0.9))
+    trainer.train_step()
+    trainer.check()
+    trainer.evaluate()
+    load_state(trainer, *state_of(trainer))
+print(sorted({"torch._dynamo", "torch._inductor"} & sys.modules.keys()))
+"""
+
+
+def test_eager_training_does_not_wait_for_the_compiler_to_be_imported() -> None:
+    here = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    assert finish(start("-c", LIGHT, module=False, environment=here))[:2] == (0, "[]\n")

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from cifar.compilers import check_compiler, find_compiler
 from cifar.config import PRECISIONS
@@ -202,6 +201,8 @@ def compiling_apart() -> Iterator[None]:
     Every shape is compiled, however many there are (by default torch goes on in eager mode, without
     an error, after 8), and torch's counts of graphs stay those of the training.
     """
+    from torch._dynamo.utils import counters
+
     kept = copy.deepcopy(counters)
     try:
         with torch._dynamo.config.patch(recompile_limit=1_000, fail_on_recompile_limit_hit=True):

@@ -35,7 +35,9 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
     """
     trainer = subject.trainer
     assert trainer.config.precision is not None
-    with _evaluating(trainer.module), compiling_apart():
+    compiles = trainer.config.compile or subject.protocol.inference_backends
+    apart = compiling_apart() if compiles else contextlib.nullcontext()
+    with _evaluating(trainer.module), apart:
         source = Source(
             module=evaluated_module(trainer),
             precision=trainer.config.precision,
