@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cifar.accelerator import start_accelerator
 from cifar.checkpoint import Tensors
-from cifar.config import RunConfig, TrainConfig
+from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.data.dataset import Dataset, Split
 from cifar.data.loader import (
     Batch,
@@ -134,11 +134,8 @@ class Trainer:
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
-        with warnings.catch_warnings():
-            # torch 2.15 renames the option, Accelerate knows the old name alone
-            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
-            wrapped = self.accelerator.prepare_model(self.module)
-        self.wrapped = wrapped
+        self.wrapped: Any = self._wrap()  # DDP has more methods than a module
+        wrapped: nn.Module = self.wrapped
         self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
         if config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=config.compile_mode))
@@ -148,6 +145,17 @@ class Trainer:
         self.scaler = self.accelerator.scaler
         decay = config.recipe.ema_decay
         self.average = WeightAverage(self.weights(), decay) if decay else None
+
+    def _wrap(self) -> nn.Module:
+        """The module in what Accelerate puts around it: autocast, and DDP for several processes."""
+        precision = self.config.precision
+        assert precision is not None, "resolved"
+        if self.place.count == 1 and PRECISIONS[precision].autocast is None:
+            return self.module  # nothing; to find that out it would import sharded tensors for 1 s
+        with warnings.catch_warnings():
+            # torch 2.15 renames the option, Accelerate knows the old name alone
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            return self.accelerator.prepare_model(self.module)  # type: ignore[no-any-return]
 
     def _default_interval(self) -> int:
         """Steps between checks: processes on CPUs agree at every one, for theirs are long."""

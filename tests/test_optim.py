@@ -287,7 +287,7 @@ for optimizer in ("sgd", "adamw", "muon"):
     trainer.check()
     trainer.evaluate()
     load_state(trainer, *state_of(trainer))
-print(sorted({"torch._dynamo", "torch._inductor"} & sys.modules.keys()))
+print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys()))
 """
 
 
