@@ -92,7 +92,12 @@ def accuracy() -> Suite:
     """
     recipe = get_recipe("default")
     steps = recipe.epochs * (50_000 // recipe.global_batch_size)
-    protocol = Protocol(train_samples=steps * recipe.global_batch_size, timeout=4 * 3600.0)
+    protocol = Protocol(
+        train_samples=steps * recipe.global_batch_size,
+        inference_iterations=P99_BATCHES,
+        inference_seconds=60.0,
+        timeout=4 * 3600.0,
+    )
     cells = grid(["resnet20"], ["fp32", "bf16"], recipe=recipe, data=DataConfig(source="cifar10"))
     return Suite(
         name="accuracy",
