@@ -32,7 +32,7 @@ from bench.spec import expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
-from cifar.errors import UserError
+from cifar.errors import Stopped, UserError
 from cifar.files import is_file, user_path
 from cifar.progress import format_duration
 
@@ -117,9 +117,13 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
     """Execute a run, print its tables, and return the exit code."""
     start = time.monotonic()
     resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
-    with stoppable(resume):
-        records = execution.execute(run, past=past, fingerprints=fingerprints)
-    print(_render(records, "terminal", sys.stdout.isatty()))
+    try:
+        with stoppable(resume):
+            records = execution.execute(run, past=past, fingerprints=fingerprints)
+    except Stopped:
+        _print_tables([*runs.latest(run.records()).values()])
+        raise
+    _print_tables(records)
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)
@@ -138,7 +142,9 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
 class TableOptions:
     """Options of `bench table`."""
 
-    source: tyro.conf.Positional[tuple[Annotated[str, arg(metavar="RUN|FILE.jsonl")], ...]] = ()
+    source: Annotated[
+        tuple[str, ...], tyro.conf.Positional, arg(metavar="[RUN|FILE.jsonl ...]")
+    ] = ()
     """Runs (id or folder) or record files; when none is given, the newest run but self-checks."""
     sort: Annotated[str | None, arg(metavar="COLUMN")] = None
     """Column to sort by, best first: model, top1, params, train, memory, vs_fp32, ..."""
@@ -187,6 +193,12 @@ def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
     return records
 
 
+def _print_tables(records: Sequence[Record]) -> None:
+    """For the terminal; nothing if there are no records."""
+    if records:
+        print(_render(records, "terminal", sys.stdout.isatty()))
+
+
 def _render(
     records: Sequence[Record],
     form: Literal["terminal", "markdown", "csv"],
@@ -216,7 +228,7 @@ class SaveOptions:
     """Options of `bench save`."""
 
     run: tyro.conf.Positional[Annotated[str, arg(metavar="RUN")]]
-    """Id or folder of the run."""
+    """The run's id or its folder."""
     runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
     """Where runs are kept."""
     results_dir: Annotated[str, arg(metavar="DIR")] = "results"

@@ -47,7 +47,7 @@ def classify(
     if errors and not (number and own and _only_peers(errors, stderr)):
         reason = _root(errors, stderr)
     elif number:
-        reason = ": ".join([_describe(number), *own[-1:]])
+        reason = ": ".join([_describe(number, _root_rank(stderr)), *own[-1:]])
     elif own:
         reason = own[-1]
     elif returncode == 0:
@@ -132,13 +132,12 @@ def _signal(returncode: int, stderr: str) -> int:
     return -returncode if returncode < 0 else 0
 
 
-def _describe(number: int) -> str:
-    if number == signal.SIGKILL:
-        return "killed by signal 9 (out of memory?)"
-    try:
-        return f"killed by signal {number} ({signal.Signals(number).name})"
-    except ValueError:
-        return f"killed by signal {number}"
+def _describe(number: int, rank: int | None) -> str:
+    """What ended a process, and which one if there were several."""
+    which = "" if rank is None else f"process {rank} was "
+    names = {int(each): each.name for each in signal.Signals} | {signal.SIGKILL: "out of memory?"}
+    name = f" ({names[number]})" if number in names else ""
+    return f"{which}killed by signal {number}{name}"
 
 
 def _short(text: str) -> str:

@@ -66,7 +66,7 @@ CommaIntegers = Annotated[
 class RunOptions:
     """Options of `bench run`."""
 
-    suite: tyro.conf.Positional[Annotated[str | None, arg(metavar="SUITE")]] = None
+    suite: tyro.conf.Positional[Annotated[str | None, arg(metavar="[SUITE]")]] = None
     """A named suite (see bench list); or else give --models."""
     models: CommaList = ()
     """Models to measure without a suite, e.g. resnet18,resnet18-w16."""

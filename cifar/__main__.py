@@ -138,7 +138,7 @@ class SummaryOptions:
     """Options of `cifar summary`."""
 
     name: tyro.conf.Positional[Annotated[str, arg(metavar="MODEL")]]
-    """Architecture, e.g. resnet18 or resnet18-w16."""
+    """An architecture, e.g. resnet18 or resnet18-w16."""
     width: int | None = None
     """Channels of the first stage."""
     dropout: float = 0.0

@@ -101,11 +101,17 @@ def _is_choice(match: re.Match[str]) -> str:
     return f"{match[2]}: {match[1]}: choose one of {', '.join(names)}"
 
 
+def _is_missing(match: re.Match[str]) -> str:
+    wanted = match[2][:1].lower() + match[2][1:]
+    return f"{match[1]}: none given: give {wanted}"
+
+
 _PHRASES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"no type matching (?:\{None\}\|)?(\w+) could be instantiated from \[(.*)\]\.", _is_of_type),
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1: give a whole number"),
     (r"could not convert string to float: (.*)", r"\1: give a number"),
     (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", _is_choice),
+    (r"Missing from [\w -]+: (\w+) (.*?)\.? \(required\)", _is_missing),
     (r"Missing value for argument '(.*)'\. Expected 1 values\.", r"\1: no value: give one"),
 )
 """tyro's and Python's ways to say it, and ours: field, value and remedy."""

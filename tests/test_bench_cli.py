@@ -133,7 +133,7 @@ BAD = {
     "newer.jsonl:1: schema_version: 99": ["table", "newer.jsonl"],
     "--format": ["table", "good.jsonl", "--format", "yaml"],
     "run: 'nope': no such run ": ["save", "nope"],
-    "RUN": ["save"],
+    "RUN: none given: give the run's id or its folder (see bench save --help)": ["save"],
     "max-rounds: 5: give 6 or more": ["selfcheck", "--max-rounds", "5"],
 }
 
@@ -376,6 +376,7 @@ def test_an_interrupted_run_ends_its_cell_and_can_be_resumed(tmp_path, number, c
         [sys.executable, str(FAKE), *CELLS],
         cwd=tmp_path,
         env=environ(FAKE="resnet18=hang"),
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -383,8 +384,10 @@ def test_an_interrupted_run_ends_its_cell_and_can_be_resumed(tmp_path, number, c
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == code
+    assert "resnet20" in output, "what is finished is shown"
+    assert "resnet18" not in output
     last = errors.splitlines()[-1]
     assert "to go on: bench run --resume runs/" in last
     pid = int(children[0].read_text())

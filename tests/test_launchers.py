@@ -594,7 +594,7 @@ COMPILER = (
         (
             torchrun(code=-9, signal_name=" (SIGKILL)"),
             "failed",
-            "killed by signal 9 (out of memory?)",
+            "process 1 was killed by signal 9 (out of memory?)",
         ),
         (
             simple(how="died with <Signals.SIGKILL: 9>"),
@@ -615,7 +615,7 @@ COMPILER = (
                 signal_name=" (SIGABRT)",
             ),
             "failed",
-            "killed by signal 6 (SIGABRT): what(): [enforce fail at pair.cc:464] "
+            "process 1 was killed by signal 6 (SIGABRT): what(): [enforce fail at pair.cc:464] "
             "op.preamble.length <= op.nbytes.",
         ),
         (
