@@ -7,11 +7,12 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from cifar.process import cpu_groups
 
 
 class Counters(NamedTuple):
@@ -103,28 +104,15 @@ def _throttled_seconds(root: Path) -> float:
     https://docs.kernel.org/scheduler/sched-bwc.html.
     """
     found = []
-    for file in _cpu_stat_files(root):
+    for group in cpu_groups(root):
         with contextlib.suppress(OSError):
-            stat = dict(line.split() for line in file.read_text().splitlines())
+            lines = (group / "cpu.stat").read_text().splitlines()
+            stat = dict(line.split() for line in lines)
             if "throttled_usec" in stat:
                 found.append(int(stat["throttled_usec"]) / 1e6)
             elif "throttled_time" in stat:
                 found.append(int(stat["throttled_time"]) / 1e9)
     return sum(found) if found else math.nan
-
-
-def _cpu_stat_files(root: Path) -> Iterator[Path]:
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        folder = mount / path.lstrip("/")
-        yield from (up / "cpu.stat" for up in (folder, *folder.parents) if up.is_relative_to(mount))
 
 
 def _thermal_events(root: Path) -> float:

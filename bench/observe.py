@@ -195,6 +195,7 @@ def _settings(trainer: Trainer) -> Labels:
         "emulated": trainer.emulated,
         "tf32_matmul": _is_tf32(torch.backends.cuda.matmul),
         "tf32_convolution": _is_tf32(torch.backends.cudnn.conv),  # type: ignore[attr-defined]
+        "cudnn_benchmark": trainer.device.type == "cuda" and torch.backends.cudnn.benchmark,
         "loss_scaling": trainer.scaler is not None,
         **scale,
     }

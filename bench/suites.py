@@ -39,7 +39,7 @@ def quick() -> Suite:
         plans=(
             Plan(protocol=trained, cells=grid(["resnet20", "resnet18-w16"], ["fp32", "bf16"])),
             # A batch of 64 takes seconds per step on a slow CPU.
-            Plan(protocol=speed, cells=grid(["resnet18"], ["fp32", "bf16"], batch_sizes=(32,))),
+            Plan(protocol=speed, cells=grid(["resnet18"], ["fp32", "bf16"], batch_sizes=(16,))),
         ),
     )
 
@@ -66,9 +66,9 @@ def precisions() -> Suite:
     """Number format x memory layout x torch.compile, for ResNet-18 and ResNet-50, speed only.
 
     Cost: 32 cells; half an hour on a GPU, hours on two CPU cores, where fp16 and tf32 are
-    unsupported.
+    unsupported, and bf16 where there are no kernels for it.
     """
-    protocol = Protocol(inference_warmup=2, inference_iterations=P99_BATCHES)
+    protocol = Protocol(inference_warmup=2, inference_iterations=P99_BATCHES, allow_emulated=False)
     cells = grid(
         ["resnet18", "resnet50"],
         ["fp32", "tf32", "bf16", "fp16"],

@@ -42,6 +42,7 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     check_rendezvous(os.environ, cpu=cpu)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
+    torch.backends.cudnn.benchmark = True  # sizes are few and fixed; a CPU has no use for it
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision.mixed_precision,

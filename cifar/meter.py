@@ -158,7 +158,12 @@ class Meter:
         return MeterState(sums=self._all_sums(), skips=(total, in_a_row, longest))
 
     def load(self, state: MeterState, *, first: bool) -> None:
-        """Take up a checkpoint's counters; the sums go to the first process alone."""
+        """Take up a checkpoint's counters; the sums go to the first process alone.
+
+        Of rows of skipped steps the present one counts: a longer one that training went on from has
+        ended.
+        """
         self._read()
         self._sums = state.sums if first else _NONE
-        self._skips.copy_(torch.tensor(state.skips))
+        total, in_a_row, _longest = state.skips
+        self._skips.copy_(torch.tensor((total, in_a_row, in_a_row)))

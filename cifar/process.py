@@ -4,9 +4,12 @@ They are read when the C library, OpenMP and torch start, so they must be set be
 starts. Nothing here imports torch.
 """
 
+import contextlib
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from cifar.errors import ConfigError
 from cifar.ranks import local_world_size
@@ -63,11 +66,50 @@ _THREADS = "OMP_NUM_THREADS"
 _RESTARTED = "CIFAR_RESTARTED"
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+ROOT = Path("/")
+"""Where `proc` and `sys` are."""
+
+
+def available_cores(root: Path = ROOT) -> int:
+    """Cores that this process may use: of those that it may run on, as many as quotas pay for.
+
+    A quota of 2.5 cores is 2: a third thread would be held back, and the others wait for it.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, math.floor(min(usable or 1, _quota(root))))
+
+
+def _quota(root: Path) -> float:
+    """Cores' worth of time that this process's control group and those around it leave to it.
+
+    https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    least = math.inf
+    for group in cpu_groups(root):
+        with contextlib.suppress(OSError, ValueError):
+            if (group / "cpu.max").exists():
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = ((group / name).read_text() for name in names)
+            if float(quota) > 0:  # version 2 says "max" for none, version 1 says -1
+                least = min(least, float(quota) / float(period))
+    return least
+
+
+def cpu_groups(root: Path = ROOT) -> Iterator[Path]:
+    """Folders of the control groups, of version 2 or 1, that count this process's CPU time."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        folder = mount / path.lstrip("/")
+        yield from (up for up in (folder, *folder.parents) if up.is_relative_to(mount))
 
 
 def worker_environment(num_processes: int, base: Mapping[str, str]) -> dict[str, str]:

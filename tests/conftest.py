@@ -53,14 +53,24 @@ def cifar_data() -> Path:
     return Path(folder)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the default tests run on the CPU of a GPU machine too: so they know what to expect."""
+    if _is_default(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The workers of `-n auto`: none unless the tests are those of pyproject.toml's `-m`.
+    """The workers of `-n auto`: none unless the tests are the default ones.
 
     The others measure time, or share a GPU.
     """
-    default = config.option.markexpr in config.getini("addopts")
-    return min(available_cores(), 4) if default else 0
+    return min(available_cores(), 4) if _is_default(config) else 0
+
+
+def _is_default(config: pytest.Config) -> bool:
+    """Whether the tests are those of pyproject.toml's `-m`."""
+    return config.option.markexpr in config.getini("addopts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

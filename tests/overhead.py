@@ -1,14 +1,16 @@
 """What the trainer costs over a bare PyTorch loop, and the input pipeline over a plain index.
 
     python tests/overhead.py step --model resnet20 --pairs 200
-    python tests/overhead.py step --model resnet20-w4 --batch-size 16 --pairs 300
+    python tests/overhead.py step --model resnet20-w4 --batch-size 4 --turn 64 --pairs 60
     python tests/overhead.py pipeline
 
-step: steps are interleaved in random order in one process: the trainer's, a bare loop's over one
-  fixed batch, and a second bare loop's as the control. The trainer runs the recipe `sgd` but
-  for its budget, batch size and learning rate, so its steps have augmentation, the schedule, the
-  training metrics and the average of the weights (EMA) in them, of which a bare loop has none: it
-  shares the recipe's loss alone; --ema-decay 0 tells what is left without the average.
+step: turns of one step, or of as many as --turn says, are interleaved in random order in one
+  process: the trainer's, a bare loop's over one fixed batch, and a second bare loop's as the
+  control. The trainer runs the recipe `sgd` but for its budget, batch size and learning rate, so
+  its steps have augmentation, the schedule, the training metrics and the average of the weights
+  (EMA) in them, of which a bare loop has none: it shares the recipe's loss alone; --ema-decay 0
+  tells what is left without the average. Long turns hold what is done only now and then as well: on
+  a CPU its counters are read every 10 steps and summed every 64, and it draws once per epoch.
 pipeline: whole epochs of the recipe's augmented and of plain images take turns, each with the draws
   and the permutation that it makes at its start.
 
@@ -68,12 +70,14 @@ def bare_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
+def seconds(step: Callable[[], None], device: torch.device, steps: int = 1) -> float:
+    """Of a step, the mean of so many."""
     start = time.perf_counter()
-    step()
+    for _ in range(steps):
+        step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / steps
 
 
 def compare_steps(args: argparse.Namespace) -> dict[str, object]:
@@ -101,10 +105,10 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
     for step in steps.values():
         for _ in range(args.warmup):
             step()
-    taken = take_turns(
-        {name: partial(seconds, step, trainer.device) for name, step in steps.items()}, args.pairs
-    )
-    return told(args, taken)
+    timed = {
+        name: partial(seconds, step, trainer.device, args.turn) for name, step in steps.items()
+    }
+    return told(args, take_turns(timed, args.pairs))
 
 
 def told(args: argparse.Namespace, taken: Taken) -> dict[str, object]:
@@ -118,6 +122,7 @@ def told(args: argparse.Namespace, taken: Taken) -> dict[str, object]:
         "ema_decay": args.ema_decay,
         "threads": torch.get_num_threads(),
         "pairs": args.pairs,
+        "steps_per_turn": args.turn,
         "bare_step_ms": statistics.median(bare) * 1e3,
         "ratio": ratio(bare, taken["trainer"]),
         "control": ratio(bare, taken["control"]),
@@ -176,6 +181,7 @@ def main() -> None:
     own = get_recipe("sgd").ema_decay
     parser.add_argument("--ema-decay", type=float, default=own, help="the recipe's; 0: no average")
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--turn", type=int, default=1, help="steps before another one's turn")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30, help="pipeline: of either kind")
     args = parser.parse_args()

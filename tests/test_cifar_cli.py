@@ -82,7 +82,10 @@ LONG = "x" * 300
         (("train", "--precision", "fp8"), r"--precision: 'fp8': choose one of bf16, fp16, fp32, t"),
         (("train", "--resume", "absent"), r"resume: 'absent': no run there"),
         (("train", "--resume"), r"--resume"),
-        (("evaluate",), r"CHECKPOINT: none given: give a run, a checkpoint folder, or .* in one \("),
+        (
+            ("evaluate",),
+            r"CHECKPOINT: none given: give a run, a checkpoint folder, or .* in one \(",
+        ),
         (("summary",), r"MODEL: none given: give an architecture, e\.g\. resnet18"),
         (("evaluate", "absent"), r"checkpoint: absent: no weights there"),
         (("evaluate", "absent", "-b", "0"), r"batch-size: 0"),

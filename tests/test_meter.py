@@ -93,6 +93,15 @@ def test_a_saved_meter_goes_on_where_it_stopped() -> None:
     assert second.health(0).skipped_in_a_row == 3
 
 
+def test_a_row_of_skipped_steps_that_has_ended_is_not_taken_up() -> None:
+    first, second = Meter(CPU), Meter(CPU)
+    for skipped in (True, True, True, False, True):
+        first.add_skip(torch.tensor(skipped))
+    second.load(first.state(), first=True)
+    assert second.health(0).skipped_in_a_row == 1
+    assert second.skipped_steps == 4
+
+
 def test_restored_sums_go_to_the_first_process_alone() -> None:
     saved = Meter(CPU)
     saved.add(torch.tensor(2.0), logits(0), torch.tensor([0]), 0)

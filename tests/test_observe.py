@@ -47,6 +47,7 @@ def as_it_was() -> Iterator[None]:
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Dynamo without a code generator: graphs, guards and compiled regions are real."""
+    monkeypatch.setattr("cifar.accelerator.check_compiler", lambda _: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     yield
     torch._dynamo.reset()

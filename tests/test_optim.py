@@ -180,7 +180,7 @@ def test_singular_vectors_stay_and_singular_values_come_near_one() -> None:
 
 
 def test_a_matrix_of_one_row_becomes_a_direction() -> None:
-    """Its only singular value is its length: 1 after the division, then three quintics."""
+    """Its only singular value is its length: 1 after the division, then four quintics."""
     value = 1.0
     for _ in range(4):
         value = 3.4445 * value - 4.7750 * value**3 + 2.0315 * value**5

@@ -42,6 +42,13 @@ def test_quick_is_estimated_at_five_minutes_at_most():
     assert sum(estimate_seconds(task.cell, task.protocol) for task in expand(quick())) <= 300
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_no_suite_about_speed_measures_what_is_emulated(name):
+    speed = [task.protocol for task in expand(get_suite(name)) if not task.protocol.train_samples]
+    bf16 = {task.protocol for task in expand(get_suite(name)) if task.cell.precision == "bf16"}
+    assert not any(protocol.allow_emulated for protocol in bf16.intersection(speed))
+
+
 def test_depths_and_precisions_cover_their_grids():
     depths = [task.cell.train.model.name for task in expand(get_suite("depths"))]
     assert depths == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]

@@ -26,6 +26,7 @@ from bench.nvml import Gpu, GpuState, NvmlError, other_processes
 from bench.protocol import Protocol
 from bench.record import Measurement
 from bench.validity import CPU_WATCHES, GPU_WATCHES, Window, judge, measure, together
+from cifar.process import available_cores
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 CPU = torch.device("cpu")
@@ -88,6 +89,32 @@ def test_quotas_of_the_older_control_groups_count(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/cgroup", "4:memory:/job\n3:cpu,cpuacct:/gone\n0::/\n")
     write(tmp_path, "sys/fs/cgroup/cpu/cpu.stat", "nr_throttled 3\nthrottled_time 1500000000\n")
     assert read_counters(tmp_path).throttled == 1.5
+
+
+TWO = {"proc/self/cgroup": "0::/job/inner\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}
+ONE = {"proc/self/cgroup": "4:memory:/job\n3:cpu,cpuacct:/gone\n"}
+CFS = "sys/fs/cgroup/cpu/cpu.cfs"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        (TWO, 8),
+        (TWO | {"sys/fs/cgroup/job/cpu.max": "250000 100000\n"}, 2),
+        (TWO | {"sys/fs/cgroup/job/inner/cpu.max": "40000 100000\n"}, 1),
+        (TWO | {"sys/fs/cgroup/job/cpu.max": "9900000 100000\n"}, 8),
+        (ONE | {f"{CFS}_quota_us": "-1\n", f"{CFS}_period_us": "100000\n"}, 8),
+        (ONE | {f"{CFS}_quota_us": "300000\n", f"{CFS}_period_us": "100000\n"}, 3),
+    ],
+)
+def test_cores_are_as_many_as_quotas_pay_for(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        write(tmp_path, name, text)
+    assert available_cores(tmp_path) == cores
 
 
 def test_thermal_events_of_all_cores_count(tmp_path: Path) -> None:
