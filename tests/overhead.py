@@ -14,7 +14,7 @@ step: turns of one step, or of as many as --turn says, are interleaved in random
 pipeline: whole epochs of the recipe's augmented and of plain images take turns, each with the draws
   and the permutation that it makes at its start.
 
-Prints the median of the ratios of neighbours (bare / trainer, plain / augmented: 1 means no
+Prints the median of the ratios within a round (bare / trainer, plain / augmented: 1 means no
 overhead) with a 95 % interval from order statistics.
 """
 
@@ -112,8 +112,12 @@ def compare_steps(args: argparse.Namespace) -> dict[str, object]:
 
 
 def told(args: argparse.Namespace, taken: Taken) -> dict[str, object]:
-    """What was compared, and the ratios that came of it."""
-    bare = taken["bare"]
+    """What was compared, and the ratios that came of it.
+
+    The trainer is compared with the mean of both bare loops' turns in the same round, which tells
+    as much as a third more rounds would with one of them.
+    """
+    bare = [statistics.mean(pair) for pair in zip(taken["bare"], taken["control"], strict=True)]
     return {
         "model": args.model,
         "batch_size": args.batch_size,
@@ -125,7 +129,7 @@ def told(args: argparse.Namespace, taken: Taken) -> dict[str, object]:
         "steps_per_turn": args.turn,
         "bare_step_ms": statistics.median(bare) * 1e3,
         "ratio": ratio(bare, taken["trainer"]),
-        "control": ratio(bare, taken["control"]),
+        "control": ratio(taken["bare"], taken["control"]),
         "added_ms": middle([(t - b) * 1e3 for b, t in zip(bare, taken["trainer"], strict=True)]),
     }
 
