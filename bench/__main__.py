@@ -32,7 +32,7 @@ from bench.spec import expand
 from bench.suites import SUITES
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
-from cifar.errors import Stopped, UserError
+from cifar.errors import OutputError, Stopped, UserError
 from cifar.files import is_file, user_path
 from cifar.progress import format_duration
 
@@ -120,7 +120,7 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
     try:
         with stoppable(resume):
             records = execution.execute(run, past=past, fingerprints=fingerprints)
-    except Stopped:
+    except (Stopped, OutputError):
         _print_tables([*runs.latest(run.records()).values()])
         raise
     _print_tables(records)

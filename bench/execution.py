@@ -14,8 +14,9 @@ from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record
 from bench.record_file import append_record
 from bench.repeats import UNCHANGED, Fingerprints, Standing, interleaved, is_from_here
-from bench.runs import Run, latest, locked, unwritable
+from bench.runs import Run, latest, locked
 from bench.spec import Task
+from cifar.errors import OutputError
 
 Launch = Callable[[Job, Path], Record]
 """(job, folder for what its processes write) -> its record."""
@@ -29,13 +30,18 @@ def taken_up(run: Run) -> Iterator[None]:
 
     Raises:
         UserError: another process does, or the folder cannot be written.
+        OutputError: it no longer can.
     """
     with locked(run):
         end_leftovers(run.folder)
         try:
             yield
         except OSError as error:
-            raise unwritable(run.folder, error) from None
+            reason = error.strerror or str(error)
+            raise OutputError(
+                f"run: {str(run.folder)!r}: cannot be written any more ({reason}); make room "
+                "there, then go on with --resume"
+            ) from None
 
 
 def execute(
@@ -56,6 +62,7 @@ def execute(
 
     Raises:
         UserError: another process runs this run, or its folder cannot be written.
+        OutputError: it no longer can.
     """
     with taken_up(run):
         return _Execution(run, launch, _standing(run, present, fingerprints), past).all()

@@ -159,7 +159,7 @@ def build_searches(
     data = DataConfig() if options.data is None else parse_data(options.data)
     launcher = "ddp" if options.launcher is None else options.launcher
     get_launcher(launcher)
-    images, _ = examine(data)
+    images = examine(data).images
     search = plan_search(
         processes,
         images=images,

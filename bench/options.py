@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -16,6 +16,7 @@ from bench.repeats import Fingerprints
 from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import P99_BATCHES, get_suite, override
 from cifar.config import CompileMode, option_name, require
+from cifar.cost import check_batch
 from cifar.data.config import DataConfig, parse_data
 from cifar.errors import ConfigError, UserError
 from cifar.files import is_file, user_path
@@ -146,6 +147,8 @@ CELL_OPTIONS = (
 
 SHAPES_TRAIN_IMAGES = 10_000
 """Of the embedded data set, which nothing can be wrong with: it need not be drawn to check it."""
+SHAPES_SIZE = (32, 32)
+"""Height and width of its images."""
 
 
 def build_suite(options: RunOptions) -> Suite:
@@ -237,18 +240,24 @@ def check_data(tasks: Iterable[Task]) -> Fingerprints:
 
     Raises:
         DataError: one is missing, damaged or of the wrong form.
-        ConfigError: a batch is larger than its training split.
+        ConfigError: a batch is larger than its training split, or too small for its images, see
+            `cifar.cost.check_batch`.
     """
-    found: dict[DataConfig, tuple[int, str]] = {}
+    found: dict[DataConfig, Examined] = {}
     for task in tasks:
-        data, batch = task.cell.train.data, task.cell.train.recipe.global_batch_size
+        train = task.cell.train
+        data, batch = train.data, train.recipe.global_batch_size
         if data not in found:
             found[data] = examine(data)
-        size, _ = found[data]
+        count = found[data].images
         require(
-            batch <= size, "batch-size", batch, f"{data} has {size} images; give at most that many"
+            batch <= count,
+            "batch-size",
+            batch,
+            f"{data} has {count} images; give at most that many",
         )
-    return {data: fingerprint for data, (_, fingerprint) in found.items() if fingerprint}
+        check_batch(train, found[data].size, task.cell.num_processes)
+    return {data: each.fingerprint for data, each in found.items() if each.fingerprint}
 
 
 def check_devices(
@@ -270,27 +279,37 @@ def check_devices(
         )
 
 
-def examine(data: DataConfig) -> tuple[int, str]:
-    """How many training images a data set has, and its fingerprint, empty of the embedded one.
+class Examined(NamedTuple):
+    """A data set: how many training images of which height and width, and its fingerprint, which
+    is empty of the embedded one."""
+
+    images: int
+    size: tuple[int, int]
+    fingerprint: str
+
+
+def examine(data: DataConfig) -> Examined:
+    """Read a data set, but for the embedded one.
 
     Raises:
         DataError: it is missing, damaged or of the wrong form.
     """
     if data.source == "shapes":
-        return SHAPES_TRAIN_IMAGES, ""
+        return Examined(SHAPES_TRAIN_IMAGES, SHAPES_SIZE, "")
     from cifar.data.sources import load_dataset
 
     dataset = load_dataset(data)
-    return len(dataset.train), dataset.fingerprint()
+    height, width = dataset.train.images.shape[2:]
+    return Examined(len(dataset.train), (height, width), dataset.fingerprint())
 
 
 def runs_folder(runs_dir: str) -> Path:
-    """Where runs are kept, as an absolute path.
+    """Where runs are kept, as the one absolute path without links that processes are marked by.
 
     Raises:
         UserError: it names a user that does not exist, or a file.
     """
-    folder = user_path(runs_dir, "runs-dir").absolute()
+    folder = user_path(runs_dir, "runs-dir").resolve()
     if is_file(folder, "runs-dir"):
         raise UserError(f"runs-dir: {str(folder)!r}: is a file; give a folder")
     return folder

@@ -1,6 +1,5 @@
 """How a cell is measured: steps, iterations, training budget and limits. No torch."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +11,10 @@ METRICS = ("anatomy", "pipeline", "utilization")
 """What a protocol may ask for besides the basic metrics: the keys of `bench.measure.FURTHER`."""
 BACKENDS = ("compiled", "exported", "onnxruntime")
 """Ways to run a model for inference, see `bench.measure.backends`."""
+MOST = 10**12
+"""Of steps, samples or seconds, so that a slip is told from a long measurement."""
+MOST_IMAGES = 1_000_000
+"""Of a batch for inference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,22 +89,23 @@ class Protocol:
         ):
             value = getattr(self, name)
             require(value >= least, option_name(name), value, f"give {least} or more")
+            require(value <= MOST, option_name(name), value, f"give at most {MOST}")
         limit = self.memory_limit
         require(limit is None or limit >= 1, "memory-limit", limit, "give 1 or more")
         for name in ("inference_seconds", "timeout", "timed_seconds", "target_interval"):
             value = getattr(self, name)
             require(
-                value is None or 0 < value < math.inf,
+                value is None or 0 < value <= MOST,
                 option_name(name),
                 value,
-                "give a positive number",
+                f"give a positive number, at most {MOST}",
             )
         sizes = self.inference_batch_sizes
         require(
-            all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes),
+            all(1 <= size <= MOST_IMAGES for size in sizes) and len(set(sizes)) == len(sizes),
             "inference-batch-sizes",
             ",".join(map(str, sizes)),
-            "give different sizes of 1 or more",
+            f"give different sizes of 1 to {MOST_IMAGES}",
         )
 
     def _check_together(self) -> None:
@@ -116,12 +120,6 @@ class Protocol:
             "target-interval",
             self.target_interval,
             f"needs repeats, at most how many processes to start: {FEWEST + 1} or more",
-        )
-        require(
-            self.min_timed_seconds < math.inf,
-            "min-timed-seconds",
-            self.min_timed_seconds,
-            "give 0 or a positive number",
         )
         require(
             not (self.training_alone and self.metrics),

@@ -1,7 +1,6 @@
 """What one process found: measurements, environment and status."""
 
 import hashlib
-import math
 import platform
 import re
 from dataclasses import dataclass, field
@@ -14,6 +13,11 @@ from cifar.config import require
 from cifar.serialize import STRICT
 
 SCHEMA_VERSION = 2
+LARGEST = 1e100
+"""No sample's size is beyond it, nor that of a number of seconds below its inverse, so that sums
+and ratios of them are numbers too."""
+MOST_BYTES = 2**63
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 Label = str | int | float | bool
 Status = Literal["ok", "failed", "unsupported", "oom", "timeout"]
@@ -29,8 +33,9 @@ class Measurement:
     samples of one step over all ranks.
 
     Raises:
-        ConfigError (a ValueError): NaN, infinity, no samples though ok, ranks with more of them
-            than others, seconds that are none, no reason though not ok.
+        ConfigError (a ValueError): a name of other characters than a-z, 0-9 and _, NaN, infinity
+            or beyond `LARGEST`, no samples though ok, ranks with more of them than others, seconds
+            that are none, no reason though not ok.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -44,9 +49,12 @@ class Measurement:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        if not all(all(map(math.isfinite, rank)) for rank in self.samples):
-            bad = [value for rank in self.samples for value in rank if not math.isfinite(value)]
-            require(False, f"{self.name} samples", bad, "must be finite")
+        named = _NAME.fullmatch(self.name) is not None
+        require(named, "measurement", self.name, "name it in small letters, digits and _")
+        if not all(-LARGEST <= value <= LARGEST for rank in self.samples for value in rank):
+            values = [value for rank in self.samples for value in rank]
+            bad = [value for value in values if not -LARGEST <= value <= LARGEST]
+            require(False, f"{self.name} samples", bad, f"must be finite, up to {LARGEST:g}")
         if self.status != "ok":
             self._require(bool(self.reason), "reason", f"say why it is {self.status}")
             return
@@ -54,11 +62,12 @@ class Measurement:
         self._require(sampled, "samples", "needs one or more from every rank")
         even = len({len(rank) for rank in self.samples}) == 1
         self._require(even, "samples", "needs as many from every rank")
-        positive = self.unit != "s/sample" or min(map(min, self.samples)) > 0
+        timed = self.unit in ("s/sample", "samples/s")
+        positive = not timed or min(map(min, self.samples)) >= 1 / LARGEST
         self._require(positive, "samples", "needs seconds above 0")
         if self.unit == "samples/s":
-            self._require(self._samples_per_step > 0, "labels", "a rate needs samples_per_step")
-            throughput(self.samples, self._samples_per_step)
+            counted = self._samples_per_step > 0
+            self._require(counted, "labels", "a rate needs samples_per_step")
 
     def _require(self, holds: bool, part: str, remedy: str) -> None:
         if not holds:
@@ -67,7 +76,7 @@ class Measurement:
     @property
     def _samples_per_step(self) -> float:
         found = self.labels.get("samples_per_step", 0)
-        return 0.0 if isinstance(found, str) else float(found)
+        return 0.0 if isinstance(found, str) or found > LARGEST else float(found)
 
     @property
     def value(self) -> float | None:
@@ -89,7 +98,11 @@ def this_host() -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """What a process ran on and with. What is unknown is None, or "" with its reason beside."""
+    """What a process ran on and with. What is unknown is None, or "" with its reason beside.
+
+    Raises:
+        ConfigError: more memory than there can be.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -131,6 +144,10 @@ class Environment:
     """UTC, ISO 8601."""
     host: str = ""
     """See `this_host`."""
+
+    def __post_init__(self) -> None:
+        for size in (self.memory_bytes, *self.gpu_memory_bytes):
+            require(0 <= size < MOST_BYTES, "memory", size, f"give less than {MOST_BYTES} bytes")
 
     @property
     def gpu_count(self) -> int:
@@ -196,7 +213,7 @@ class Record:
     """One repeat of one cell in one fresh process group, failures included.
 
     Raises:
-        ConfigError: a status other than ok without a reason.
+        ConfigError: a status other than ok without a reason, or no duration.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -230,6 +247,7 @@ class Record:
             self.reason,
             f"say why the record is {self.status}",
         )
+        require(0 <= self.duration_s <= LARGEST, "duration_s", self.duration_s, "give seconds")
 
     @property
     def valid(self) -> bool:

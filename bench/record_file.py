@@ -68,7 +68,7 @@ def parse_record(text: str, *, source: str = "record") -> Record:
 
 def _parse_ours(text: str) -> Record | None:
     """A sound record of our version; None for all others, which take a second look."""
-    if any(constant in text for constant in _CONSTANTS):
+    if any(constant in text for constant in _CONSTANTS) or '"schema_version"' not in text:
         return None
     try:
         record = from_json(Record, text)
@@ -130,13 +130,22 @@ def append_record(path: Path, record: Record) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        line = _mend(descriptor) + line
-        if os.write(descriptor, line) != len(line):
-            raise OSError(f"{path}: could not write the whole record; is the disk full?")
+        _write_whole(descriptor, _mend(descriptor) + line)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     sync_folder(path.parent)
+
+
+def _write_whole(descriptor: int, text: bytes) -> None:
+    """Write at the end of an open file, usually at once; if there is no room, nothing is left."""
+    size = os.fstat(descriptor).st_size
+    try:
+        while text:
+            text = text[os.write(descriptor, text) :]
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
 
 
 def _mend(descriptor: int) -> bytes:

@@ -130,11 +130,13 @@ def _row(group: Sequence[Record]) -> Row:
             seeded = record.cell.train.seed, measurement
             by_key.setdefault(_metric_key(measurement), []).append(seeded)
     alone = {key: [each for _, each in found] for key, found in by_key.items()}
-    for key, found in by_key.items():
-        row |= _scores(key, found) if key in SCORES else _summary(key, alone[key])
-        row |= _failures(key, alone[key])
     row["failed_measurements"] = _failed_measurements(alone)
-    return row
+    measured: Row = {}
+    for key, found in by_key.items():
+        measured |= _scores(key, found) if key in SCORES else _summary(key, alone[key])
+        measured |= _failures(key, alone[key])
+    # A measurement may have the name of a column that is there already, which then stays.
+    return {**row, **measured, **row}
 
 
 def _failed(measurements: Iterable[Measurement]) -> list[Measurement]:

@@ -156,7 +156,7 @@ def find(name: str, runs_dir: Path) -> Run:
                     f"run: {str(folder / RUN_FILE)!r}: {error.strerror}; give another run"
                 ) from None
             plan = from_json(RunPlan, text, source=str(folder / RUN_FILE))
-            return Run(folder=folder.absolute(), plan=plan)
+            return Run(folder=folder.resolve(), plan=plan)
     raise UserError(f"run: {name!r}: no such run in {str(runs_dir)!r}; give its id or its folder")
 
 

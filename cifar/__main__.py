@@ -17,9 +17,8 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import ModelConfig, PrecisionName, require
+from cifar.config import MOST_PIXELS, ModelConfig, PrecisionName, require
 from cifar.data.config import DataOption
-from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment
 from cifar.ranks import is_first, world_size
@@ -127,7 +126,7 @@ def run_evaluate(argv: list[str]) -> int:
         cpu=options.cpu,
     )
     if options.json:
-        print(json.dumps(scored.to_dict()))
+        print(json.dumps(scored.to_dict(), allow_nan=False))
     else:
         render(scored)
     return 0
@@ -163,8 +162,7 @@ def run_summary(argv: list[str]) -> int:
     )
     fields: dict[str, Any] = dataclasses.asdict(options)
     size = fields.pop("image_size")
-    if size < 1:
-        raise ConfigError(f"image-size: {size}: give 1 or more")
+    require(1 <= size <= MOST_PIXELS, "image-size", size, f"give 1 to {MOST_PIXELS}")
     config = ModelConfig(**fields)
     from cifar.models.summary import print_summary
 

@@ -6,6 +6,7 @@ renamed. A reader therefore sees a complete checkpoint or none, and a flipped bi
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -62,6 +63,15 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         require(self.config.precision is not None, "config.precision", None, "must be resolved")
+        model = self.config.model
+        few = f"must name {model.num_classes} classes"
+        require(len(self.classes) == model.num_classes, "classes", len(self.classes), few)
+        require(min(self.image_size) > 0, "image_size", self.image_size, "give 1 pixel or more")
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            good = all(least < value < math.inf for value in values)
+            remedy = f"give {model.in_channels} finite numbers above {least}"
+            require(good and len(values) == model.in_channels, name, values, remedy)
 
     @property
     def normalization(self) -> Normalization:
@@ -253,20 +263,18 @@ def find_weights(path: Path) -> Path:
         CheckpointError: nothing there, or a file that holds no weights.
         UserError: nobody can tell, for a folder may not be searched or a name is too long.
     """
-    if path.suffix == ".safetensors":
-        if path.name not in (_AVERAGE, _WEIGHTS):
-            raise CheckpointError(
-                f"checkpoint: {path}: no weights of a model; name {_WEIGHTS} or {_AVERAGE}"
-            )
-        candidates = iter([path.parent])
-    else:
-        candidates = _folders_of_weights(path)
+    is_named = path.name in (_AVERAGE, _WEIGHTS)
+    if path.suffix == ".safetensors" and not is_named and is_file(path, "checkpoint"):
+        raise CheckpointError(
+            f"checkpoint: {path}: no weights of a model; name {_WEIGHTS} or {_AVERAGE}"
+        )
+    candidates = iter([path.parent]) if is_named else _folders_of_weights(path)
     found = next((each for each in candidates if is_file(each / MANIFEST, "checkpoint")), None)
     if found is None:
         raise CheckpointError(
             f"checkpoint: {path}: no weights there; give a run, a checkpoint or {_WEIGHTS} in one"
         )
-    if path.suffix == ".safetensors":
+    if is_named:
         return path
     return found / (_AVERAGE if is_file(found / _AVERAGE, "checkpoint") else _WEIGHTS)
 

@@ -160,6 +160,10 @@ def run_program(
 def _run(prog: str, summary: str, commands: Mapping[str, Command], words: Sequence[str]) -> int:
     if not words:
         raise ConfigError(f"command: none given; see {prog} --help")
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("working folder: is gone; change to another one") from None
     if words[0] in ("-h", "--help"):
         print(_overview(prog, summary, commands))
         return 0

@@ -30,7 +30,12 @@ def option_name(field_name: str) -> str:
 
 
 MOST_CHANNELS = 65_536
-"""Of a first stage, so that a slip is told from a wide network."""
+"""Of a first stage, so that a slip is told from a wide network, and of images."""
+MOST_CLASSES = 1_000_000
+MOST_PIXELS = 65_536
+"""Of a side of an image."""
+MOST_PARTS = 65_536
+"""Micro-batches of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +75,12 @@ class ModelConfig:
             f"give 1 to {MOST_CHANNELS}",
         )
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "give 0 <= p < 1")
-        require(self.num_classes > 1, "num-classes", self.num_classes, "give 2 or more")
-        require(self.in_channels > 0, "in-channels", self.in_channels, "give 1 or more")
+        for name, least, most in (
+            ("num_classes", 2, MOST_CLASSES),
+            ("in_channels", 1, MOST_CHANNELS),
+        ):
+            value = getattr(self, name)
+            require(least <= value <= most, option_name(name), value, f"give {least} to {most}")
 
     @property
     def architecture(self) -> Architecture:
@@ -272,7 +281,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.accumulation_steps >= 1, "accumulation", self.accumulation_steps, "give 1 or more"
+            1 <= self.accumulation_steps <= MOST_PARTS,
+            "accumulation",
+            self.accumulation_steps,
+            f"give 1 to {MOST_PARTS}",
         )
         require(0 <= self.seed < 2**31, "seed", self.seed, "give 0 <= seed < 2**31")
         require(

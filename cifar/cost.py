@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-from cifar.config import ModelConfig
+from cifar.config import ModelConfig, TrainConfig, require
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 
@@ -64,6 +64,34 @@ def _layers(config: ModelConfig) -> Iterator[Layer]:
     yield _linear(channels, config.num_classes)
 
 
+def _positions(layer: Layer, image_size: tuple[int, int]) -> int:
+    """Of the layer's output for one image."""
+    if layer.halvings is None:
+        return 1
+    return prod(-(-side // 2**layer.halvings) for side in image_size)
+
+
+def check_batch(train: TrainConfig, image_size: tuple[int, int], num_processes: int) -> None:
+    """Raise a ConfigError if some BatchNorm would get a single value per channel in training.
+
+    That is so of one image per device whose last feature maps are one pixel; there is no variance
+    to divide by. Also if the batch does not divide, see `TrainConfig.per_device_batch_size`.
+    """
+    least = min(
+        _positions(layer, image_size)
+        for layer in _layers(train.model)
+        if layer.halvings is not None
+    )
+    size = train.recipe.global_batch_size
+    require(
+        train.per_device_batch_size(num_processes) * least > 1,
+        "batch-size",
+        size,
+        "is one image per device and micro-batch, whose last feature map is one pixel, which "
+        f"BatchNorm cannot normalise; give {2 * size} or more",
+    )
+
+
 def param_count(config: ModelConfig) -> int:
     """Trainable parameters of the network."""
     return sum(layer.weights + layer.other_parameters for layer in _layers(config))
@@ -71,11 +99,7 @@ def param_count(config: ModelConfig) -> int:
 
 def _multiply_adds_by_layer(config: ModelConfig, image_size: tuple[int, int]) -> list[int]:
     """Those of one image, from the first convolution to the classifier."""
-
-    def positions(halvings: int | None) -> int:
-        return 1 if halvings is None else prod(-(-side // 2**halvings) for side in image_size)
-
-    return [layer.weights * positions(layer.halvings) for layer in _layers(config)]
+    return [layer.weights * _positions(layer, image_size) for layer in _layers(config)]
 
 
 def multiply_adds(config: ModelConfig, image_size: tuple[int, int]) -> int:

@@ -29,6 +29,10 @@ class UnsupportedError(UserError):
     """This machine or software stack cannot run what was asked as it was asked."""
 
 
+class OutputError(CifarError):
+    """What is made cannot be written, as on a full disk; what was made before is there."""
+
+
 class TrainingError(CifarError):
     """Training cannot go on: a non-finite loss, or too many skipped steps in a row."""
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -182,7 +183,8 @@ class Session:
         """Leave together with all processes, which have agreed on it and saved."""
         barrier()  # a launcher ends the others as soon as one is gone, also while it writes
         leave()
-        where = f"; continue with: cifar train --resume {self.root}" if self.root else ""
+        command = f"cifar train --resume {shlex.quote(str(self.root))}"
+        where = f"; continue with: {command}" if self.root else ""
         raise Stopped(signal, f"stopped by signal {signal} after step {self.trainer.step}{where}")
 
     def _stop_if_asked(self) -> None:

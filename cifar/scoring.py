@@ -1,6 +1,7 @@
 """Scoring saved weights on a data set, outside of training."""
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from cifar.data.dataset import Dataset
 from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
 from cifar.emulation import emulate_if_needed
-from cifar.errors import DataError, UserError
+from cifar.errors import CheckpointError, DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.memory import explained
 from cifar.models import build_model
@@ -63,7 +64,7 @@ def score(
     data set with other images than that a line on stderr tells.
 
     Raises:
-        CheckpointError: no weights there, or damaged.
+        CheckpointError: no weights there, or damaged, or the loss is not finite.
         DataError: the data set's classes or channels are not the model's.
         UnsupportedError: the device cannot run the precision.
     """
@@ -89,6 +90,11 @@ def score(
     what = f"model {card.config.model.label} with batch size {size}"
     with explained(what, "choose a smaller -b"), _autocast(name, device):
         result = evaluate(module, batches, num_classes=len(card.classes), device=device)
+    if not math.isfinite(result.loss):
+        raise CheckpointError(
+            f"checkpoint: {file}: loss {result.loss} on these images: the weights are damaged, or "
+            "their training diverged; give others"
+        )
     return Scored(weights=file, card=card, precision=name, evaluation=result)
 
 

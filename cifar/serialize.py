@@ -59,6 +59,8 @@ def from_json(cls: type[T], text: str | bytes, *, source: str = "JSON") -> T:
         value: T = _adapter(cast(Hashable, cls)).validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_problem(error.errors()[0])}") from None
+    except ArithmeticError as error:  # of a dataclass's own checks
+        raise ConfigError(f"{source}: {error}: a number out of all measure; correct it") from None
     return value
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cifar.accelerator import start_accelerator
 from cifar.checkpoint import Tensors
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
+from cifar.cost import check_batch
 from cifar.data.dataset import Dataset, Split
 from cifar.data.loader import (
     Batch,
@@ -104,6 +105,8 @@ class Trainer:
                 f"batch-size: {recipe.global_batch_size}: larger than the {len(dataset.train)} "
                 f"training images of {dataset.name}; give at most that many"
             )
+        height, width = dataset.train.images.shape[2:]
+        check_batch(self.config, (height, width), self.place.count)
         per_device = self.config.per_device_batch_size(self.place.count)
         self.normalization = Normalization.of(dataset.train)
 

@@ -104,7 +104,7 @@ BAD = {
         "--accumulation=2",
     ],
     "--compile-mode": [*CELLS, "--compile", "--compile-mode=nope"],
-    "accumulation: 0: give 1 or more": [*CELLS, "--accumulation", "0"],
+    "accumulation: 0: give 1 to 65536": [*CELLS, "--accumulation", "0"],
     "accumulation: 3: not with --resume": ["run", "--resume", "nope", "--accumulation", "3"],
     "seeds: 3: not with --resume": ["run", "--resume", "nope", "--seeds", "3"],
     "suite: quick: not with --resume": ["run", "quick", "--resume", "nope"],
@@ -119,6 +119,11 @@ BAD = {
         *(*CELLS, "--timed-steps", "5", "--timed-seconds", "3"),
     ],
     "bench: data: '': write shapes": ["run", "quick", "--data", ""],
+    "timed-steps: 99999999999999999999: give at most": [*CELLS, "--timed-steps", 20 * "9"],
+    "train-samples: 99999999999999999999: give at most": [*CELLS, "--train-samples", 20 * "9"],
+    "inference-batch-sizes: '100000000': give different sizes of 1 to 1000000": [
+        *(*CELLS, "--inference-batch-sizes", "100000000"),
+    ],
     "inference-batch-sizes: '0': give different sizes": [*CELLS, "--inference-batch-sizes", "0"],
     "records: missing.jsonl: No such file": ["table", "missing.jsonl"],
     "records: '~no-such-user/x': no such user": ["table", "~no-such-user/x"],
@@ -237,7 +242,9 @@ def test_every_data_set_is_known_by_its_images_but_the_embedded_one(npz):
 
 
 def test_the_embedded_data_set_has_as_many_images_as_is_said():
-    assert len(load_shapes(test=100).train) == options.SHAPES_TRAIN_IMAGES
+    train = load_shapes(test=100).train
+    assert len(train) == options.SHAPES_TRAIN_IMAGES
+    assert train.images.shape[2:] == options.SHAPES_SIZE
 
 
 # --- Help, list, dry run ---
@@ -448,7 +455,10 @@ def test_a_cell_that_timed_out_is_given_more_time_on_resume(tmp_path):
     assert bench(tmp_path, *CELLS, "--timeout", "2", fake="resnet20=hang,ok").returncode == 1
     name = runs.newest(tmp_path / "runs").id
     done = bench(tmp_path, "run", "--resume", name, "--timeout", "0")
-    assert (done.returncode, done.stderr) == (2, "bench: timeout: 0.0: give a positive number\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "bench: timeout: 0.0: give a positive number, at most 1000000000000\n",
+    )
     done = bench(tmp_path, "run", "--resume", name, "--timeout", "60")
     assert done.returncode == 0, done.stderr
     old, new, _ = runs.newest(tmp_path / "runs").records()

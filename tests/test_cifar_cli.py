@@ -4,12 +4,15 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from conftest import make_dataset
 from training import TINY_OPTIONS, cifar, finish, start, train
 
 from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
+from cifar.evaluation import Evaluation
 from cifar.recipes import get_recipe
 from cifar.train_options import read_train_options
 
@@ -92,7 +95,10 @@ LONG = "x" * 300
         (("evaluate", LONG), r"checkpoint: 'x+.*': File name too long; give another path"),
         (("train", "--resume", LONG), r"resume: 'x+': cannot be read \(File name too long\); give"),
         (("summary", "vgg"), r"model: 'vgg': choose one of"),
-        (("summary", "resnet18", "--image-size", "0"), r"image-size: 0"),
+        (("summary", "resnet18", "--image-size", "0"), r"image-size: 0: give 1 to 65536"),
+        (("summary", "resnet18", "--image-size", "1" + 12 * "0"), r"image-size: 10+: give 1 to 6"),
+        (("summary", "resnet18", "--num-classes", "1" + 30 * "0"), r"num-classes: 10+: give 2 to"),
+        (("train", "--accumulation", "1" + 20 * "0"), r"accumulation: 10+: give 1 to 65536"),
         (("download", "mnist"), r"mnist"),
     ],
 )
@@ -190,6 +196,30 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(
     assert "output-dir: " in only_line(capsys)
 
 
+def test_a_batch_of_one_that_nothing_can_normalise_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = make_dataset(train=16, test=10, size=4)
+    arrays = {"train_images": tiny.train.images, "train_labels": tiny.train.labels}
+    np.savez(tmp_path / "tiny.npz", **arrays, test_images=tiny.test.images,
+             test_labels=tiny.test.labels)  # fmt: skip
+    assert train(tmp_path / "tiny.npz", tmp_path / "run", "-b", "1") == 2
+    line = only_line(capsys)
+    assert "batch-size: 1: is one image per device" in line and "give 2 or more" in line
+    assert train(tmp_path / "tiny.npz", tmp_path / "run2", "-b", "2", "--epochs", "1") == 0
+
+
+def test_a_working_folder_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cifar("summary", "resnet20") == 2
+    monkeypatch.chdir(tmp_path)
+    assert "working folder: is gone; change to another one" in only_line(capsys)
+
+
 def test_weights_that_may_not_be_looked_for_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +259,16 @@ def test_evaluating_checks_the_data_and_the_checkpoint(
     assert cifar("evaluate", tmp_path / "run", "--cpu", "--data", f"npz:{npz}", "--split",
                  "train") == 0  # fmt: skip
     assert "96 images" in capsys.readouterr().out
+
+    (tmp_path / "run").rename(tmp_path / "run.safetensors")
+    assert cifar("evaluate", tmp_path / "run.safetensors", "--cpu", "--data", f"npz:{npz}") == 0
+    (tmp_path / "run.safetensors").rename(tmp_path / "run")
+    capsys.readouterr()
+
+    nan = Evaluation(samples=1, loss=float("nan"), top1=0.0, top5=0.0, confusion=())
+    with mock.patch("cifar.scoring.evaluate", return_value=nan):
+        assert cifar("evaluate", tmp_path / "run", "--cpu", "--json") == 2
+    assert "model.safetensors: loss nan on these images: the weights are" in only_line(capsys)
 
     weights = tmp_path / "run" / "final" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

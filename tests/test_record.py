@@ -1,7 +1,9 @@
 """Records: strictness, schema versions, and files that survive a crash."""
 
+import errno
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import warnings
@@ -133,10 +135,37 @@ def test_what_is_absent_has_no_value_but_a_reason():
         replace(absent, reason="")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_sample_that_is_not_finite_is_refused_when_made(value):
-    with pytest.raises(ValueError, match=r"^inference_latency samples: .*: must be finite$"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e308, -1e101])
+def test_a_sample_out_of_all_measure_is_refused_when_made(value):
+    message = r"^inference_latency samples: .*: must be finite, up to 1e\+100$"
+    with pytest.raises(ValueError, match=message):
         latency((0.1, value))
+
+
+@pytest.mark.parametrize("name", ["", "Top1", "a b", "[red]", "1st"])
+def test_a_measurement_has_a_name_that_a_column_can_have(name):
+    with pytest.raises(ConfigError, match=r"measurement: .*: name it in small letters, "):
+        replace(latency((0.1,)), name=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"duration_s": 1e308}, "duration_s"),
+        ({"duration_s": -1.0}, "duration_s"),
+        ({"environment": {**to_dict(ENVIRONMENT), "memory_bytes": 10**400}}, "memory"),
+    ],
+)
+def test_numbers_that_nothing_can_have_are_refused_when_read(change, field):
+    with pytest.raises(UserError, match=rf"{field}: .*: give "):
+        parse_record(edited(**change))
+
+
+def test_a_record_without_a_version_is_refused():
+    fields = to_dict(make_record())
+    del fields["schema_version"]
+    with pytest.raises(UserError, match="schema_version: None: must be an integer; measure anew"):
+        parse_record(json.dumps(fields))
 
 
 @pytest.mark.parametrize("samples", [(), ((),), ((1.0,), ())])
@@ -148,15 +177,19 @@ def test_a_rank_without_samples_is_refused(samples):
 def test_a_rate_needs_samples_per_step_and_equal_steps():
     with pytest.raises(ConfigError, match="a rate needs samples_per_step"):
         rate((1.0,))
-    with pytest.raises(ConfigError, match="a rate needs samples_per_step"):
-        rate((1.0,), samples_per_step="x")
+    for none in ("x", 0, -1, 10**400):
+        with pytest.raises(ConfigError, match="a rate needs samples_per_step"):
+            rate((1.0,), samples_per_step=none)
     with pytest.raises(ConfigError, match="needs as many from every rank"):
         rate((1.0, 1.0), (1.0,), samples_per_step=1)
 
 
-def test_a_latency_of_no_time_is_refused():
-    with pytest.raises(ConfigError, match=r"^inference_latency samples: .*: needs seconds above 0"):
-        latency((0.1, 0.0))
+@pytest.mark.parametrize("nothing", [0.0, -1.0, 1e-320])
+def test_seconds_that_are_none_are_refused(nothing):
+    for name, make in (("inference_latency", latency), ("train_throughput", rate)):
+        message = rf"^{name} samples: .*: needs seconds above 0"
+        with pytest.raises(ConfigError, match=message):
+            make((0.1, nothing), samples_per_step=1)
 
 
 def test_a_mark_of_the_encoding_is_no_part_of_a_record(tmp_path):
@@ -167,7 +200,7 @@ def test_a_mark_of_the_encoding_is_no_part_of_a_record(tmp_path):
 
 def test_nan_is_refused_when_written_and_when_read():
     with pytest.raises(ValueError, match="Out of range float"):
-        to_json(make_record(duration_s=float("nan")))
+        to_json(make_record(effective={"scale": float("nan")}))
     text = to_json(make_record()).replace("12.5", "NaN")
     with pytest.raises(UserError, match=r"^file:3: NaN: is not a number .*; remove"):
         parse_record(text, source="file:3")
@@ -243,6 +276,30 @@ def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, kept):
         file.write(to_json(make_record(repeat=1))[:kept])
     with pytest.warns(TornLineWarning, match=r"records\.jsonl:2: the last line is incomplete"):
         assert read_records(path) == [make_record()]
+
+
+def test_a_record_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):
+    """The disk fills up in the middle of it."""
+    path, write = tmp_path / "r.jsonl", os.write
+    append_record(path, make_record())
+    before, room = path.read_bytes(), [100]
+
+    def full(descriptor, text):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, text[: room.pop()])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        append_record(path, make_record(repeat=1))
+    assert path.read_bytes() == before
+
+
+def test_a_record_that_is_written_in_parts_is_whole(tmp_path, monkeypatch):
+    path, write = tmp_path / "r.jsonl", os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[:100]))
+    append_record(path, make_record())
+    assert read_records(path) == [make_record()]
 
 
 def test_appending_removes_a_torn_line(tmp_path):

@@ -1,5 +1,6 @@
 """Runs on disk: folders, locks, the loop over the tasks, resuming, and saving results."""
 
+import errno
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from bench.rows import rows
 from bench.runs import Run
 from bench.save import save, uncommitted
 from bench.spec import Plan, Suite, Task, grid
-from cifar.errors import CifarError, ConfigError, UserError
+from cifar.errors import CifarError, ConfigError, OutputError, UserError
 from cifar.serialize import to_json
 
 
@@ -105,6 +106,46 @@ def test_a_damaged_plan_names_the_file(run: Run) -> None:
     (run.folder / "run.json").write_text('{"suite": "quick", "color": 1}')
     with pytest.raises(ConfigError, match=r"run\.json"):
         runs.find(run.id, run.folder.parent)
+
+
+def test_a_run_has_one_path_however_it_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(run.folder.parent)
+    (run.folder / "cells").mkdir()
+    monkeypatch.chdir(run.folder / "cells")
+    for name, folder in ((run.id, tmp_path / "link"), ("..", tmp_path)):
+        found = runs.find(name, folder)
+        assert (found.folder, found.id) == (run.folder.resolve(), run.id)
+
+
+def test_a_run_with_numbers_out_of_all_measure_teaches_nothing(run: Run) -> None:
+    text = to_json(record_of(Job(task=run.plan.tasks[0])))
+    odd = text.replace('"samples": [[', '"samples": [[1e308, ')
+    (run.folder / "records.jsonl").write_text(odd + "\n")
+    with pytest.raises(UserError, match="must be finite"):
+        run.records()
+    assert runs.history(run.folder.parent) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_stops_a_run_with_what_it_has(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, room = execution.append_record, [True]
+
+    def full(path: Path, record: Record) -> None:
+        if not room:
+            raise OSError(errno.EFBIG, "File too large")
+        room.pop()
+        append(path, record)
+
+    monkeypatch.setattr(execution, "append_record", full)
+    with pytest.raises(
+        OutputError, match=r"run: .* any more \(File too large\); make room"
+    ) as info:
+        execution.execute(run, launch=FakeLaunch("ok", "ok"), present=present_of())
+    assert info.value.exit_code == 1
+    assert [record.status for record in run.records()] == ["ok"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

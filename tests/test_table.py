@@ -454,6 +454,15 @@ def test_a_new_metric_is_a_column_of_the_csv():
     assert line["checkpoint_bytes"] == "1100000.0"
 
 
+def test_a_measurement_cannot_take_the_place_of_what_was_run():
+    odd = [scalar(name, "1", 253.8) for name in ("status", "model", "precision", "runs")]
+    (row,) = rows([make_record(found=tuple(odd))])
+    assert (row["status"], row["model"], row["precision"], row["runs"]) == (
+        *("ok", "resnet20", "fp32"),
+        1,
+    )
+
+
 def test_markup_of_markdown_and_of_the_terminal_is_escaped():
     table = rows([broken(make_cell(), "failed", "a|b [red]c[/red] <d>")])
     assert r"failed: a\|b \[red]c\[/red] \<d>" in render_markdown(table)
