@@ -14,7 +14,8 @@ from bench.job import Fault
 from bench.measure.clock import synchronize
 from bench.measure.subject import Subject
 from bench.record import Measurement
-from cifar.trainer import Trainer, descend
+from cifar.trainer import Trainer
+from cifar.updates import descend
 
 REPEATS = 5
 """How often a cost is measured by itself before the cell is measured, and again afterwards."""

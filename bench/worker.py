@@ -35,7 +35,7 @@ from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
-from cifar.trainer import Trainer, descend
+from cifar.trainer import Trainer
 
 
 class Worker:
@@ -91,7 +91,7 @@ class Worker:
             RunConfig(num_processes=task.cell.num_processes),
             dataset,
             train_samples=planned_steps(protocol, batch_size) * batch_size,
-            update=self._fault.update if self._fault else descend,
+            update=self._fault.update if self._fault else None,
         )
         subject = Subject(trainer, protocol)
         self._measurements, self._invalid = subject.taken, subject.invalid

@@ -1,4 +1,4 @@
-"""The program `cifar`: train, evaluate, summarize, download.
+"""The program `cifar`: train, evaluate, summarize, download, show augmentations.
 
 Torch is imported only by the commands that compute, after their options have been read.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,12 @@ import tyro
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
 from cifar.config import MOST_PIXELS, ModelConfig, PrecisionName, require
-from cifar.data.config import DataOption
+from cifar.data.config import DataConfig, DataOption
+from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment
 from cifar.ranks import is_first, world_size
+from cifar.recipes import get_recipe
 from cifar.train_options import TrainOptions, read_train_options
 
 arg = tyro.conf.arg
@@ -37,6 +39,7 @@ examples:
   cifar train --resume runs/train/resnet18-cifar10-20260101-120000
   cifar evaluate runs/train/resnet18-cifar10-20260101-120000
   cifar summary resnet50
+  cifar show-augmentation default --data cifar10
 """
 
 
@@ -171,6 +174,60 @@ def run_summary(argv: list[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShowOptions:
+    """Options of `cifar show-augmentation`."""
+
+    recipe: tyro.conf.Positional[Annotated[str, arg(metavar="[RECIPE]")]] = "default"
+    """A named recipe."""
+    augment: tuple[str, ...] | None = None
+    """Augmentations to show instead of the recipe's, in order."""
+    data: DataOption = field(default=DataConfig())
+    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    images: int = 8
+    """Rows: the first training images."""
+    epochs: int = 10
+    """Columns after the image itself: the first epochs of a training."""
+    seed: int = 0
+    """Of the training."""
+    output: str | None = None
+    """PNG file to write; augmentation-RECIPE.png when not given."""
+
+
+def run_show(argv: list[str]) -> int:
+    """`cifar show-augmentation [RECIPE]`."""
+    options = parse(
+        ShowOptions,
+        argv,
+        prog="cifar show-augmentation",
+        description="Write a picture of what a recipe's augmentation makes of training images.",
+        example="cifar show-augmentation sgd --augment crop flip trivial-augment",
+    )
+    recipe = get_recipe(options.recipe)
+    if options.augment is not None:
+        recipe = dataclasses.replace(recipe, augment=options.augment)
+    for name in ("images", "epochs"):
+        value = getattr(options, name)
+        require(1 <= value <= MOST_SHOWN, name, value, f"give 1 to {MOST_SHOWN}")
+    path = user_path(options.output or f"augmentation-{recipe.name}.png", "output")
+    from cifar.data.gallery import gallery
+    from cifar.data.sources import load_dataset
+
+    train = load_dataset(options.data).train
+    picture = gallery(recipe, train, count=options.images, epochs=options.epochs, seed=options.seed)
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); give another file"
+        raise ConfigError(f"output: {str(path)!r}: {reason}") from None
+    print(path)
+    return 0
+
+
+MOST_SHOWN = 100
+"""Rows and columns of a picture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadOptions:
     """Options of `cifar download`."""
 
@@ -202,6 +259,7 @@ COMMANDS = {
     "train": Command(help="train a model, or resume a run", run=run_train),
     "evaluate": Command(help="score saved weights on a test split", run=run_evaluate),
     "summary": Command(help="print the layer table of a model", run=run_summary),
+    "show-augmentation": Command(help="picture what a recipe makes of images", run=run_show),
     "download": Command(help="fetch CIFAR-10 or CIFAR-100", run=run_download),
 }
 

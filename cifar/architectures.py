@@ -19,13 +19,28 @@ class Architecture:
     shortcut: Literal["projection", "padding"] = "projection"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledArchitecture:
+    """The shape of Page's network: a stage is a convolution and a max-pool of two pixels.
+
+    Where `residual` says so it ends in two more convolutions beside an identity. `width` channels
+    come before the first stage, and every stage doubles them (Page 2018, "How to train your
+    ResNet", https://github.com/davidcpage/cifar10-fast).
+    """
+
+    residual: tuple[bool, ...]
+    width: int
+
+
 def _he(depth: int) -> Architecture:
     """He et al.'s CIFAR network of 6n + 2 layers: three stages of n basic blocks, 16-32-64."""
     return Architecture(stages=((depth - 2) // 6,) * 3, block="basic", width=16, shortcut="padding")
 
 
-ARCHITECTURES: dict[str, Architecture] = {
+ARCHITECTURES: dict[str, Architecture | PooledArchitecture] = {
+    "resnet9": PooledArchitecture(residual=(True, False, True), width=64),
     "resnet18": Architecture(stages=(2, 2, 2, 2), block="basic", width=64),
+    "resnet26": Architecture(stages=(2, 2, 2, 2), block="bottleneck", width=64),
     "resnet34": Architecture(stages=(3, 4, 6, 3), block="basic", width=64),
     "resnet50": Architecture(stages=(3, 4, 6, 3), block="bottleneck", width=64),
     "resnet101": Architecture(stages=(3, 4, 23, 3), block="bottleneck", width=64),
@@ -33,4 +48,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet200": Architecture(stages=(3, 24, 36, 3), block="bottleneck", width=64),
     **{f"resnet{depth}": _he(depth) for depth in (20, 32, 44, 56, 110, 1202)},
 }
-"""ImageNet's ResNets with a CIFAR stem (3x3, stride 1, no max-pool), and He et al.'s CIFAR ones."""
+"""ImageNet's ResNets with a CIFAR stem (3x3, stride 1, no max-pool), He et al.'s CIFAR ones, and
+Page's."""

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from cifar.architectures import ARCHITECTURES, Architecture
+from cifar.architectures import ARCHITECTURES, Architecture, PooledArchitecture
 from cifar.data.config import DataConfig, DataOption
 from cifar.errors import ConfigError
 from cifar.serialize import NOT_IN_DIGEST, STRICT, in_digest_if
@@ -48,7 +48,7 @@ class ModelConfig:
     __pydantic_config__: ClassVar = STRICT
 
     name: Annotated[str, arg(name="model", metavar="NAME")] = "resnet18"
-    """Architecture: resnet18, resnet34, resnet50, resnet101, resnet152, resnet20, resnet56, ..."""
+    """Architecture: resnet18, resnet34, resnet50, resnet101, resnet152, resnet20, resnet9, ..."""
     width: int | None = None
     """Channels of the first stage; the architecture's own when not given."""
     dropout: float = 0.0
@@ -83,7 +83,7 @@ class ModelConfig:
             require(least <= value <= most, option_name(name), value, f"give {least} to {most}")
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> Architecture | PooledArchitecture:
         """The row of `ARCHITECTURES`."""
         return ARCHITECTURES[self.name]
 
@@ -144,31 +144,41 @@ class Recipe:
     """Passes over the training images."""
     global_batch_size: Annotated[int, arg(name="batch-size", aliases=("-b",))] = 128
     """Images per optimiser step, over all devices and accumulation steps."""
-    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
-    """SGD with momentum, AdamW, or Muon for the convolutions and SGD for the rest."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
+    """SGD with momentum, Adam, AdamW, or Muon for the convolutions and SGD for the rest."""
     lr: float = 0.1
     """Highest learning rate (muon: of all but the convolutions)."""
     momentum: float = 0.9
-    """SGD's momentum; AdamW's first beta."""
+    """SGD's momentum; Adam's and AdamW's first beta."""
     nesterov: bool = True
     """Nesterov momentum (SGD, Muon)."""
     weight_decay: float = 5e-4
-    """L2 penalty (SGD; muon: of all but the convolutions) or decoupled decay (AdamW)."""
+    """L2 penalty (SGD, Adam; muon: of all but the convolutions) or decoupled decay (AdamW)."""
     muon_step: float = field(default=0.03, metadata=_BY_MUON)
     """Highest step of a convolution, relative to the length of its weight; follows the schedule."""
     muon_momentum: float = field(default=0.6, metadata=_BY_MUON)
     """Momentum of the convolutions."""
     decay_norm_and_bias: bool = True
     """Apply the weight decay to BatchNorm parameters and biases as well."""
-    schedule: Literal["cosine", "one-cycle", "triangle", "constant"] = "cosine"
-    """Learning rate after the warm-up; one-cycle rises for 30 % of the steps and falls as a cosine,
-    triangle rises for 10 % and falls in a line."""
+    schedule: Literal["cosine", "linear", "step", "one-cycle", "triangle", "constant"] = "cosine"
+    """Learning rate after the warm-up; step divides it by 10 after one half and three quarters,
+    one-cycle rises for 30 % of the steps and falls as a cosine, triangle rises for 10 % and falls
+    in a line."""
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0 (cosine, constant); one-cycle and triangle have their own."""
+    """Linear warm-up from 0; one-cycle and triangle have their own."""
     label_smoothing: float = 0.0
     """Probability mass spread over all classes."""
     ema_decay: float = 0.0
     """Evaluate and save an exponential moving average of the weights; 0: off."""
+    clip_norm: float = 0.0
+    """Shorten a gradient that is longer than this to it; 0: off."""
+    sam_rho: float = 0.0
+    """Length of the way up the slope whose end SAM takes the gradient of; 0: off."""
+    mixup: float = 0.0
+    """Mix every image with another one, in a proportion from Beta(mixup, mixup); 0: off."""
+    cutmix: float = 0.0
+    """Paste a part of another image into every one, whose share is from Beta(cutmix, cutmix);
+    0: off; with mixup every image gets one of both."""
     augment: tuple[str, ...] = ("crop", "flip")
     """Augmentations, in order; `--augment` alone: none."""
     crop_padding: int = field(default=4, metadata=_BY_CROP)
@@ -181,11 +191,14 @@ class Recipe:
         size = self.global_batch_size
         require(size >= 1, option_name("global_batch_size"), size, "give 1 or more")
         require(0 < self.lr < math.inf, "lr", self.lr, "give a positive number")
-        for name in ("weight_decay", "warmup_epochs"):
+        for name in (
+            *("weight_decay", "warmup_epochs"),
+            *("clip_norm", "sam_rho", "mixup", "cutmix"),
+        ):
             value = getattr(self, name)
             require(0 <= value < math.inf, option_name(name), value, "give 0 or more")
         require(
-            self.warmup_epochs == 0 or self.schedule in ("cosine", "constant"),
+            self.warmup_epochs == 0 or self.schedule not in ("one-cycle", "triangle"),
             "warmup-epochs",
             self.warmup_epochs,
             f"{self.schedule} has its own warm-up, use another --schedule",
@@ -252,8 +265,11 @@ OPTION_NAMES = {
     "model.name": "model",
 }
 """Command-line names of fields where they differ."""
-AUGMENTATIONS = ("crop", "flip", "alternating-flip")
-"""Names of the functions in `cifar.data.augment`."""
+AUGMENTATIONS = (
+    *("crop", "flip", "alternating-flip", "cutout"),
+    *("rotate", "color-jitter", "auto-augment", "rand-augment", "trivial-augment"),
+)
+"""Names of the functions in `cifar.data.augment` and of the policies in `cifar.data.policies`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,12 +1,13 @@
 """What a network costs, by arithmetic on its configuration alone: no torch, no network.
 
-The layers are those of `cifar.models.resnet`; tests hold the two together.
+The layers are those of `cifar.models`; tests hold the two together.
 """
 
 from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
+from cifar.architectures import Architecture, PooledArchitecture
 from cifar.config import ModelConfig, TrainConfig, require
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
@@ -31,10 +32,16 @@ def _linear(inputs: int, outputs: int) -> Layer:
     return Layer(inputs * outputs, outputs, None)
 
 
+def _gate(channels: int) -> Iterator[Layer]:
+    """Squeeze-excitation."""
+    hidden = max(channels // 16, 4)
+    yield _linear(channels, hidden)
+    yield _linear(hidden, channels)
+
+
 def _block(
-    config: ModelConfig, inputs: int, width: int, level: int, stride: int
+    architecture: Architecture, gated: bool, inputs: int, width: int, *, level: int, stride: int
 ) -> Iterator[Layer]:
-    architecture = config.architecture
     outputs = width * EXPANSION[architecture.block]
     if architecture.block == "basic":
         yield _conv(inputs, width, 3, level)
@@ -43,23 +50,45 @@ def _block(
         yield _conv(inputs, width, 1, level - 1 if stride > 1 else level)
         yield _conv(width, width, 3, level)
         yield _conv(width, outputs, 1, level)
-    if config.squeeze_excitation:
-        hidden = max(outputs // 16, 4)
-        yield _linear(outputs, hidden)
-        yield _linear(hidden, outputs)
+    if gated:
+        yield from _gate(outputs)
     if architecture.shortcut == "projection" and (stride > 1 or inputs != outputs):
         yield _conv(inputs, outputs, 1, level)
 
 
+def _pooled_layers(config: ModelConfig, architecture: PooledArchitecture) -> Iterator[Layer]:
+    """Those of `cifar.models.resnet9`, where convolutions outside of a branch have a bias too."""
+
+    def biased(inputs: int, outputs: int, halvings: int) -> Layer:
+        return Layer(inputs * outputs * 9, 3 * outputs, halvings)
+
+    channels = config.width or architecture.width
+    yield biased(config.in_channels, channels, 0)
+    for level, residual in enumerate(architecture.residual):
+        yield biased(channels, 2 * channels, level)
+        channels *= 2
+        if residual:
+            yield _conv(channels, channels, 3, level + 1)
+            yield _conv(channels, channels, 3, level + 1)
+            if config.squeeze_excitation:
+                yield from _gate(channels)
+    yield _linear(channels, config.num_classes)
+
+
 def _layers(config: ModelConfig) -> Iterator[Layer]:
     architecture = config.architecture
-    width = config.width or architecture.width
+    if isinstance(architecture, PooledArchitecture):
+        yield from _pooled_layers(config, architecture)
+        return
+    width, gated = config.width or architecture.width, config.squeeze_excitation
     yield _conv(config.in_channels, width, 3, 0)
     channels = width
     for level, count in enumerate(architecture.stages):
         for position in range(count):
             stride = 2 if level > 0 and position == 0 else 1
-            yield from _block(config, channels, width * 2**level, level, stride)
+            yield from _block(
+                architecture, gated, channels, width * 2**level, level=level, stride=stride
+            )
             channels = width * 2**level * EXPANSION[architecture.block]
     yield _linear(channels, config.num_classes)
 

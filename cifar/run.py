@@ -21,13 +21,15 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
+from cifar.losses import ComputeLoss
 from cifar.memory import explained_training
 from cifar.process import differences
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
 from cifar.signals import StopSignals
-from cifar.trainer import ComputeLoss, Trainer, Update, descend
+from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, state_of, tensor_groups
+from cifar.updates import Update
 
 
 def train(
@@ -37,7 +39,7 @@ def train(
     *,
     resume: bool,
     compute_loss: ComputeLoss | None = None,
-    update: Update = descend,
+    update: Update | None = None,
 ) -> Evaluation:
     """Train as configured, writing to `folder` (None on processes that write nothing).
 

@@ -32,7 +32,7 @@ class TrainOptions:
         return None if self.resume is None else user_path(self.resume, "resume")
 
 
-TYPICAL_LR = {"sgd": 0.1, "adamw": 0.001, "muon": 0.15}
+TYPICAL_LR = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001, "muon": 0.15}
 """Learning rates that train ResNets with BatchNorm, to begin with."""
 
 
@@ -79,11 +79,11 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
             f"is for muon, not for {recipe.optimizer}; give --optimizer muon",
         )
     require(
-        recipe.optimizer != "adamw"
+        recipe.optimizer not in ("adam", "adamw")
         or not (_is_given("--nesterov", argv) or _is_given("--no-nesterov", argv)),
         "nesterov",
         recipe.nesterov,
-        "is for sgd and muon, not for adamw; leave it out",
+        f"is for sgd and muon, not for {recipe.optimizer}; leave it out",
     )
     require(
         recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,

@@ -1,7 +1,7 @@
 """The trainer: one optimiser step, the health of a run, and evaluation.
 
 How the loss is computed and how the weights are updated are two functions that can be replaced,
-see `ComputeLoss` and `Update`.
+see `cifar.losses` and `cifar.updates`.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cifar.accelerator import start_accelerator
@@ -33,32 +32,11 @@ from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
 from cifar.models import build_model
 from cifar.optim import WeightAverage, build_optimizer, lr_at
-
-ComputeLoss = Callable[[nn.Module, TrainBatch], tuple[Tensor, Tensor]]
-"""(model, batch) -> (mean loss, logits `[B, K]`); the batch can load partners to be mixed with."""
-Update = Callable[["Trainer", Callable[[], None]], None]
-"""(trainer, forward_backward) -> None: fill gradients by `forward_backward`, once or more often
-(the metrics count the first time), and change the weights."""
-
-
-def cross_entropy(label_smoothing: float) -> ComputeLoss:
-    """Cross-entropy with hard or soft targets."""
-
-    def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = model(batch.images)
-        return F.cross_entropy(logits, batch.targets, label_smoothing=label_smoothing), logits
-
-    return compute_loss
-
-
-def descend(trainer: "Trainer", forward_backward: Callable[[], None]) -> None:
-    """One step along the gradient."""
-    trainer.optimizer.zero_grad(set_to_none=True)
-    forward_backward()
-    trainer.optimizer_step()
+from cifar.updates import Update, build_update
 
 
 class Trainer:
@@ -81,7 +59,7 @@ class Trainer:
         *,
         train_samples: int | None = None,
         compute_loss: ComputeLoss | None = None,
-        update: Update = descend,
+        update: Update | None = None,
     ) -> None:
         self.accelerator, precision = start_accelerator(config, run)
         self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
@@ -89,8 +67,8 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         self.device: torch.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        self.compute_loss = compute_loss or cross_entropy(config.recipe.label_smoothing)
-        self._update = update
+        self.compute_loss = compute_loss or build_loss(config.recipe)
+        self._update = update or build_update(config.recipe)
         self._build_data()
         self._build_model()
         self.total_steps = self._plan_steps(train_samples)
@@ -232,6 +210,10 @@ class Trainer:
 
     def optimizer_step(self) -> None:
         """Apply the gradients; in fp16 unscale them first and skip the step if they overflowed."""
+        if limit := self.config.recipe.clip_norm:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), limit)
         if self.scaler is None:
             self.optimizer.step()
             return

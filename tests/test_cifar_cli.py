@@ -30,7 +30,7 @@ LONG = "x" * 300
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("fly",), r"command: 'fly': choose one of train, evaluate, summary, download"),
+        (("fly",), r"command: 'fly': choose one of train, evaluate, summary, show-augmentation, d"),
         (("train", "--speed", "9"), r"--speed"),
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
@@ -99,6 +99,10 @@ LONG = "x" * 300
         (("summary", "resnet18", "--image-size", "1" + 12 * "0"), r"image-size: 10+: give 1 to 6"),
         (("summary", "resnet18", "--num-classes", "1" + 30 * "0"), r"num-classes: 10+: give 2 to"),
         (("train", "--accumulation", "1" + 20 * "0"), r"accumulation: 10+: give 1 to 65536"),
+        (("show-augmentation", "slow"), r"recipe: 'slow': choose one of default"),
+        (("show-augmentation", "--augment", "melt"), r"augment: 'melt': choose from crop, flip"),
+        (("show-augmentation", "--images", "0"), r"images: 0: give 1 to 100"),
+        (("show-augmentation", "--output", "absent/x.png"), r"output: .*cannot be written \(No su"),
         (("download", "mnist"), r"mnist"),
     ],
 )
@@ -379,7 +383,9 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "summary", "download"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "evaluate", "summary", "show-augmentation", "download"]
+)
 def test_help_is_quick_for_it_imports_no_torch(command: str) -> None:
     code, out, err = finish(start("-c", HELP, *command.split(), "--help", module=False))
     assert (code, err) == (0, "")

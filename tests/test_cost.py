@@ -14,6 +14,8 @@ MODELS = [
     ModelConfig(name="resnet18", width=16),
     ModelConfig(name="resnet18", width=16, squeeze_excitation=True, num_classes=100),
     ModelConfig(name="resnet50"),
+    ModelConfig(name="resnet9"),
+    ModelConfig(name="resnet9", width=5, squeeze_excitation=True, num_classes=100),
     ModelConfig(name="resnet50", width=24, squeeze_excitation=True),
 ]
 """Both blocks, both kinds of shortcut, with and without squeeze-excitation."""

@@ -37,9 +37,10 @@ TORCH_NAMES = """
     bench.measure.outcome bench.measure.pipeline bench.measure.subject bench.measure.training
     bench.measure.utilization bench.observe bench.worker
     cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.loader
-    cifar.distributed cifar.emulation cifar.evaluation cifar.meter cifar.muon
-    cifar.models cifar.models.resnet cifar.models.summary cifar.optim cifar.run cifar.scoring
-    cifar.trainer cifar.training_state
+    cifar.data.gallery cifar.data.operations cifar.data.policies
+    cifar.distributed cifar.emulation cifar.evaluation cifar.losses cifar.meter cifar.muon
+    cifar.models cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.optim cifar.run
+    cifar.scoring cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -58,6 +59,9 @@ CHAINS = (
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
     "cifar.data.dataset cifar.data.loader cifar.trainer cifar.training_state cifar.run",
     "cifar.optim cifar.trainer",
+    "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
+    "cifar.trainer",
+    "cifar.updates cifar.trainer",
     "cifar.config cifar.evaluation bench.measure",
     "bench.record bench.environment bench.worker",
 )

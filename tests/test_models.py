@@ -16,6 +16,7 @@ PARAM_COUNTS = {
     "resnet50": 23_520_842,
     "resnet101": 42_512_970,
     "resnet152": 58_156_618,
+    "resnet9": 6_574_090,
     "resnet20": 269_722,
     "resnet32": 464_154,
     "resnet44": 658_586,
@@ -27,6 +28,8 @@ SMALL = {
     "bottleneck, projection": ModelConfig(name="resnet50", width=4),
     "basic, padding": ModelConfig(name="resnet20", width=4),
     "squeeze-excitation": ModelConfig(name="resnet20", width=4, squeeze_excitation=True),
+    "pooled": ModelConfig(name="resnet9", width=4),
+    "pooled, squeeze-excitation": ModelConfig(name="resnet9", width=4, squeeze_excitation=True),
     "bottleneck, squeeze-excitation": ModelConfig(
         name="resnet50", width=4, squeeze_excitation=True
     ),
@@ -52,6 +55,14 @@ def build(config: ModelConfig, seed: int = 0) -> nn.Module:
 def test_published_parameter_counts(name: str, expected: int) -> None:
     assert count(on_meta(ModelConfig(name=name))) == expected
     assert cost.param_count(ModelConfig(name=name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("resnet26-w35", 4_196_906), ("resnet34-w29", 4_348_082), ("resnet50-w29", 4_815_794)],
+)
+def test_widths_for_a_budget_of_five_million_parameters(name: str, reference: int) -> None:
+    assert cost.param_count(ModelConfig(name=name)) == pytest.approx(reference, rel=0.01)
 
 
 @small
@@ -145,7 +156,8 @@ def test_channels_last_goes_through_every_layer(config: ModelConfig) -> None:
     torch.testing.assert_close(model(nhwc), build(config)(images), rtol=1e-3, atol=1e-4)
     assert layers_not_channels_last(model, nhwc) == []
     contiguous = layers_not_channels_last(build(config), images)
-    assert {"conv1", "layer1.0.bn2", "layer2.0.downsample", "layer3"} <= set(contiguous)
+    inner = {"layer1.branch.bn2"} if config.name == "resnet9" else {"layer1.0.bn2"}
+    assert {"conv1", *inner, "layer3"} <= set(contiguous)
 
 
 def test_padding_shortcut_by_hand() -> None:

@@ -25,9 +25,11 @@ from bench.spec import CAPTURE_STEPS, Cell, Task, grid
 from cifar.config import Recipe, RunConfig
 from cifar.data.config import parse_data
 from cifar.data.loader import Batch
+from cifar.losses import ComputeLoss, cross_entropy
 from cifar.optim import build_optimizer
 from cifar.serialize import to_json
-from cifar.trainer import ComputeLoss, Trainer, cross_entropy, descend
+from cifar.trainer import Trainer
+from cifar.updates import descend
 
 PROTOCOL = Protocol(warmup_steps=0, timed_steps=3, min_timed_seconds=0.0)
 """Step 1 is the first, 2 the observed one, 3 to 5 the window, 6 the other observed one; of a

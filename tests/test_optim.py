@@ -43,7 +43,20 @@ def test_triangle_rises_for_a_tenth_of_the_steps_then_falls_in_a_line() -> None:
     assert found == pytest.approx([1 / 2, 1.0, *(1 - step / 18 for step in range(18))])
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "triangle", "constant"])
+def test_linear_with_warmup_by_hand() -> None:
+    found = rates(6, 4, schedule="linear", warmup_epochs=0.5)
+    assert found == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+def test_step_divides_by_ten_after_a_half_and_three_quarters() -> None:
+    assert rates(8, 4, schedule="step") == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 2)
+    found = rates(6, 4, schedule="step", warmup_epochs=0.5)
+    assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    "schedule", ["cosine", "linear", "step", "one-cycle", "triangle", "constant"]
+)
 @pytest.mark.parametrize("total", [1, 2, 3, 1000])
 def test_every_learning_rate_is_positive_and_at_most_the_highest(schedule: str, total: int) -> None:
     found = rates(total, total, schedule=schedule)
@@ -102,14 +115,18 @@ def test_sgd_by_hand(nesterov: bool) -> None:
     assert stepped(recipe, [0.5, -0.25, 1.0]) == pytest.approx(weight, rel=1e-6)
 
 
-def test_adamw_by_hand() -> None:
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_by_hand(name: str) -> None:
+    """Adam's decay is part of the gradient, AdamW's shrinks the weight."""
     weight, first, second = 1.0, 0.0, 0.0
-    for step, gradient in enumerate((0.5, -0.25, 1.0), start=1):
-        weight *= 1 - 0.01 * 0.1
+    for step, raw in enumerate((0.5, -0.25, 1.0), start=1):
+        gradient = raw + 0.1 * weight if name == "adam" else raw
+        if name == "adamw":
+            weight *= 1 - 0.01 * 0.1
         first, second = 0.8 * first + 0.2 * gradient, 0.999 * second + 0.001 * gradient**2
         mean, root = first / (1 - 0.8**step), math.sqrt(second / (1 - 0.999**step))
         weight -= 0.01 * mean / (root + 1e-8)
-    recipe = Recipe(optimizer="adamw", lr=0.01, momentum=0.8, weight_decay=0.1)
+    recipe = Recipe(optimizer=name, lr=0.01, momentum=0.8, weight_decay=0.1)
     assert stepped(recipe, [0.5, -0.25, 1.0]) == pytest.approx(weight, rel=1e-6)
 
 
@@ -281,7 +298,7 @@ LIGHT = """
 import sys
 from training import make_trainer, tiny_recipe
 from cifar.training_state import load_state, state_of
-for optimizer in ("sgd", "adamw", "muon"):
+for optimizer in ("sgd", "adam", "adamw", "muon"):
     trainer = make_trainer(tiny_recipe(optimizer=optimizer, ema_decay=0.9))
     trainer.train_step()
     trainer.check()

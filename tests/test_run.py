@@ -51,7 +51,8 @@ from cifar.progress import TrainingProgress
 from cifar.run import Session
 from cifar.run import train as train_run
 from cifar.signals import StopSignals, echo_seconds
-from cifar.trainer import Trainer, descend
+from cifar.trainer import Trainer
+from cifar.updates import descend
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),

@@ -89,6 +89,9 @@ def measured_field(
 ) -> tuple[int, int]:
     """Rows and columns of input pixels that move one central output of `layer`."""
     model = build_model(config).double().eval()
+    for stage in model.modules():
+        if isinstance(getattr(stage, "pool", None), nn.MaxPool2d):
+            stage.pool = nn.AvgPool2d(2, ceil_mode=True)  # moved by all that it sees
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(weight)
@@ -123,6 +126,10 @@ def measured_field(
         ("resnet20", "layer3.0.conv1"),
         ("resnet20", "layer3.2.bn2"),
         ("resnet32", "layer3.4.bn2"),
+        ("resnet9", "layer1.pool"),
+        ("resnet9", "layer1.branch.bn2"),
+        ("resnet9", "layer2.conv"),
+        ("resnet9", "layer3.branch.bn2"),
     ],
 )
 def test_receptive_field_is_the_measured_one(name: str, layer: str) -> None:

@@ -22,8 +22,9 @@ from cifar.cli import run_program
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.loader import TrainBatch
+from cifar.losses import cross_entropy
 from cifar.process import worker_environment
-from cifar.trainer import Trainer, cross_entropy
+from cifar.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(name="resnet20", width=4)

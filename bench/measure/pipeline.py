@@ -218,20 +218,36 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
     if images.shape[-1] == 1:
         images = images[..., 0]
     counterparts = _counterparts(trainer.config.recipe, images.shape[1:3])
+    augment = trainer.config.recipe.augment
     transform = transforms.Compose(
         [
-            *(counterparts[name] for name in trainer.config.recipe.augment),
+            *(counterparts[name] for name in augment if name != CUTOUT),
             transforms.ToTensor(),
+            *([_erasing()] if CUTOUT in augment else []),
             transforms.Normalize(trainer.normalization.mean, trainer.normalization.std),
         ]
     )
     return PilImages(np.ascontiguousarray(images), split.labels[chosen], transform, count)
 
 
+CUTOUT = "cutout"
+
+
+def _erasing() -> Callable[[Any], Any]:
+    """A square of a quarter of the pixels, always."""
+    from torchvision import transforms
+
+    erasing: Callable[[Any], Any] = transforms.RandomErasing(
+        p=1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0)
+    )
+    return erasing
+
+
 def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[Any], Any]]:
     """torchvision's transforms of PIL images of this height and width, by our names.
 
-    It has no alternating flip; a random one costs the same.
+    It has no alternating flip; a random one costs the same. Its `RandomErasing` of tensors stands
+    for cutout, and so comes after the others.
     """
     from torchvision import transforms
 
@@ -240,4 +256,9 @@ def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[
         "crop": transforms.RandomCrop(size, padding=recipe.crop_padding, padding_mode=mode),
         "flip": transforms.RandomHorizontalFlip(),
         "alternating-flip": transforms.RandomHorizontalFlip(),
+        "rotate": transforms.RandomRotation(15),
+        "color-jitter": transforms.ColorJitter(0.2, 0.2, 0.2),
+        "auto-augment": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+        "rand-augment": transforms.RandAugment(),
+        "trivial-augment": transforms.TrivialAugmentWide(),
     }

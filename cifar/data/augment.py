@@ -5,6 +5,7 @@ uint8 images `[B, C, H, W]` and the draws of their samples. Rows are moved with 
 which copies whole rows: on a CPU several times faster than advanced indexing.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cifar.config import AUGMENTATIONS, Recipe
 from cifar.data.draws import EpochDraws, SampleDraws
+from cifar.data.policies import POLICIES, ByPolicy
 
 Augmentation = Callable[[Tensor, SampleDraws], Tensor]
 Reader = Callable[[SampleDraws], Tensor]
@@ -94,8 +96,38 @@ def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return either.index_select(0, places)
 
 
-_FUNCTIONS: dict[str, Augmentation] = {"flip": flip, "alternating-flip": alternating_flip}
-assert ("crop", *_FUNCTIONS) == AUGMENTATIONS
+CUTOUT_SHARE = 2
+"""A side of the square that is cut out, as a fraction of the image's: 1 / 2."""
+GRAY = 128
+
+
+def cutout(images: Tensor, draws: SampleDraws) -> Tensor:
+    """Paint a square of half the image's side grey, with its centre anywhere in the image.
+
+    Source: DeVries and Taylor 2017 (https://arxiv.org/abs/1708.04552), whose side this is for
+    CIFAR-10; what lies beyond the edge is lost.
+    """
+    inside = []
+    for edge, size in zip(("top", "left"), images.shape[2:], strict=True):
+        side, draw = size // CUTOUT_SHARE, functools.partial(_place, f"cutout.{edge}", size)
+        start = draws.pick(f"cutout.{edge}", draw) - side // 2
+        places = torch.arange(size, device=images.device) - start.view(-1, 1)
+        inside.append((places >= 0) & (places < side))
+    rows, columns = inside
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], GRAY)
+
+
+def _place(name: str, size: int, epoch: EpochDraws) -> Tensor:
+    """A row or column of every image."""
+    return epoch.integers(name, size)
+
+
+_FUNCTIONS: dict[str, Augmentation] = {
+    "flip": flip,
+    "alternating-flip": alternating_flip,
+    "cutout": cutout,
+}
+assert ("crop", *_FUNCTIONS, *POLICIES) == AUGMENTATIONS
 
 
 def get_reader(recipe: Recipe, images: Tensor) -> Reader:
@@ -107,4 +139,8 @@ def get_reader(recipe: Recipe, images: Tensor) -> Reader:
 
 def get_augmentations(recipe: Recipe) -> tuple[Augmentation, ...]:
     """The other functions that a recipe names, in its order."""
-    return tuple(_FUNCTIONS[name] for name in recipe.augment if name != "crop")
+    return tuple(
+        _FUNCTIONS[name] if name in _FUNCTIONS else ByPolicy(name, POLICIES[name])
+        for name in recipe.augment
+        if name != "crop"
+    )

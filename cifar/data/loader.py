@@ -15,7 +15,7 @@ from torch import Tensor
 from cifar.config import Recipe
 from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
-from cifar.data.draws import EpochDraws
+from cifar.data.draws import EpochDraws, SampleDraws
 
 EVAL_PIXELS = 500 * 32 * 32
 """Height x width x images that are evaluated at once at most, so that memory does not grow with the
@@ -46,10 +46,11 @@ class TrainBatch(Batch):
     `load_partners()` gives every sample another one of the same global batch, augmented as there:
     the first of the global batch goes with the last, the second with the last but one (the middle
     of an odd one with itself), so the pairs are the same on any number of processes. It is for use
-    within the step; unused it costs nothing.
+    within the step; unused it costs nothing. `draws` are the samples' own, for mixing.
     """
 
     load_partners: Callable[[], Batch]
+    draws: SampleDraws
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,10 +168,9 @@ class TrainLoader:
     def micro_batches(self, step: int) -> Iterator[TrainBatch]:
         """The augmented micro-batches of this process in step `step` of the epoch."""
         for samples, partners in zip(self._samples[step], self._partners[step], strict=True):
-            batch = self.load(samples)
-            yield TrainBatch(
-                batch.images, batch.targets, samples, functools.partial(self.load, partners)
-            )
+            batch, draws = self.load(samples), self._draws.of(samples)
+            load_partners = functools.partial(self.load, partners)
+            yield TrainBatch(batch.images, batch.targets, samples, load_partners, draws)
 
     def load(self, samples: Tensor) -> Batch:
         """The augmented images and labels of any samples of this epoch, `[B]` int64."""

@@ -24,6 +24,7 @@ KINDS: dict[type[nn.Module], str] = {
     nn.BatchNorm2d: "batch norm",
     nn.Linear: "linear",
     nn.AdaptiveAvgPool2d: "global pool",
+    nn.AdaptiveMaxPool2d: "global max-pool",
     nn.Dropout: "dropout",
     PaddingShortcut: "zero pad",
 }
@@ -90,7 +91,12 @@ class _Field(NamedTuple):
         if isinstance(layer, nn.Conv2d) and self.size is not None:
             grown = self.size + (layer.kernel_size[0] - 1) * self.jump
             return _Field(grown, self.jump * layer.stride[0])
-        if isinstance(layer, nn.Linear | nn.AdaptiveAvgPool2d):
+        if isinstance(layer, nn.MaxPool2d) and self.size is not None:
+            side, stride = layer.kernel_size, layer.stride
+            assert isinstance(side, int), "square, as all pools here"
+            assert isinstance(stride, int)
+            return _Field(self.size + (side - 1) * self.jump, self.jump * stride)
+        if isinstance(layer, nn.Linear | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
             return _Field(None, self.jump)
         return self
 
@@ -135,6 +141,8 @@ def _kind(layer: nn.Module) -> str:
     if isinstance(layer, nn.Conv2d):
         stride = f" /{layer.stride[0]}" if layer.stride[0] > 1 else ""
         return f"conv {_by(layer.kernel_size)}{stride}"
+    if isinstance(layer, nn.MaxPool2d):
+        return f"max-pool {layer.kernel_size}x{layer.kernel_size} /{layer.stride}"
     return KINDS.get(type(layer), type(layer).__name__)
 
 
