@@ -238,4 +238,5 @@ def _train_the_rest(subject: Subject) -> None:
     while trainer.step < trainer.total_steps:
         trainer.train_step()
         _check_if_due(trainer)
-    trainer.check()
+    if trainer.step % trainer.check_every:  # else it was due just now
+        trainer.check()
