@@ -5,7 +5,6 @@ Torch is imported only by the commands that compute, after their options have be
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,12 +16,13 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import MOST_PIXELS, ModelConfig, PrecisionName, require
+from cifar.config import MOST_PIXELS, ModelConfig, require
 from cifar.data.config import DataConfig, DataOption
 from cifar.errors import ConfigError
+from cifar.evaluate_options import run_evaluate
 from cifar.files import user_path
 from cifar.process import ensure_environment
-from cifar.ranks import is_first, world_size
+from cifar.ranks import is_first
 from cifar.recipes import get_recipe
 from cifar.train_options import TrainOptions, read_train_options
 
@@ -80,59 +80,6 @@ def _owned_folder(options: TrainOptions) -> Iterator[Path | None]:
             yield new
     else:
         yield None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateOptions:
-    """Options of `cifar evaluate`."""
-
-    checkpoint: tyro.conf.Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A run, a checkpoint folder, or the model.safetensors or ema.safetensors in one."""
-    data: DataOption | None = None
-    """Images to evaluate on; those that the weights were trained on when not given."""
-    split: Literal["test", "train"] = "test"
-    """Which of its splits."""
-    batch_size: Annotated[int | None, arg(aliases=("-b",))] = None
-    """Images per forward pass; 500 of 32 x 32 pixels, or as many pixels, when not given."""
-    precision: PrecisionName | None = None
-    """Number format; the one the weights were trained in when not given."""
-    cpu: bool = False
-    """Run on the CPU although there is a GPU."""
-    json: bool = False
-    """Print one JSON object instead of tables."""
-
-
-def run_evaluate(argv: list[str]) -> int:
-    """`cifar evaluate CHECKPOINT`."""
-    options = parse(
-        EvaluateOptions,
-        argv,
-        prog="cifar evaluate",
-        description="Report top-1, top-5, loss, per-class accuracy and the confusion matrix; "
-        "in one process, without a launcher.",
-        example="cifar evaluate runs/train/resnet18-cifar10-20260101-120000 --json",
-    )
-    started = world_size(os.environ)
-    remedy = "evaluate runs in one process; start it without a launcher"
-    require(started == 1, "processes", started, remedy)
-    size = options.batch_size
-    require(size is None or size >= 1, "batch-size", size, "give 1 or more")
-    ensure_environment()
-    from cifar.scoring import render, score
-
-    scored = score(
-        user_path(options.checkpoint, "checkpoint"),
-        options.data,
-        split=options.split,
-        batch_size=size,
-        precision=options.precision,
-        cpu=options.cpu,
-    )
-    if options.json:
-        print(json.dumps(scored.to_dict(), allow_nan=False))
-    else:
-        render(scored)
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -189,6 +189,18 @@ def emulation_of(name: str, device: torch.device) -> str:
     )
 
 
+def shortfall_of(name: str, device: torch.device) -> str:
+    """What is said of a precision whose speed is not that of its format here, "" of any other."""
+    if told := emulation_of(name, device):
+        return told
+    if is_native(name, device):
+        return ""
+    return (
+        f"precision: '{name}': this {device.type.upper()} has no {name} instructions; its kernels "
+        "convert to fp32 and back"
+    )
+
+
 def is_native(name: str, device: torch.device) -> bool:
     """Whether the device has instructions for the precision's number format.
 

@@ -80,10 +80,21 @@ class ModelCard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BestEpoch:
+    """The epoch, counted from 1, whose weights scored the highest top-1 on the held-out images."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    epoch: int
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
     """A checkpoint's `state.json`: what the rest of the run depends on beside the tensors.
 
-    `epoch_seconds`: of the present epoch, spent in training so far.
+    `epoch_seconds`: of the present epoch, spent in training so far. `best`: of the epochs that were
+    evaluated before, where the recipe chooses one.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -96,6 +107,7 @@ class TrainState:
     ema_updates: int
     scaler: dict[str, int | float] | None
     epoch_seconds: float
+    best: BestEpoch | None = None
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:

@@ -73,20 +73,29 @@ def parse(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(_one_line(errors.getvalue(), prog)) from None
+        text = _own_words(stop) or _one_line(errors.getvalue())
+        more = "" if "--help" in text else f" (see {prog} --help)"
+        raise ConfigError(text + more) from None
     return options
 
 
-def _one_line(box: str, prog: str) -> str:
-    """tyro's framed message as one line: the text between its first rules, and where help is."""
+def _own_words(stop: SystemExit) -> str:
+    """What a dataclass said of its fields, in whose frame tyro would break long words; or ""."""
+    error: BaseException | None = stop
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__context__
+    return "" if error is None else str(error)
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message as one line: the text between its first rules."""
     lines = [line.strip(_FRAME) for line in box.splitlines()[1:]]
     parts = [list(part) for ruled, part in itertools.groupby(lines, _is_rule) if not ruled]
     message = parts[0] if parts else []
     text = " ".join(message).removeprefix("Error parsing ")
-    text = re.sub(r"^[\w.-]+: (?=[\w-]+: )", "", text)  # a dataclass's own message names the field
     for pattern, phrase in _PHRASES:
         text = re.sub(pattern, phrase, text)
-    return text if "--help" in text else f"{text} (see {prog} --help)"
+    return text
 
 
 def _is_of_type(match: re.Match[str]) -> str:

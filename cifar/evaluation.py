@@ -40,11 +40,14 @@ def evaluate(
     *,
     num_classes: int,
     device: torch.device,
+    probabilities: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate this process's batches and add up over all processes.
 
     `forward` maps images `[B, C, H, W]` to logits `[B, num_classes]`. With fewer than five classes
-    top-5 counts every one of them. Sums stay on the device until the end.
+    top-5 counts every one of them. Sums stay on the device until the end. `probabilities`, zeros
+    `[N, num_classes]` float32 for a split of N samples, receives what is predicted for each of
+    them, on all processes.
     """
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -56,6 +59,10 @@ def evaluate(
         best = logits.topk(min(5, num_classes), dim=1).indices
         sums[0] += F.cross_entropy(logits, batch.targets, reduction="sum")
         sums[1] += (best == batch.targets[:, None]).sum()
+        if probabilities is not None:
+            probabilities[batch.samples] = logits.softmax(1)
+    if probabilities is not None:
+        reduce_sum(probabilities)  # every sample is one process's, and zero on the others
     confusion = reduce_sum(confusion).view(num_classes, num_classes)
     loss, top5 = reduce_sum(sums).tolist()
     samples = int(confusion.sum())

@@ -69,16 +69,18 @@ def subfolders(folder: Path, name: str) -> list[str]:
         raise UserError(f"{name}: {str(folder)!r}: {error.strerror}; give another path") from None
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old contents or the new, never a part.
+
+    Text is written in UTF-8.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

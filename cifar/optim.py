@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cifar.config import Recipe
+from cifar.config.recipe import CYCLED_MOMENTUM
 from cifar.muon import Muon
 
-RISE = {"one-cycle": 0.3, "triangle": 0.1}
-"""Share of the steps in which these schedules rise; one-cycle as in PyTorch and fastai."""
+ONE_CYCLE_RISE, TRIANGLE_RISE = 0.3, 0.1
+"""Share of the steps in which these schedules rise."""
+_FIRST, _LAST = 25.0, 25e4
+"""What the highest learning rate is divided by at one-cycle's beginning and end."""
 
 
 def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -84,14 +87,16 @@ def build_muon(groups: list[dict[str, Any]], recipe: Recipe) -> Muon:
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, recipe: Recipe) -> float:
     """Learning rate of the 0-based optimiser step `step`, whatever the number of processes.
 
-    One-cycle: linear from 0 for 30 % of the steps, then half a cosine to 0 (Smith 2018,
+    One-cycle: `torch.optim.lr_scheduler.OneCycleLR` with its defaults (Smith 2018,
     https://arxiv.org/abs/1708.07120). Triangle: linear from 0 for 10 %, then linear to 0, the best
     fall for a short budget in Li et al. 2020 (https://arxiv.org/abs/1905.04753). Cosine:
     https://arxiv.org/abs/1608.03983. Step: a tenth after 50 %, a hundredth after 75 % of what
     follows the warm-up (He et al. 2015, https://arxiv.org/abs/1512.03385).
     """
-    if recipe.schedule in RISE:
-        warmup = max(1, round(RISE[recipe.schedule] * total_steps))
+    if recipe.schedule == "one-cycle":
+        return _one_cycle(step, total_steps, recipe.lr / _FIRST, recipe.lr, recipe.lr / _LAST)
+    if recipe.schedule == "triangle":
+        warmup = max(1, round(TRIANGLE_RISE * total_steps))
     else:
         warmup = round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
@@ -104,6 +109,37 @@ def lr_at(step: int, total_steps: int, steps_per_epoch: int, recipe: Recipe) -> 
     if recipe.schedule in ("linear", "triangle"):
         return recipe.lr * (1 - progress)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _one_cycle(step: int, total_steps: int, first: float, middle: float, last: float) -> float:
+    """From `first` to `middle` in the rise and on to `last`, along half a cosine each."""
+    top, end = ONE_CYCLE_RISE * total_steps - 1, total_steps - 1
+    if step <= top:
+        return _along_cosine(first, middle, step / top)
+    return _along_cosine(middle, last, (step - top) / (end - top))
+
+
+def _along_cosine(begin: float, end: float, progress: float) -> float:
+    return end + (begin - end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+def schedule_momentum(
+    optimizer: torch.optim.Optimizer, step: int, total_steps: int, recipe: Recipe
+) -> None:
+    """Give an optimiser the momentum of a 0-based step, where the schedule has one of its own.
+
+    One-cycle's falls by `CYCLED_MOMENTUM` while the learning rate rises, and rises again while that
+    falls; of Adam it is the first beta.
+    """
+    if recipe.schedule != "one-cycle":
+        return
+    least = recipe.momentum - CYCLED_MOMENTUM
+    momentum = _one_cycle(step, total_steps, recipe.momentum, least, recipe.momentum)
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        elif group.get("relative_step") is None:  # Muon's convolutions have their own
+            group["momentum"] = momentum
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -101,8 +101,10 @@ class TrainingProgress:
     def epoch(self, line: dict[str, Any]) -> None:
         """The metrics of an epoch."""
         epochs = -(-self._total_steps // self._steps_per_epoch)
-        self.say(
-            f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f} "
-            f"top-1 {line['train_top1']:.2%}  test loss {line['test_loss']:.4f} "
-            f"top-1 {line['test_top1']:.2%}  {line['train_images_per_s']:,.0f} images/s"
+        scores = "  ".join(
+            f"{name} loss {line[f'{key}_loss']:.4f} top-1 {line[f'{key}_top1']:.2%}"
+            for key, name in (("train", "train"), ("val", "validation"), ("test", "test"))
+            if f"{key}_loss" in line
         )
+        rate = f"{line['train_images_per_s']:,.0f} images/s"
+        self.say(f"epoch {line['epoch']}/{epochs}  {scores}  {rate}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import sys
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 
-from cifar import checkpoint, run_folder
-from cifar.accelerator import emulation_of
+from cifar import checkpoint, report, run_folder
+from cifar.accelerator import shortfall_of
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
@@ -23,6 +22,7 @@ from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
 from cifar.memory import explained_training
+from cifar.outcome import Outcome
 from cifar.process import differences
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
@@ -44,7 +44,8 @@ def train(
     """Train as configured, writing to `folder` (None on processes that write nothing).
 
     Loss and update are those of `cifar.trainer`; nothing on disk knows of others, so give them
-    again to resume. Returns the evaluation of the last epoch's weights on the whole test split.
+    again to resume. Returns the evaluation of the final weights on the whole test split: those of
+    the last epoch, or where the recipe has patience those of the best one on the validation images.
 
     Raises:
         UserError: bad input.
@@ -72,8 +73,8 @@ def _tell_of_speed(trainer: Trainer) -> None:
     """Say what makes this process slower than another one, or another speed than bench measures."""
     name, notes = trainer.config.precision, []
     assert name is not None, "a trainer has resolved it"
-    if emulated := emulation_of(name, trainer.device):
-        notes.append(emulated)
+    if shortfall := shortfall_of(name, trainer.device):
+        notes.append(shortfall)
     if different := differences(os.environ):
         notes.append(f"environment: {', '.join(different)}")
     for note in notes:
@@ -106,7 +107,7 @@ class Session:
         self._signals = signals
         self._seconds = 0.0
         self._since = time.monotonic()
-        self._evaluation: Evaluation | None = None
+        self._outcome = Outcome(trainer, self._stop_if_asked)
         self._progress = TrainingProgress(
             trainer.total_steps,
             trainer.loader.steps_per_epoch,
@@ -143,19 +144,19 @@ class Session:
             self._since = time.monotonic()
             if trainer.step and self._epoch_is_over():  # its checkpoint precedes its evaluation
                 self._end_epoch()
-            while trainer.step < trainer.total_steps:
+            while not self._outcome.is_over:
                 trainer.train_step()
                 self._after_step()
                 progress.update(trainer.step)
-            self._write_final()
-        assert self._evaluation is not None, "the last step ends an epoch"
-        return self._evaluation
+            return self._finish()
 
     def _headline(self) -> str:
         trainer, config = self.trainer, self.trainer.config
+        dataset = trainer.dataset
+        held_out = f"{len(dataset.validation):,} validation, " if dataset.validation else ""
         return (
-            f"{trainer.model_config.label} on {trainer.dataset.name} "
-            f"({len(trainer.dataset.train):,} train, {len(trainer.dataset.test):,} test images), "
+            f"{trainer.model_config.label} on {dataset.name} "
+            f"({len(dataset.train):,} train, {held_out}{len(dataset.test):,} test images), "
             f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
             f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
             + (f", in {self.root}" if self.root else "")
@@ -198,18 +199,9 @@ class Session:
         trainer = self.trainer
         self._seconds += time.monotonic() - self._since
         metrics = trainer.meter.train_metrics()
-        result = self._evaluation = trainer.evaluate(self._stop_if_asked)
-        if not math.isfinite(result.loss):
-            if self.folder:
-                folder = self._checkpoint_folder()
-                with _writing(folder):
-                    checkpoint.remove_folder(folder)
-            raise TrainingError(
-                f"loss: not finite on the test images after step {trainer.step}: training stopped; "
-                "lower --lr or change --precision"
-            )
+        scores = self._score()
         line = {
-            "epoch": -(-trainer.step // trainer.loader.steps_per_epoch),
+            "epoch": trainer.epoch,
             "step": trainer.step,
             "samples_seen": trainer.samples_seen,
             "lr": trainer.lr_of(trainer.step - 1),
@@ -217,10 +209,7 @@ class Session:
             "train_top1": metrics.top1,
             "train_seconds": self._seconds,
             "train_images_per_s": metrics.samples / self._seconds,
-            "test_loss": result.loss,
-            "test_top1": result.top1,
-            "test_top5": result.top5,
-            "test_samples": result.samples,
+            **scores,
             "skipped_steps": trainer.meter.skipped_steps,
         }
         trainer.meter.reset()
@@ -230,6 +219,17 @@ class Session:
         self._progress.epoch(line)
         self._seconds, self._since = 0.0, time.monotonic()
 
+    def _score(self) -> dict[str, float]:
+        """Score the epoch; weights that are no good any more are not kept."""
+        try:
+            return self._outcome.score()
+        except TrainingError:
+            if self.folder:
+                folder = self._checkpoint_folder()
+                with _writing(folder):
+                    checkpoint.remove_folder(folder)
+            raise
+
     def _checkpoint_folder(self) -> Path:
         assert self.root is not None
         return checkpoint.checkpoint_folder(self.root / "checkpoints", self.trainer.step)
@@ -237,7 +237,7 @@ class Session:
     def _save(self) -> None:
         """Write a checkpoint; at the end of an epoch its evaluation is still to come."""
         self._seconds += time.monotonic() - self._since
-        tensors, state = state_of(self.trainer, self._seconds)
+        tensors, state = state_of(self.trainer, self._seconds, self._outcome.selection)
         if self.folder:
             folder = self._checkpoint_folder()
             with _writing(folder):
@@ -251,14 +251,24 @@ class Session:
             with _writing(folder):
                 checkpoint.prune(folder, self.trainer.run.keep_checkpoints)
 
+    def _finish(self) -> Evaluation:
+        """Write the final weights and the report on them."""
+        result = self._outcome.settle(self._progress.say)
+        self._write_final()
+        self._stop_if_asked()
+        if self.folder and self.trainer.run.report:
+            files = self._outcome.report(run_folder.read_metrics(self.folder))
+            with _writing(self.folder / "report"):
+                report.write_files(self.folder / "report", files)
+        barrier()
+        return result
+
     def _write_final(self) -> None:
         if self.folder:
-            tensors = {"model": self.trainer.eval_weights()}
+            tensors, card = self._outcome.final()
             folder = self.folder / "final"
             with _writing(folder):
-                card = card_of(self.trainer, averaged=self.trainer.average is not None)
                 checkpoint.write_checkpoint(folder, tensors, card)
-        barrier()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint that is whole; a damaged one is passed over.
@@ -277,9 +287,9 @@ class Session:
                 f"checkpoint: {where}: of another configuration than {run_folder.CONFIG} of its "
                 "run; put back the one it was started with"
             )
-        groups = tensor_groups(trainer)
+        groups = tensor_groups(trainer, state)
         tensors = {group: checkpoint.read_tensors(files, group, where) for group in groups}
-        load_state(trainer, tensors, state)
+        load_state(trainer, tensors, state, self._outcome.selection)
         self._seconds = state.epoch_seconds
         if self.folder:
             # The line of an epoch that is just over is written anew.

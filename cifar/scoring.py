@@ -5,8 +5,10 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -14,24 +16,60 @@ from cifar.accelerator import allow_tf32, check_supported
 from cifar.checkpoint import ModelCard, Tensors, find_weights, load_into, load_weights
 from cifar.config import PRECISIONS
 from cifar.data.config import DataConfig
-from cifar.data.dataset import Dataset
+from cifar.data.dataset import Dataset, Split
+from cifar.data.division import divide
 from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
+from cifar.data.test_set import read_test_set
 from cifar.emulation import emulate_if_needed
 from cifar.errors import CheckpointError, DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.memory import explained
 from cifar.models import build_model
+from cifar.predictions import Predictions, calibrate, calibration_error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """What to score weights on: a split of a data set, or a test set of the user's own.
+
+    `data` is the data set that they were trained on where None. Of its training images `train` are
+    those that the weights were trained on, and `validation` those that were held out.
+    """
+
+    data: DataConfig | None = None
+    split: Literal["test", "train", "validation"] = "test"
+    path: Path | None = None
+    labels: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """Images to score on; labels are zeros if `is_labelled` is not set."""
+
+    name: str
+    split: Split
+    samples: tuple[str, ...]
+    is_labelled: bool = True
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """Weights, what they are, and what they score; `precision` is the one they were scored in."""
+    """Weights, what they are, and what they predict and score for which images.
+
+    `precision` is the one they were scored in, `pixels` `[N, C, H, W]` the images, `samples` their
+    names or numbers. There is no `evaluation` of images without labels.
+    """
 
     weights: Path
     card: ModelCard
     precision: str
-    evaluation: Evaluation
+    images: str
+    pixels: npt.NDArray[np.uint8]
+    samples: tuple[str, ...]
+    predictions: Predictions
+    evaluation: Evaluation | None
 
     @property
     def averaged(self) -> bool:
@@ -39,63 +77,102 @@ class Scored:
         return self.card.averaged or self.weights.stem == "ema"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; needs an evaluation."""
+        assert self.evaluation is not None, "of labelled images"
         return {
             **dataclasses.asdict(self.evaluation),
+            "calibration_error": calibration_error(calibrate(self.predictions)),
             "classes": self.card.classes,
             "weights": str(self.weights),
             "averaged": self.averaged,
             "precision": self.precision,
+            "images": self.images,
         }
 
 
 def score(
-    path: Path,
-    data: DataConfig | None,
-    *,
-    split: str,
-    batch_size: int | None,
-    precision: str | None,
-    cpu: bool,
+    path: Path, images: Images, *, batch_size: int | None, precision: str | None, cpu: bool
 ) -> Scored:
     """Evaluate a checkpoint with the normalisation it was trained with.
 
-    Data and precision are those it was trained with where None, the batch size is training's. Of a
-    data set with other images than that a line on stderr tells.
+    The precision is that of the training where None, the batch size one that fits any memory. Of
+    other images than those of the training a line on stderr tells.
 
     Raises:
         CheckpointError: no weights there, or damaged, or the loss is not finite.
-        DataError: the data set's classes or channels are not the model's.
+        DataError: the images' classes, channels or size are not the model's.
+        UnsupportedError: the device cannot run the precision.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    network = load_network(path, precision=precision, device=device)
+    card = network.card
+    found = _find(images, card)
+    if found.note:  # after the last check: an error is one line on stderr, not a second one
+        print(found.note, file=sys.stderr)
+    on_device = DeviceImages(
+        found.split, card.normalization, device, channels_last=card.config.channels_last
+    )
+    batches = eval_batches(on_device, batch_size or eval_batch_size(on_device), Place())
+    classes = len(card.classes)
+    probabilities = torch.zeros(len(found.split), classes, device=device)
+    what = f"model {card.config.model.label} with batch size {batch_size or len(on_device)}"
+    with explained(what, "choose a smaller -b"):
+        result = evaluate(
+            network.logits, batches, num_classes=classes, device=device, probabilities=probabilities
+        )
+    if not (math.isfinite(result.loss) and bool(probabilities.isfinite().all())):
+        raise CheckpointError(
+            f"checkpoint: {network.file}: loss {result.loss} on these images: the weights are "
+            "damaged, or their training diverged; give others"
+        )
+    labels = found.split.labels if found.is_labelled else None
+    return Scored(
+        weights=network.file,
+        card=card,
+        precision=network.precision,
+        images=found.name,
+        pixels=found.split.images,
+        samples=found.samples,
+        predictions=Predictions(probabilities=probabilities.cpu().numpy(), labels=labels),
+        evaluation=result if found.is_labelled else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """Saved weights that are ready to infer on a device, in a precision."""
+
+    file: Path
+    card: ModelCard
+    precision: str
+    module: nn.Module
+    device: torch.device
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Of normalised images `[B, C, H, W]` on the device: `[B, K]`, under autocast as due."""
+        name = PRECISIONS[self.precision].autocast
+        dtype = getattr(torch, name) if name else torch.float32
+        with torch.autocast(self.device.type, dtype, enabled=name is not None):
+            logits: torch.Tensor = self.module(images)
+        return logits
+
+
+def load_network(path: Path, *, precision: str | None, device: torch.device) -> Network:
+    """The network of a checkpoint, in the precision it was trained in where None.
+
+    Raises:
+        CheckpointError: no weights there, or damaged.
         UnsupportedError: the device cannot run the precision.
     """
     file = find_weights(path)
     card, weights = load_weights(file)
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     name = precision or card.config.precision
     assert name is not None, "a card's is resolved"
     check_supported(name, device)
     allow_tf32(PRECISIONS[name].tf32)
-    dataset = _load(data, card)
     module = _module(card, weights, str(file)).to(device)
     emulate_if_needed(module, name, device)
-    _tell_of_other_images(dataset, card)
-    images = DeviceImages(
-        dataset.test if split == "test" else dataset.train,
-        card.normalization,
-        device,
-        channels_last=card.config.channels_last,
-    )
-    size = batch_size or eval_batch_size(images)
-    batches = eval_batches(images, size, Place())
-    what = f"model {card.config.model.label} with batch size {size}"
-    with explained(what, "choose a smaller -b"), _autocast(name, device):
-        result = evaluate(module, batches, num_classes=len(card.classes), device=device)
-    if not math.isfinite(result.loss):
-        raise CheckpointError(
-            f"checkpoint: {file}: loss {result.loss} on these images: the weights are damaged, or "
-            "their training diverged; give others"
-        )
-    return Scored(weights=file, card=card, precision=name, evaluation=result)
+    return Network(file=file, card=card, precision=name, module=module, device=device)
 
 
 def _module(card: ModelCard, weights: Tensors, source: str) -> nn.Module:
@@ -105,11 +182,45 @@ def _module(card: ModelCard, weights: Tensors, source: str) -> nn.Module:
     return module.to(memory_format=torch.channels_last) if card.config.channels_last else module
 
 
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What autocasts as a precision does, to nothing where it does not."""
-    name = PRECISIONS[precision].autocast
-    dtype = getattr(torch, name) if name else torch.float32
-    return torch.autocast(device.type, dtype, enabled=name is not None)
+def _find(images: Images, card: ModelCard) -> _Found:
+    if images.path is not None:
+        return _find_test_set(images.path, images.labels, card)
+    dataset = _load(images.data, card)
+    note = None
+    if dataset.fingerprint() != card.fingerprint:
+        note = (
+            f"note: data: {dataset.name}: not the data set the weights were trained with, "
+            f"{card.dataset} (fingerprint {card.fingerprint})"
+        )
+    split = dataset.test
+    if images.split != "test":
+        split = _of_training(dataset, images.split, card)
+    samples = tuple(map(str, range(len(split))))
+    name = dataset.name if images.split == "test" else f"{dataset.name} ({images.split})"
+    return _Found(name=name, split=split, samples=samples, note=note)
+
+
+def _of_training(dataset: Dataset, split: str, card: ModelCard) -> Split:
+    """The images that a model with this card was trained on, or that were held out then."""
+    config = card.config
+    divided = divide(dataset, config.limit_train, config.recipe.validation)
+    if split == "train":
+        return divided.train
+    if divided.validation is None:
+        raise DataError(
+            "split: 'validation': no images were held out when these weights were trained; give "
+            "test or train"
+        )
+    return divided.validation
+
+
+def _find_test_set(path: Path, labels: Path | None, card: ModelCard) -> _Found:
+    shape = (card.config.model.in_channels, *card.image_size)
+    found = read_test_set(path, labels, card.classes, shape)
+    zeros = np.zeros(len(found.images), dtype=np.int64)
+    is_labelled = found.labels is not None
+    split = Split(images=found.images, labels=zeros if found.labels is None else found.labels)
+    return _Found(name=found.name, split=split, samples=found.samples, is_labelled=is_labelled)
 
 
 def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
@@ -136,16 +247,6 @@ def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
     return dataset
 
 
-def _tell_of_other_images(dataset: Dataset, card: ModelCard) -> None:
-    """Call it after the last check: an error is one line on stderr, not a second one."""
-    if dataset.fingerprint() != card.fingerprint:
-        print(
-            f"note: data: {dataset.name}: not the data set the weights were trained with, "
-            f"{card.dataset} (fingerprint {card.fingerprint})",
-            file=sys.stderr,
-        )
-
-
 def _few(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
 
@@ -155,23 +256,26 @@ MATRIX_CLASSES = 12
 
 
 def render(scored: Scored) -> None:
-    """Print the scores, the accuracy of each class and, if it fits, the confusion matrix."""
+    """Print the scores, the accuracy of each class and, if it fits, the confusion matrix.
+
+    Of images without labels: what was scored, and how often each class was predicted.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    card, result = scored.card, scored.evaluation
     console = Console(width=max(80, Console().width))  # a narrower one would empty columns
-    console.print(
-        f"{card.config.model.label}, trained on {escape(card.dataset)} for "
-        f"{card.samples_seen:,} images in {card.config.precision}, scored in {scored.precision}\n"
-        f"{'moving average of the weights' if scored.averaged else 'weights'}: "
-        f"{escape(str(scored.weights))}\ntop-1 {result.top1:.2%}  top-5 {result.top5:.2%}  "
-        f"loss {result.loss:.4f}  on {result.samples:,} images",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(_headline(scored), highlight=False, soft_wrap=True)
+    card, result = scored.card, scored.evaluation
+    if result is None:
+        counts = np.bincount(scored.predictions.predicted, minlength=len(card.classes))
+        table = Table("", "Class", title="Predictions without labels", box=SIMPLE_HEAD, padding=0)
+        table.add_column("Predicted", justify="right", no_wrap=True)
+        for number, (name, count) in enumerate(zip(card.classes, counts.tolist(), strict=True)):
+            table.add_row(str(number), escape(name), str(count))
+        console.print(table)
+        return
     fits = len(card.classes) <= MATRIX_CLASSES
     title = "Accuracy of each true class" + (" and how often each was predicted for it" * fits)
     table = Table("", "Class", title=title, box=SIMPLE_HEAD, padding=0)
@@ -184,4 +288,26 @@ def render(scored: Scored) -> None:
         table.add_row(str(number), escape(name), shown, *map(str, row))
     console.print(table)
     if not fits:
-        console.print("the confusion matrix: --json")
+        console.print("the confusion matrix: --json, or --report")
+
+
+def _headline(scored: Scored) -> str:
+    from rich.markup import escape
+
+    card, result = scored.card, scored.evaluation
+    lines = [
+        f"{card.config.model.label}, trained on {escape(card.dataset)} for "
+        f"{card.samples_seen:,} images in {card.config.precision}, scored in {scored.precision}",
+        f"{'moving average of the weights' if scored.averaged else 'weights'}: "
+        f"{escape(str(scored.weights))}",
+    ]
+    where = f"on {len(scored.predictions):,} images of {escape(scored.images)}"
+    if result is not None:
+        error = calibration_error(calibrate(scored.predictions))
+        lines.append(
+            f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}  "
+            f"calibration error {error:.2%}  {where}"
+        )
+    else:
+        lines.append(where)
+    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The options of `cifar train`, which start from a recipe or from the run to resume."""
 
+import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
@@ -10,9 +11,17 @@ import tyro
 
 from cifar import run_folder
 from cifar.cli import parse
-from cifar.config import Recipe, RunConfig, TrainConfig, option_name, require
+from cifar.config import (
+    READ_BY,
+    ModelConfig,
+    Recipe,
+    RunConfig,
+    TrainConfig,
+    option_name,
+    require,
+)
 from cifar.files import user_path
-from cifar.recipes import get_recipe
+from cifar.recipes import get_config
 
 arg = tyro.conf.arg
 
@@ -43,8 +52,10 @@ def read_train_options(argv: list[str]) -> TrainOptions:
         stored = run_folder.read_config(user_path(resume, "resume"))
         start = TrainOptions(train=stored.train, run=stored.run)
     else:
-        recipe = get_recipe(_value_of("--recipe", argv) or "default")
-        start = TrainOptions(train=TrainConfig(recipe=recipe), run=RunConfig())
+        train = get_config(_value_of("--recipe", argv) or "default")
+        if _value_of("--model", argv) is not None:  # what was for the recipe's own does not fit
+            train = dataclasses.replace(train, model=ModelConfig(dropout=train.model.dropout))
+        start = TrainOptions(train=train, run=RunConfig())
     options = parse(
         TrainOptions,
         argv,
@@ -62,13 +73,13 @@ def read_train_options(argv: list[str]) -> TrainOptions:
 
 def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
     """Raise a ConfigError if a change to the named recipe is of no use without another one."""
-    for field in ("crop_padding", "crop_fill"):
+    for field, augmentation in READ_BY.items():
         value = getattr(recipe, field)
         require(
-            "crop" in recipe.augment or value == getattr(named, field),
+            augmentation in recipe.augment or value == getattr(named, field),
             option_name(field),
             value,
-            "nothing is cropped; add crop to --augment",
+            f"is for {augmentation}; add {augmentation} to --augment",
         )
     for field in ("muon_step", "muon_momentum"):
         value = getattr(recipe, field)
@@ -90,7 +101,8 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
         "optimizer",
         recipe.optimizer,
         f"the learning rate of recipe {named.name}, {named.lr:g}, is for {named.optimizer}; give "
-        f"one with --lr, such as --lr {TYPICAL_LR[recipe.optimizer]:g}",
+        f"one with --lr, such as --lr {TYPICAL_LR[recipe.optimizer]:g}"
+        + (" (and its weight decay: try --weight-decay 0.05)" * (recipe.optimizer == "adamw")),
     )
 
 

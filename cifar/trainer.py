@@ -18,6 +18,7 @@ from cifar.checkpoint import Tensors
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.cost import check_batch
 from cifar.data.dataset import Dataset, Split
+from cifar.data.division import divide
 from cifar.data.loader import (
     Batch,
     DeviceImages,
@@ -35,7 +36,7 @@ from cifar.evaluation import Evaluation, evaluate
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
 from cifar.models import build_model
-from cifar.optim import WeightAverage, build_optimizer, lr_at
+from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum
 from cifar.updates import Update, build_update
 
 
@@ -63,8 +64,9 @@ class Trainer:
     ) -> None:
         self.accelerator, precision = start_accelerator(config, run)
         self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
-        self.run, self.dataset = run, dataset
+        self.run = run
         self.fingerprint = dataset.fingerprint()
+        self.dataset = divide(dataset, config.limit_train, config.recipe.validation)
         self.device: torch.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self.compute_loss = compute_loss or build_loss(config.recipe)
@@ -101,6 +103,8 @@ class Trainer:
             seed=self.config.seed,
         )
         self.test_images = on_device(dataset.test)
+        held_out = dataset.validation
+        self.validation_images = None if held_out is None else on_device(held_out)
         self._eval_batch_size = eval_batch_size(self.test_images)
 
     def _build_model(self) -> None:
@@ -155,6 +159,11 @@ class Trainer:
         return self.step * self.loader.global_batch_size
 
     @property
+    def epoch(self) -> int:
+        """The epoch that the last step was in, counted from 1; 0 before the first one."""
+        return -(-self.step // self.loader.steps_per_epoch)
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.place.index == 0
@@ -185,9 +194,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_of(self.step)
-        if self.model_config.dropout:
-            # The generators' state then needs no saving, on any number of processes.
-            torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
+        schedule_momentum(self.optimizer, self.step, self.total_steps, self.config.recipe)
         batches = self.batches_of(self.step)
         passes = iter(range(2**31))
         self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
@@ -196,13 +203,17 @@ class Trainer:
             self.average.update()
 
     def _forward_backward(self, batches: list[TrainBatch], *, record: bool) -> None:
+        if self.model_config.dropout:
+            # The generators' state then needs no saving, on any number of processes, and what an
+            # update computes twice drops the same features.
+            torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
                 loss, logits = self.compute_loss(self.model, batch)
                 self.backward(loss / len(batches) if len(batches) > 1 else loss)
             if record:
-                self.meter.add(loss.detach(), logits.detach(), batch.targets, self.step)
+                self.meter.add(loss.detach(), logits.detach(), batch.likeliest, self.step)
 
     def backward(self, loss: Tensor) -> None:
         """As Accelerate's `backward`, which would divide the loss by 1 in every step."""
@@ -242,31 +253,42 @@ class Trainer:
         return health.signal
 
     @torch.no_grad()
-    def evaluate(self, between_batches: Callable[[], object] = lambda: None) -> Evaluation:
-        """Score the test split with the published weights and this run's precision and layout.
+    def evaluate(
+        self,
+        between_batches: Callable[[], object] = lambda: None,
+        *,
+        images: DeviceImages | None = None,
+        weights: Tensors | None = None,
+        probabilities: Tensor | None = None,
+    ) -> Evaluation:
+        """Score images with these weights and this run's precision and layout.
 
-        `between_batches` is called equally often on all processes, so it may be a collective call.
+        When not given they are the test split's, and the published ones. `between_batches` is
+        called equally often on all processes, so it may be a collective call. `probabilities`: see
+        `cifar.evaluation.evaluate`.
         """
+        scored = self.test_images if images is None else images
         self.synchronize_buffers()
         self.module.eval()
-        weights = self.eval_weights()
+        chosen = weights or self.eval_weights()
 
         def forward(images: Tensor) -> Tensor:
-            return torch.func.functional_call(self.module, weights, (images,))  # type: ignore[no-any-return]
+            return torch.func.functional_call(self.module, chosen, (images,))  # type: ignore[no-any-return]
 
         result = evaluate(
             forward,
-            self._eval_batches(between_batches),
+            self._eval_batches(scored, between_batches),
             num_classes=len(self.dataset.classes),
             device=self.device,
+            probabilities=probabilities,
         )
         self.module.train()
-        assert result.samples == len(self.test_images), "every test sample counts once"
+        assert result.samples == len(scored), "every sample counts once"
         return result
 
-    def _eval_batches(self, between: Callable[[], object]) -> Iterator[Batch]:
-        everywhere = len(self.test_images) // self.place.count // self._eval_batch_size
-        batches = eval_batches(self.test_images, self._eval_batch_size, self.place)
+    def _eval_batches(self, images: DeviceImages, between: Callable[[], object]) -> Iterator[Batch]:
+        everywhere = len(images) // self.place.count // self._eval_batch_size
+        batches = eval_batches(images, self._eval_batch_size, self.place)
         for number, batch in enumerate(batches):
             if 0 < number < everywhere:
                 between()

@@ -1,10 +1,16 @@
 """What a run depends on besides its configuration: taken from a trainer, and put back into one."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
 from cifar.errors import CheckpointError, TrainingError
+from cifar.meter import Meter
 from cifar.optim import load_optimizer_tensors, optimizer_tensors
+from cifar.selection import Selection
 from cifar.trainer import Trainer
 
 
@@ -24,12 +30,19 @@ def card_of(trainer: Trainer, *, averaged: bool = False) -> ModelCard:
     )
 
 
-def tensor_groups(trainer: Trainer) -> tuple[str, ...]:
-    """The groups of tensors in a state."""
-    return ("model", "optimizer", "ema") if trainer.average else ("model", "optimizer")
+def tensor_groups(trainer: Trainer, state: TrainState) -> tuple[str, ...]:
+    """The groups of tensors that belong to a state."""
+    groups = ["model", "optimizer"]
+    if trainer.average:
+        groups.append("ema")
+    if state.best:
+        groups.append("best")
+    return tuple(groups)
 
 
-def state_of(trainer: Trainer, epoch_seconds: float = 0.0) -> tuple[dict[str, Tensors], TrainState]:
+def state_of(
+    trainer: Trainer, epoch_seconds: float = 0.0, selection: Selection | None = None
+) -> tuple[dict[str, Tensors], TrainState]:
     """Everything that the rest of the run depends on: tensors by group, and counters.
 
     Raises:
@@ -39,6 +52,9 @@ def state_of(trainer: Trainer, epoch_seconds: float = 0.0) -> tuple[dict[str, Te
     tensors = {"model": trainer.weights(), "optimizer": optimizer_tensors(trainer.optimizer)}
     if trainer.average:
         tensors["ema"] = trainer.average.weights
+    best = selection.best if selection else None
+    if selection and best:
+        tensors["best"] = selection.weights
     for name, tensor in tensors["model"].items():
         if not bool(tensor.isfinite().all()):
             raise TrainingError(
@@ -54,10 +70,16 @@ def state_of(trainer: Trainer, epoch_seconds: float = 0.0) -> tuple[dict[str, Te
         ema_updates=trainer.average.updates if trainer.average else 0,
         scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,
         epoch_seconds=epoch_seconds,
+        best=best,
     )
 
 
-def load_state(trainer: Trainer, tensors: dict[str, Tensors], state: TrainState) -> None:
+def load_state(
+    trainer: Trainer,
+    tensors: dict[str, Tensors],
+    state: TrainState,
+    selection: Selection | None = None,
+) -> None:
     """Take up a saved state.
 
     Raises:
@@ -85,5 +107,49 @@ def load_state(trainer: Trainer, tensors: dict[str, Tensors], state: TrainState)
         if not state.scaler:
             raise CheckpointError("checkpoint: scaler: absent; start a new run")
         trainer.scaler.load_state_dict(state.scaler)
+    if selection and state.best:
+        check_same_shapes(trainer.weights(), tensors["best"], "best")
+        selection.best = state.best
+        selection.weights = {
+            name: tensor.to(trainer.device) for name, tensor in tensors["best"].items()
+        }
     trainer.meter.load(state.meter, first=trainer.is_main)
     trainer.step = state.step
+
+
+@contextlib.contextmanager
+def set_aside(trainer: Trainer) -> Iterator[None]:
+    """Let the block take steps of training, synced or not; afterwards the trainer is as it was.
+
+    Every process takes up its own copies again, so weights that were equal are equal again. State
+    that an optimiser makes in its first step is set back to the zeros it starts from.
+    """
+    kept = {name: tensor.clone() for name, tensor in live_tensors(trainer).items()}
+    step, meter, training = trainer.step, trainer.meter, trainer.module.training
+    updates = trainer.average.updates if trainer.average else 0
+    scaler = trainer.scaler.state_dict() if trainer.scaler is not None else {}
+    trainer.meter = Meter(trainer.device)
+    trainer.module.train()
+    try:
+        yield
+    finally:
+        for name, tensor in live_tensors(trainer).items():
+            tensor.copy_(kept[name]) if name in kept else tensor.zero_()
+        trainer.step, trainer.meter = step, meter
+        trainer.module.train(training)
+        if trainer.average:
+            trainer.average.updates = updates
+        if trainer.scaler is not None:
+            trainer.scaler.load_state_dict(scaler)
+
+
+def live_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """What a step changes, by name: weights, statistics, the optimiser's state; not copies."""
+    groups = {"model": trainer.weights(), "optimizer": optimizer_tensors(trainer.optimizer)}
+    if trainer.average:
+        groups["ema"] = trainer.average.weights
+    return {
+        f"{group}.{name}": tensor
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }

@@ -17,11 +17,10 @@ from training import (
     make_trainer,
     metrics,
     start,
-    tiny_recipe,
 )
 
 from cifar.checkpoint import load_weights
-from cifar.config import RunConfig
+from cifar.config import AUGMENTATIONS, RunConfig
 from cifar.errors import TrainingError
 from cifar.recipes import get_recipe
 from cifar.trainer import Trainer
@@ -95,13 +94,23 @@ def test_the_gpu_reads_its_counters_at_intervals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"), [("default", "fp32"), ("sgd", "fp16"), ("sgd", "bf16"), (None, "fp32")]
+    ("name", "precision", "fields"),
+    [
+        ("default", "fp32", {}),
+        ("sgd", "fp16", {}),
+        ("sgd", "bf16", {}),
+        *(("sgd", "fp32", {"augment": (name,)}) for name in AUGMENTATIONS),
+        ("sgd", "fp32", {"mixup": 0.2, "cutmix": 1.0}),
+        ("sgd", "fp32", {"schedule": "one-cycle"}),
+        ("sgd", "fp32", {"sam_rho": 0.1}),
+    ],
 )
-def test_a_step_never_waits_for_the_gpu(name: str | None, precision: str) -> None:
+def test_a_step_never_waits_for_the_gpu(
+    name: str, precision: str, fields: dict[str, object]
+) -> None:
     if not supports(precision):
         pytest.skip(f"this GPU has no {precision}")
-    whole = get_recipe(name) if name else tiny_recipe()
-    recipe = dataclasses.replace(whole, global_batch_size=32, epochs=9)
+    recipe = dataclasses.replace(get_recipe(name), global_batch_size=32, epochs=9, **fields)
     trainer = make_trainer(run=GPU, recipe=recipe, precision=precision)
     for _ in range(2):
         trainer.train_step()

@@ -65,6 +65,32 @@ def test_widths_for_a_budget_of_five_million_parameters(name: str, reference: in
     assert cost.param_count(ModelConfig(name=name)) == pytest.approx(reference, rel=0.01)
 
 
+def test_resnet9_by_hand() -> None:
+    model = build(ModelConfig(name="resnet9", width=4)).eval()
+    state = model.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for tensor in state.values():  # else norms would do nothing
+        if tensor.ndim == 1:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    images = torch.randn(2, 3, 32, 32)
+
+    def layer(x: torch.Tensor, conv: str, norm: str) -> torch.Tensor:
+        x = F.conv2d(x, state[f"{conv}.weight"], state.get(f"{conv}.bias"), padding=1)
+        mean, var = (state[f"{norm}.running_{name}"].view(-1, 1, 1) for name in ("mean", "var"))
+        scale, shift = (state[f"{norm}.{name}"].view(-1, 1, 1) for name in ("weight", "bias"))
+        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+
+    x = layer(images, "conv1", "bn1")
+    for stage in ("layer1", "layer2", "layer3"):
+        x = F.max_pool2d(layer(x, f"{stage}.conv", f"{stage}.bn"), 2)
+        if stage != "layer2":
+            branch = layer(x, f"{stage}.branch.conv1", f"{stage}.branch.bn1")
+            x = x + layer(branch, f"{stage}.branch.conv2", f"{stage}.branch.bn2")
+    expected = x.amax((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
 @small
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 64), (1, 1)])
 def test_any_image_size_gives_logits(config: ModelConfig, size: tuple[int, int]) -> None:

@@ -1,6 +1,7 @@
 """Image operations and policies, held against Pillow's and torchvision's own."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -12,16 +13,18 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import InterpolationMode
 
 from cifar.config import Recipe
-from cifar.data.augment import get_augmentations, get_reader
+from cifar.data.augment import cutout, get_augmentations, get_reader
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
 from cifar.data.gallery import GAP, gallery
 from cifar.data.operations import Operation, Operations
 from cifar.data.policies import (
     CIFAR10_POLICY,
+    POLICIES,
     ByPolicy,
     auto_augment,
     color_jitter,
+    get_policy,
     rand_augment,
     rotation,
     trivial_augment,
@@ -171,13 +174,13 @@ def rounded(menu: tuple[Operation, ...]) -> set[tuple[str, float]]:
 
 def test_trivial_augment_s_menu_is_torchvision_s() -> None:
     space = TrivialAugmentWide()._augmentation_space(31)
-    assert rounded(trivial_augment(32, 32).menu) == expected_menu(space, range(31))
+    assert rounded(trivial_augment().menu) == expected_menu(space, range(31))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 def test_rand_augment_s_menu_is_torchvision_s(size: tuple[int, int]) -> None:
     space = RandAugment()._augmentation_space(31, size)
-    assert rounded(rand_augment(*size).menu) == expected_menu(space, [9])
+    assert rounded(rand_augment(*size, 2, 9).menu) == expected_menu(space, [9])
 
 
 def test_auto_augment_s_policy_is_torchvision_s() -> None:
@@ -203,12 +206,10 @@ def test_auto_augment_applies_a_pair_as_often_as_it_says() -> None:
         assert share == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    "make", [rotation, color_jitter, auto_augment, rand_augment, trivial_augment]
-)
-def test_a_policy_changes_pictures_the_same_way_in_any_batch(make) -> None:
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_changes_pictures_the_same_way_in_any_batch(name: str) -> None:
     images = pictures(12)
-    augment = ByPolicy("x", make)
+    augment = ByPolicy("x", get_policy(name, Recipe()))
     epoch = EpochDraws(3, 1, 12, CPU)
     together = augment(images, epoch.of(torch.arange(12)))
     alone = [augment(images[i : i + 1], epoch.of(torch.tensor([i])))[0] for i in range(12)]
@@ -221,7 +222,7 @@ def test_a_policy_changes_pictures_the_same_way_in_any_batch(make) -> None:
 
 
 def test_rotation_is_uniform_between_its_ends() -> None:
-    policy = rotation(32, 32)
+    policy = rotation(15.0)
     angles = torch.tensor([operation.value for operation in policy.menu])
     drawn = angles[policy.choose(EpochDraws(0, 0, 20_000, CPU), 0)]
     assert (angles.min(), angles.max()) == (-15, 15)
@@ -229,13 +230,83 @@ def test_rotation_is_uniform_between_its_ends() -> None:
     assert drawn.std() == pytest.approx(30 / 12**0.5, rel=0.05)
 
 
+def test_colours_are_jittered_in_any_order_by_any_factor() -> None:
+    policy = color_jitter(0.3)
+    epoch = EpochDraws(0, 0, 6000, CPU)
+    chosen = torch.stack([policy.choose(epoch, number) for number in range(3)], 1)
+    orders: dict[tuple[str, ...], int] = {}
+    for places in chosen.tolist():
+        names = tuple(policy.menu[place].name for place in places)
+        orders[names] = orders.get(names, 0) + 1
+    assert set(orders) == set(itertools.permutations(("brightness", "contrast", "color")))
+    assert all(800 < count < 1200 for count in orders.values())
+    factors = torch.tensor([operation.value for operation in policy.menu])[chosen]
+    assert factors.min() == pytest.approx(0.7) and factors.max() == pytest.approx(1.3)
+    assert factors.mean(0) == pytest.approx([1.0] * 3, abs=0.02)
+
+
+def test_jittered_colours_are_torchvision_s_in_the_order_drawn() -> None:
+    images = pictures(24)
+    policy = color_jitter(0.4)
+    draws = EpochDraws(0, 0, 24, CPU).of(torch.arange(24))
+    found = ByPolicy("x", lambda *_: policy)(images, draws)
+    expected = images
+    for number in range(3):
+        places = policy.choose(EpochDraws(0, 0, 24, CPU), number).tolist()
+        expected = torch.stack(
+            [theirs(image, policy.menu[place]) for image, place in zip(expected, places)]
+        )
+    assert (found.int() - expected.int()).abs().max() <= 3, "one of rounding in each step"
+
+
+def test_a_recipe_s_strengths_are_those_of_its_policies() -> None:
+    recipe = Recipe(rotate_degrees=3.0, jitter=0.1, rand_operations=3, rand_magnitude=0)
+    made = {name: get_policy(name, recipe)(32, 32) for name in POLICIES}
+    assert max(each.value for each in made["rotate"].menu) == 3.0
+    assert max(each.value for each in made["color-jitter"].menu) == pytest.approx(1.1)
+    assert made["rand-augment"].rounds == 3
+    assert Operation("rotate", 0.0) in made["rand-augment"].menu
+
+
+@pytest.mark.parametrize("size", [8, 16, 5])
+def test_a_square_is_cut_out_around_its_centre(size: int) -> None:
+    images = torch.full((200, 3, 20, 32), 7, dtype=torch.uint8)
+    epoch = EpochDraws(0, 0, 200, CPU)
+    out = cutout(size, images, epoch.of(torch.arange(200)))
+    tops, lefts = epoch.integers("cutout.top", 20), epoch.integers("cutout.left", 32)
+    for image, top, left in zip(out, tops.tolist(), lefts.tolist(), strict=True):
+        expected = torch.full((3, 20, 32), 7, dtype=torch.uint8)
+        rows, columns = (
+            slice(max(0, centre - size // 2), centre - size // 2 + size) for centre in (top, left)
+        )
+        expected[:, rows, columns] = 128
+        assert torch.equal(image, expected)
+    assert tops.unique().numel() == 20 and lefts.unique().numel() == 32
+
+
+def test_a_menu_of_tones_moves_nothing_and_holds_one_move() -> None:
+    serve = Operations(color_jitter(0.2).menu, 32, 32, CPU)
+    assert len(serve._sources) == 1
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [rotation, color_jitter, auto_augment, trivial_augment])
-def test_gpu_pictures_equal_cpu_pictures(make) -> None:
-    images, gpu = pictures(64), torch.device("cuda")
+@pytest.mark.parametrize("name", POLICIES)
+def test_gpu_pictures_equal_cpu_pictures(name: str) -> None:
+    images, gpu, make = pictures(64), torch.device("cuda"), get_policy(name, Recipe())
     expected = ByPolicy("x", make)(images, EpochDraws(3, 1, 64, CPU).of(torch.arange(64)))
     draws = EpochDraws(3, 1, 64, gpu).of(torch.arange(64, device=gpu))
     assert torch.equal(ByPolicy("x", make)(images.to(gpu), draws).cpu(), expected)
+
+
+def test_a_gallery_shows_what_is_mixed() -> None:
+    images = torch.stack([torch.full((3, 32, 32), value, dtype=torch.uint8) for value in (0, 200)])
+    split = Split(images=images.numpy(), labels=np.zeros(2, dtype=np.int64))
+    recipe = Recipe(augment=(), mixup=1.0)
+    shown = np.array(Image.open(io.BytesIO(gallery(recipe, split, count=2, epochs=20))))
+    tiles = shown.reshape(2, 100, 21, 100, 3)[:, 50, :, 50, 0]
+    assert tiles[:, 0].tolist() == [0, 200]
+    assert len(np.unique(tiles[:, 1:])) > 20
+    assert ((tiles >= 0) & (tiles <= 200)).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -9,7 +9,14 @@ from training import ROOT, finish, start
 from cifar.config import Recipe
 from cifar.errors import ConfigError
 from cifar.muon import orthogonalized
-from cifar.optim import WeightAverage, build_optimizer, eager, lr_at, parameter_groups
+from cifar.optim import (
+    WeightAverage,
+    build_optimizer,
+    eager,
+    lr_at,
+    parameter_groups,
+    schedule_momentum,
+)
 
 
 def rates(total: int, steps_per_epoch: int, **fields: object) -> list[float]:
@@ -32,10 +39,37 @@ def test_constant_with_warmup_by_hand() -> None:
     assert rates(6, 4, schedule="constant", warmup_epochs=1.0) == pytest.approx(expected)
 
 
-def test_one_cycle_rises_for_three_tenths_of_the_steps_then_falls_as_a_cosine() -> None:
-    found = rates(10, 5, schedule="one-cycle")
-    falling = [0.5 * (1 + math.cos(math.pi * step / 7)) for step in range(7)]
-    assert found == pytest.approx([1 / 3, 2 / 3, 1.0, *falling])
+@pytest.mark.parametrize("total", [2, 10, 37, 1000])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_one_cycle_is_pytorch_s(total: int, optimizer: str) -> None:
+    recipe = Recipe(optimizer=optimizer, schedule="one-cycle", lr=0.3, momentum=0.95)
+    module = net()
+    mine = build_optimizer(module, recipe)
+    theirs = build_optimizer(module, recipe)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.3, total_steps=total)
+    for step in range(total):
+        schedule_momentum(mine, step, total, recipe)
+        (group,), (expected,) = mine.param_groups, theirs.param_groups
+        assert lr_at(step, total, 5, recipe) == pytest.approx(expected["lr"])
+        for name in ("betas", "momentum"):
+            assert group.get(name, ()) == pytest.approx(expected.get(name, ()))
+        theirs.step()
+        schedule.step() if step + 1 < total else None
+
+
+def test_one_cycle_leaves_the_momentum_of_muon_s_convolutions() -> None:
+    recipe = Recipe(optimizer="muon", schedule="one-cycle", momentum=0.9, muon_momentum=0.6)
+    optimizer = build_optimizer(net(), recipe)
+    schedule_momentum(optimizer, 299, 1000, recipe)
+    momenta = {
+        group["relative_step"] is None: group["momentum"] for group in optimizer.param_groups
+    }
+    assert momenta == {False: 0.6, True: pytest.approx(0.8)}
+
+
+def test_a_momentum_that_one_cycle_would_bring_below_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"momentum: 0\.1: one-cycle lowers it by 0\.1"):
+        Recipe(schedule="one-cycle", momentum=0.1)
 
 
 def test_triangle_rises_for_a_tenth_of_the_steps_then_falls_in_a_line() -> None:

@@ -14,7 +14,7 @@ import cifar.__main__ as cifar_program
 from bench import frontier_command
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import RunOptions, build_suite
-from cifar import run_folder, train_options
+from cifar import evaluate_options, run_folder, train_options
 from cifar.cli import parse
 from cifar.config import RunConfig, TrainConfig
 from cifar.errors import ConfigError
@@ -64,7 +64,7 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     def stop(cls, argv, **settings):
         raise Parsed(parse(cls, argv, **settings))
 
-    for module in (*PROGRAMS.values(), frontier_command, train_options):
+    for module in (*PROGRAMS.values(), frontier_command, train_options, evaluate_options):
         monkeypatch.setattr(module, "parse", stop)
     stored = SimpleNamespace(train=TrainConfig(), run=RunConfig())
     monkeypatch.setattr(run_folder, "read_config", lambda folder: stored)
@@ -172,7 +172,7 @@ def tree_paths(block: str) -> Iterator[str]:
 def test_every_path_of_the_tree_exists():
     trees = [block for block in fenced(text_of(README), "") if re.search("^bench/", block, re.M)]
     paths = [path for block in trees for path in tree_paths(block)]
-    assert {"bench/", "cifar/", "cifar/config.py", "bench/spec.py"} <= set(paths)
+    assert {"bench/", "cifar/", "cifar/config/", "bench/spec.py"} <= set(paths)
     made_by_running = {"runs/"}
     assert not [path for path in set(paths) - made_by_running if not (ROOT / path).exists()]
 

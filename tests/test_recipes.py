@@ -1,8 +1,38 @@
 import pytest
 
 from cifar.config import Recipe
+from cifar.cost import param_count
 from cifar.errors import ConfigError
 from cifar.recipes import RECIPES, get_recipe
+from cifar.train_options import read_train_options
+
+
+def parameters(*words: str) -> int:
+    return param_count(read_train_options(list(words)).train.model)
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ((), 11_173_962),
+        (("--recipe", "resnet18-jitter"), 11_173_962),
+        (("--recipe", "resnet9-one-cycle"), 6_574_090),
+        (("--recipe", "resnet9-one-cycle", "--model", "resnet20"), 269_722),
+    ],
+)
+def test_a_recipe_brings_its_model_unless_another_is_named(
+    words: tuple[str, ...], count: int
+) -> None:
+    assert parameters(*words) == count
+
+
+def test_a_model_s_width_does_not_stay_behind_when_another_is_named() -> None:
+    words = ["--recipe", "resnet50-small"]
+    assert read_train_options(words).train.model.label == "resnet50-w29-d0.2"
+    other = read_train_options([*words, "--model", "resnet34-w29"]).train
+    assert other.model.label == "resnet34-w29-d0.2"
+    assert read_train_options([*words, "--model", "resnet18"]).train.model.width is None
+    assert other.recipe.epochs == 300
 
 
 @pytest.mark.parametrize("name", RECIPES)

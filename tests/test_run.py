@@ -217,10 +217,10 @@ def in_evaluation(
     """Do something in the `number`-th evaluation, before its first batch."""
     original, count = Trainer.evaluate, itertools.count(1)
 
-    def evaluate(self: Trainer, *words: Any) -> Evaluation:
+    def evaluate(self: Trainer, *words: Any, **options: Any) -> Evaluation:
         if next(count) == number:
             action()
-        return original(self, *words)
+        return original(self, *words, **options)
 
     return mock.patch.object(Trainer, "evaluate", evaluate)
 
@@ -258,8 +258,8 @@ def test_weights_whose_loss_is_not_finite_leave_the_checkpoint_before_them(
 ) -> None:
     """Also where one checkpoint alone is kept."""
 
-    def evaluate(self: Trainer, *words: Any) -> Evaluation:
-        found = original(self, *words)
+    def evaluate(self: Trainer, *words: Any, **options: Any) -> Evaluation:
+        found = original(self, *words, **options)
         return dataclasses.replace(found, loss=math.nan) if self.step == 6 else found
 
     original, folder = Trainer.evaluate, tmp_path / "run"
@@ -277,8 +277,8 @@ def test_a_checkpoint_that_cannot_be_taken_back_is_one_line(
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    def evaluate(self: Trainer, *words: Any) -> Evaluation:
-        return dataclasses.replace(original(self, *words), loss=math.nan)
+    def evaluate(self: Trainer, *words: Any, **options: Any) -> Evaluation:
+        return dataclasses.replace(original(self, *words, **options), loss=math.nan)
 
     original = Trainer.evaluate
     with (
@@ -919,6 +919,7 @@ def test_an_error_comes_alone_though_there_is_something_to_note(
 def test_a_precision_without_kernels_is_emulated_and_told_once(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     for emulated, precision, count in ((True, "bf16", 1), (False, "bf16", 0), (True, "fp32", 0)):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda e=emulated: not e)
         folder = tmp_path / f"{emulated}-{precision}"
@@ -927,3 +928,17 @@ def test_a_precision_without_kernels_is_emulated_and_told_once(
             assert capsys.readouterr().err.count("note: precision: 'bf16': this CPU ") == count
             assert cifar("evaluate", str(folder), "--cpu") == 0
         assert emulate.call_count == 2 * count
+
+
+def test_kernels_without_instructions_are_told(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr("cifar.accelerator.platform.machine", lambda: "x86_64")
+    assert train(npz, tmp_path / "run", "--epochs", "1", "--precision", "bf16") == 0
+    assert capsys.readouterr().err == (
+        "note: precision: 'bf16': this CPU has no bf16 instructions; its kernels convert to fp32 "
+        "and back\n"
+    )

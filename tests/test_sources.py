@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cifar.data import folder, npz, sources, unpickle
+from cifar.data import folder, sources, unpickle
+from cifar.data.arrays import read_npz
 from cifar.data.config import DataConfig, parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import CIFAR_LAYOUTS, CifarLayout, default_data_dir, load_dataset
@@ -728,7 +729,7 @@ def saved(**made: Any) -> bytes:
 def test_damaged_npz_is_read_or_refused(scratch: Path, raw: bytes) -> None:
     path = scratch / "damaged.npz"
     path.write_bytes(raw)
-    check_read_or_refused(lambda path: npz.read_npz(path, 10**6), path)
+    check_read_or_refused(lambda path: read_npz(path, 10**6), path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -740,7 +741,7 @@ def test_damaged_array_is_read_or_refused(scratch: Path, member: bytes) -> None:
     path = scratch / "odd.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.npy", member)
-    check_read_or_refused(lambda path: npz.read_npz(path, 10**6), path)
+    check_read_or_refused(lambda path: read_npz(path, 10**6), path)
 
 
 @pytest.mark.parametrize("source", ["folder", "npz"])

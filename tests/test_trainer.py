@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from training import TINY, make_trainer, mixup, tiny_recipe
 
 from cifar.config import ModelConfig, RunConfig
-from cifar.data.loader import Batch, TrainBatch
+from cifar.data.loader import TrainBatch
 from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.losses import cross_entropy
 from cifar.models import build_model
@@ -59,7 +59,7 @@ def test_training_equals_a_bare_loop(channels_last: bool, smoothing: float) -> N
 
 def test_label_smoothing_by_hand() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]])
-    batch = Batch(logits, torch.tensor([0]), torch.tensor([0]))
+    batch = TrainBatch(logits, torch.tensor([0]), torch.tensor([0]), lambda: batch)
     loss, _ = cross_entropy(0.3)(lambda _: logits, batch)
     logs = logits.log_softmax(1)[0]
     assert loss.item() == pytest.approx(float(-(0.8 * logs[0] + 0.1 * logs[1] + 0.1 * logs[2])))

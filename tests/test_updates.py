@@ -1,12 +1,13 @@
 """SAM and clipping against steps made by hand."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training import make_trainer, tiny_recipe
+from training import TINY, make_trainer, tiny_recipe
 
 from cifar.trainer import Trainer
 from cifar.updates import statistics_kept
@@ -41,6 +42,32 @@ def test_sam_takes_the_gradient_up_the_slope() -> None:
         torch.testing.assert_close(weight, before - 0.05 * there[name], rtol=1e-5, atol=1e-6)
     moved = sum((0.05 * (there[name] - here[name])).norm() for name in here)
     assert moved > 1e-3, "else it would be plain descent"
+
+
+def test_sam_s_passes_drop_the_same_features() -> None:
+    """Else it would climb the slope of one network and descend that of another."""
+    trainer = make_trainer(
+        tiny_recipe(sam_rho=RHO, **PLAIN), model=dataclasses.replace(TINY, dropout=0.5)
+    )
+    dropped: list[Tensor] = []
+    trainer.module.fc.register_forward_pre_hook(lambda _, inputs: dropped.append(inputs[0] == 0))
+    for _ in range(2):
+        trainer.train_step()
+    first, second, next_first, _ = dropped
+    assert torch.equal(first, second)
+    assert not torch.equal(first, next_first)
+
+
+def test_sam_of_a_whole_batch_is_that_of_its_micro_batches() -> None:
+    """Without BatchNorm, whose statistics are those of a micro-batch."""
+    weights = []
+    for parts in (1, 4):
+        trainer = make_trainer(tiny_recipe(sam_rho=RHO, **PLAIN), accumulation_steps=parts)
+        trainer.module.eval()
+        trainer.train_step()
+        weights.append(trainer.module.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_sam_s_second_pass_leaves_the_statistics_and_the_metrics_alone() -> None:

@@ -28,7 +28,8 @@ from cifar.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(name="resnet20", width=4)
-TINY_OPTIONS = ("--model", "resnet20-w4", "-b", "32", "--epochs", "2", "--lr", "0.05")
+TINY_OPTIONS = ("--model", "resnet20-w4", "-b", "32", "--epochs", "2", "--lr", "0.05",
+                "--no-report")  # fmt: skip
 """Three steps an epoch on the toy data set of 96 images."""
 CLOCK = ("train_seconds", "train_images_per_s")
 """The keys of a metrics line that hold wall time."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cifar.config import AUGMENTATIONS, Recipe
 from cifar.data.draws import EpochDraws, SampleDraws
-from cifar.data.policies import POLICIES, ByPolicy
+from cifar.data.policies import POLICIES, ByPolicy, get_policy
 
 Augmentation = Callable[[Tensor, SampleDraws], Tensor]
 Reader = Callable[[SampleDraws], Tensor]
@@ -96,20 +96,18 @@ def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return either.index_select(0, places)
 
 
-CUTOUT_SHARE = 2
-"""A side of the square that is cut out, as a fraction of the image's: 1 / 2."""
 GRAY = 128
 
 
-def cutout(images: Tensor, draws: SampleDraws) -> Tensor:
-    """Paint a square of half the image's side grey, with its centre anywhere in the image.
+def cutout(side: int, images: Tensor, draws: SampleDraws) -> Tensor:
+    """Paint a square of `side` pixels grey, with its centre anywhere in the image.
 
-    Source: DeVries and Taylor 2017 (https://arxiv.org/abs/1708.04552), whose side this is for
-    CIFAR-10; what lies beyond the edge is lost.
+    Source: DeVries and Taylor 2017 (https://arxiv.org/abs/1708.04552), who take 16 for CIFAR-10 and
+    8 for CIFAR-100; what lies beyond the edge is lost.
     """
     inside = []
     for edge, size in zip(("top", "left"), images.shape[2:], strict=True):
-        side, draw = size // CUTOUT_SHARE, functools.partial(_place, f"cutout.{edge}", size)
+        draw = functools.partial(_place, f"cutout.{edge}", size)
         start = draws.pick(f"cutout.{edge}", draw) - side // 2
         places = torch.arange(size, device=images.device) - start.view(-1, 1)
         inside.append((places >= 0) & (places < side))
@@ -122,10 +120,10 @@ def _place(name: str, size: int, epoch: EpochDraws) -> Tensor:
     return epoch.integers(name, size)
 
 
-_FUNCTIONS: dict[str, Augmentation] = {
-    "flip": flip,
-    "alternating-flip": alternating_flip,
-    "cutout": cutout,
+_FUNCTIONS: dict[str, Callable[[Recipe], Augmentation]] = {
+    "flip": lambda _: flip,
+    "alternating-flip": lambda _: alternating_flip,
+    "cutout": lambda recipe: functools.partial(cutout, recipe.cutout_size),
 }
 assert ("crop", *_FUNCTIONS, *POLICIES) == AUGMENTATIONS
 
@@ -140,7 +138,7 @@ def get_reader(recipe: Recipe, images: Tensor) -> Reader:
 def get_augmentations(recipe: Recipe) -> tuple[Augmentation, ...]:
     """The other functions that a recipe names, in its order."""
     return tuple(
-        _FUNCTIONS[name] if name in _FUNCTIONS else ByPolicy(name, POLICIES[name])
+        _FUNCTIONS[name](recipe) if name in _FUNCTIONS else ByPolicy(name, get_policy(name, recipe))
         for name in recipe.augment
         if name != "crop"
     )

@@ -25,6 +25,8 @@ class Split:
 class Dataset:
     """Train and test split with the names of the classes.
 
+    `validation` are training images that were held out to choose by, see `cifar.data.division`.
+
     Raises:
         DataError: shapes, types or labels that do not fit together; names the field.
     """
@@ -33,6 +35,7 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     test: Split
+    validation: Split | None = None
 
     def __post_init__(self) -> None:
         for split_name, split in (("train", self.train), ("test", self.test)):
@@ -70,7 +73,11 @@ class Dataset:
                 )
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits over every pixel, label and class name, in order."""
+        """16 hexadecimal digits over every pixel, label and class name, in order.
+
+        Of the whole data set: none of it may have been held out.
+        """
+        assert self.validation is None, "a part does not tell the whole"
         sha = hashlib.sha256("\0".join(self.classes).encode())
         for split in (self.train, self.test):
             sha.update(repr(split.images.shape).encode())

@@ -31,6 +31,23 @@ def hash_samples(seed: int, epoch: int, name: str, count: int, device: torch.dev
     return _mix(_mix(samples ^ first) ^ second)
 
 
+class Table:
+    """Values that draws choose from, copied to a device when first asked for there.
+
+    Copying waits for a GPU, so no step may do it anew.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The values on a device."""
+        if device not in self._copies:
+            self._copies[device] = self._values.to(device)
+        return self._copies[device]
+
+
 class EpochDraws:
     """The draws of every sample in one epoch."""
 

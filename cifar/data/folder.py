@@ -45,6 +45,22 @@ def read_folder(root: Path, max_bytes: int) -> tuple[tuple[str, ...], Split, Spl
     return classes, train, test
 
 
+def read_test_folder(
+    root: Path, max_bytes: int
+) -> tuple[npt.NDArray[np.uint8], list[Path], list[str] | None]:
+    """Images `[N, 3, H, W]`, their files, and the name of every one's class.
+
+    The images of `root/CLASS/` folders or, where there are none, those in `root` itself, which have
+    no class. Order and what is left out are as in `read_folder`, and so is what it raises.
+    """
+    entries = [entry for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
+    files = _class_files(root) if entries else {"": _image_files(root)}
+    labelled = [(path, 0) for paths in files.values() for path in paths]
+    split = _read_split(labelled, _read_image(labelled[0][0]).shape, max_bytes)
+    named = [name for name, paths in files.items() for _ in paths]
+    return split.images, [path for path, _ in labelled], named if entries else None
+
+
 def _subfolder(root: Path, *names: str) -> Path:
     for name in names:
         if (root / name).is_dir():

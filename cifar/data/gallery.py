@@ -10,6 +10,7 @@ from cifar.config import Recipe
 from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
+from cifar.data.mixing import get_mixer
 
 GAP = 2
 """White pixels between images."""
@@ -20,17 +21,23 @@ _LEAST_SIDE = 96
 def gallery(recipe: Recipe, split: Split, *, count: int, epochs: int, seed: int = 0) -> bytes:
     """A PNG with a row per image: as it is, and as it is augmented in each of the first epochs.
 
-    The first `count` images of the split are shown, enlarged by a whole factor.
+    The first `count` images of the split are shown, enlarged by a whole factor. What is mixed with
+    others is mixed among these, the first with the last.
     """
     images = torch.from_numpy(np.ascontiguousarray(split.images))
     samples = torch.arange(min(count, len(images)))
     read, augmentations = get_reader(recipe, images), get_augmentations(recipe)
+    mixer = get_mixer(recipe)
     columns = [images[samples]]
     for epoch in range(epochs):
         draws = EpochDraws(seed, epoch, len(images), images.device).of(samples)
         shown = read(draws)
         for augmentation in augmentations:
             shown = augmentation(shown, draws)
+        if mixer is not None:
+            pixels = shown.float()
+            mixed, _ = mixer(pixels, pixels.flip(0), draws)
+            shown = mixed.round().to(torch.uint8)
         columns.append(shown)
     return _png(torch.stack(columns, 1).numpy())
 

@@ -1,7 +1,8 @@
 """Batches made on the training device, from uint8 images that live there.
 
 No workers and no host copies: a step's input is a handful of batched tensor operations. What a
-sample gets depends only on (seed, epoch, sample), see `cifar.data.draws`.
+sample gets depends only on (seed, epoch, sample), see `cifar.data.draws`, and its partner for
+mixing on the global batch as well.
 """
 
 import functools
@@ -15,7 +16,8 @@ from torch import Tensor
 from cifar.config import Recipe
 from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
-from cifar.data.draws import EpochDraws, SampleDraws
+from cifar.data.draws import EpochDraws
+from cifar.data.mixing import get_mixer
 
 EVAL_PIXELS = 500 * 32 * 32
 """Height x width x images that are evaluated at once at most, so that memory does not grow with the
@@ -40,17 +42,36 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixed:
+    """What was mixed into a batch: its partners' `targets` `[B]`, and every sample's own `share`.
+
+    That is `[B]` float32, a fraction of the pixels.
+    """
+
+    targets: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TrainBatch(Batch):
     """A micro-batch of training, and a way to as many others to mix it with.
 
     `load_partners()` gives every sample another one of the same global batch, augmented as there:
     the first of the global batch goes with the last, the second with the last but one (the middle
     of an odd one with itself), so the pairs are the same on any number of processes. It is for use
-    within the step; unused it costs nothing. `draws` are the samples' own, for mixing.
+    within the step; unused it costs nothing. `mixed`: where the recipe mixes, `images` are mixed
+    with these partners already.
     """
 
     load_partners: Callable[[], Batch]
-    draws: SampleDraws
+    mixed: Mixed | None = None
+
+    @property
+    def likeliest(self) -> Tensor:
+        """The target of every sample that has the greater share in it, `[B]` or soft `[B, K]`."""
+        if self.mixed is None:
+            return self.targets
+        return torch.where(self.mixed.share >= 0.5, self.targets, self.mixed.targets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +161,7 @@ class TrainLoader:
         self._images = images
         self._read = get_reader(recipe, images.images)
         self._augmentations = get_augmentations(recipe)
+        self._mixer = get_mixer(recipe)
         self._accumulation_steps = accumulation_steps
         self._per_device_batch_size = per_device_batch_size
         self._place = place
@@ -168,9 +190,25 @@ class TrainLoader:
     def micro_batches(self, step: int) -> Iterator[TrainBatch]:
         """The augmented micro-batches of this process in step `step` of the epoch."""
         for samples, partners in zip(self._samples[step], self._partners[step], strict=True):
-            batch, draws = self.load(samples), self._draws.of(samples)
+            batch = self.load(samples)
             load_partners = functools.partial(self.load, partners)
-            yield TrainBatch(batch.images, batch.targets, samples, load_partners, draws)
+            if self._mixer is None:
+                yield TrainBatch(batch.images, batch.targets, samples, load_partners)
+            else:
+                other = self._mirrored(batch) if self._is_whole else load_partners()
+                draws = self._draws.of(samples)
+                images, share = self._mixer(batch.images, other.images, draws)
+                mixed = Mixed(other.targets, share)
+                yield TrainBatch(images, batch.targets, samples, load_partners, mixed)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether a micro-batch is a whole global batch, and so holds its own partners."""
+        return self._accumulation_steps == self._place.count == 1
+
+    @staticmethod
+    def _mirrored(batch: Batch) -> Batch:
+        return Batch(batch.images.flip(0), batch.targets.flip(0), batch.samples.flip(0))
 
     def load(self, samples: Tensor) -> Batch:
         """The augmented images and labels of any samples of this epoch, `[B]` int64."""

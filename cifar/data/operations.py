@@ -59,7 +59,7 @@ def _affine(operation: Operation, height: int, width: int) -> tuple[float, ...]:
 def _sources(operation: Operation, height: int, width: int) -> Tensor:
     """Of every pixel of the result the nearest one of the image; height * width where it is black.
 
-    `[height * width]` int64.
+    `[height * width]` int32.
     """
     a, b, c, d, e, f = _affine(operation, height, width)
     y, x = torch.meshgrid(
@@ -69,7 +69,7 @@ def _sources(operation: Operation, height: int, width: int) -> Tensor:
     )
     column, row = (a * x + b * y + c).floor().long(), (d * x + e * y + f).floor().long()
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    return torch.where(inside, row * width + column, height * width).view(-1)
+    return torch.where(inside, row * width + column, height * width).view(-1).int()
 
 
 def _tones(operation: Operation) -> Tensor:
@@ -105,13 +105,20 @@ class Operations:
 
         names = {each.name for each in menu}
         self._moves = bool(names & _MOVING)
-        self._sources = torch.stack([_sources(each, height, width) for each in menu]).to(device)
+        self._gray = torch.tensor(_GRAY, dtype=torch.int32, device=device).view(1, -1, 1, 1)
+        moves = {each: number for number, each in enumerate(dict.fromkeys(map(_moving, menu)))}
+        self._move_of = torch.tensor([moves[_moving(each)] for each in menu], device=device)
+        self._sources = torch.stack([_sources(each, height, width) for each in moves]).to(device)
         self._tones = torch.stack([_tones(each) for each in menu]).to(device)
         self._adaptive = [
             (tones, flags(name)) for name, tones in _ADAPTIVE.items() if name in names
         ]
         self._contrast = factors("contrast") if "contrast" in names else None
-        self._blends = [(other, factors(name)) for name, other in _BLENDED.items() if name in names]
+        blended: dict[str, Callable[[Tensor], Tensor]] = {
+            "color": self._grays,
+            "sharpness": _smooth,
+        }
+        self._blends = [(other, factors(name)) for name, other in blended.items() if name in names]
 
     def __call__(self, images: Tensor, orders: Tensor) -> Tensor:
         """Serve uint8 images `[B, C, H, W]`; `orders` `[B]` int64 are places in the menu."""
@@ -127,7 +134,8 @@ class Operations:
     def _move(self, images: Tensor, orders: Tensor) -> Tensor:
         flat = images.flatten(2)
         black = flat.new_zeros(*flat.shape[:2], 1)
-        sources = self._sources.index_select(0, orders).unsqueeze(1).expand_as(flat)
+        moves = self._move_of.index_select(0, orders)
+        sources = self._sources.index_select(0, moves).long().unsqueeze(1).expand_as(flat)
         return torch.cat((flat, black), 2).gather(2, sources).view(images.shape)
 
     def _retone(self, images: Tensor, orders: Tensor) -> Tensor:
@@ -139,10 +147,28 @@ class Operations:
             tables = torch.where(asked, tones(flat), tables)
         if self._contrast is not None:
             factor = self._contrast.index_select(0, orders).view(-1, 1, 1)
-            mean = _mean_gray(images).view(-1, 1, 1)
+            mean = self._mean_gray(images).view(-1, 1, 1)
             asked = factor != ONE
             tables = torch.where(asked, _blend(mean, _values(images.device), factor), tables)
         return tables.to(torch.uint8).gather(2, flat).view(images.shape)
+
+    def _grays(self, pixels: Tensor) -> Tensor:
+        """Grey values of `[B, C, H, W]` int32: `[B, 1, H, W]`; pictures in other than three
+        channels have no colours to lose."""
+        if pixels.shape[1] != len(_GRAY):
+            return pixels
+        return ((pixels * self._gray).sum(1, keepdim=True, dtype=torch.int32) + (1 << 15)) >> 16
+
+    def _mean_gray(self, images: Tensor) -> Tensor:
+        """The mean grey value of every image, `[B]` int32, rounded."""
+        grays = self._grays(images.int()).flatten(1)
+        count = grays.shape[1]
+        return ((2 * grays.sum(1) + count) // (2 * count)).int()
+
+
+def _moving(operation: Operation) -> Operation:
+    """The same where it moves pixels, else one that leaves them where they are."""
+    return operation if operation.name in _MOVING else Operation("identity")
 
 
 def _values(device: torch.device) -> Tensor:
@@ -152,22 +178,6 @@ def _values(device: torch.device) -> Tensor:
 def _blend(other: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
     """`other` at a factor of 0, `pixels` at one of 1, beyond them at a greater one; int32."""
     return ((other * ONE + factor * (pixels - other) + _NUDGE) >> _BITS).clamp_(0, 255)
-
-
-def _gray(pixels: Tensor) -> Tensor:
-    """Grey values of `[B, C, H, W]` int32: `[B, 1, H, W]`; pictures in other than three channels
-    have no colours to lose."""
-    if pixels.shape[1] != len(_GRAY):
-        return pixels
-    weights = torch.tensor(_GRAY, dtype=torch.int32, device=pixels.device).view(1, -1, 1, 1)
-    return ((pixels * weights).sum(1, keepdim=True, dtype=torch.int32) + (1 << 15)) >> 16
-
-
-def _mean_gray(images: Tensor) -> Tensor:
-    """The mean grey value of every image, `[B]` int32, rounded."""
-    grays = _gray(images.int()).flatten(1)
-    count = grays.shape[1]
-    return ((2 * grays.sum(1) + count) // (2 * count)).int()
 
 
 def _smooth(pixels: Tensor) -> Tensor:
@@ -207,4 +217,3 @@ _ADAPTIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "auto-contrast": _stretched,
     "equalize": _equalized,
 }
-_BLENDED: dict[str, Callable[[Tensor], Tensor]] = {"color": _gray, "sharpness": _smooth}

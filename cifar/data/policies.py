@@ -4,13 +4,15 @@ The operations and their strengths are those of `torchvision.transforms`, which 
 strengths are whole steps in all of them, so that a policy is a menu and a draw from it.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cifar.data.draws import EpochDraws, SampleDraws
+from cifar.config import Recipe
+from cifar.data.draws import EpochDraws, SampleDraws, Table
 from cifar.data.operations import Operation, Operations
 
 Choose = Callable[[EpochDraws, int], Tensor]
@@ -18,6 +20,8 @@ Choose = Callable[[EpochDraws, int], Tensor]
 
 _LEVELS = 31
 """Strengths of RandAugment and TrivialAugment."""
+_PER_DEGREE = 4
+"""Angles of a rotation."""
 _SIGNED = {
     *("shear-x", "shear-y", "translate-x", "translate-y", "rotate"),
     *("brightness", "color", "contrast", "sharpness"),
@@ -35,7 +39,7 @@ class Policy:
 
 
 class ByPolicy:
-    """An augmentation that follows a policy; `make` is given the images' height and width."""
+    """An augmentation that follows a policy, which is made for the images' height and width."""
 
     def __init__(self, name: str, make: Callable[[int, int], Policy]) -> None:
         self._name = name
@@ -111,29 +115,31 @@ def _strengths(height: int, width: int, levels: int) -> dict[str, list[float] | 
     }
 
 
-def rand_augment(height: int, width: int, *, operations: int = 2, magnitude: int = 9) -> Policy:
+def rand_augment(height: int, width: int, operations: int, magnitude: int) -> Policy:
     """So many operations of one strength, out of 0 to 30, each drawn anew from 14.
 
     Cubuk et al. 2019 (https://arxiv.org/abs/1909.13719).
     """
     space = {"identity": None, **_strengths(height, width, _LEVELS)}
     menu = _Menu()
-    places = torch.tensor(
-        [
-            [menu.place(name, steps[magnitude] if steps else None, sign) for sign in (1, -1)]
-            for name, steps in space.items()
-        ]
+    places = Table(
+        torch.tensor(
+            [
+                [menu.place(name, steps[magnitude] if steps else None, sign) for sign in (1, -1)]
+                for name, steps in space.items()
+            ]
+        )
     )
 
     def choose(epoch: EpochDraws, number: int) -> Tensor:
         which = epoch.integers(f"rand-augment.{number}.operation", len(space))
         sign = epoch.integers(f"rand-augment.{number}.sign", 2)
-        return places.to(epoch.device)[which, sign]
+        return places.on(epoch.device)[which, sign]
 
     return Policy(menu.operations, choose, operations)
 
 
-def trivial_augment(_height: int, _width: int) -> Policy:
+def trivial_augment() -> Policy:
     """One operation of 14 at one strength of 31, each equally likely; the "wide" range.
 
     Müller and Hutter 2021 (https://arxiv.org/abs/2103.10158).
@@ -150,21 +156,23 @@ def trivial_augment(_height: int, _width: int) -> Policy:
         **_PLAIN,
     }
     menu = _Menu()
-    places = torch.tensor(
-        [
+    places = Table(
+        torch.tensor(
             [
-                [menu.place(name, steps[level] if steps else None, sign) for sign in (1, -1)]
-                for level in range(_LEVELS)
+                [
+                    [menu.place(name, steps[level] if steps else None, sign) for sign in (1, -1)]
+                    for level in range(_LEVELS)
+                ]
+                for name, steps in space.items()
             ]
-            for name, steps in space.items()
-        ]
+        )
     )
 
     def choose(epoch: EpochDraws, _number: int) -> Tensor:
         which = epoch.integers("trivial-augment.operation", len(space))
         level = epoch.integers("trivial-augment.level", _LEVELS)
         sign = epoch.integers("trivial-augment.sign", 2)
-        return places.to(epoch.device)[which, level, sign]
+        return places.on(epoch.device)[which, level, sign]
 
     return Policy(menu.operations, choose)
 
@@ -213,44 +221,59 @@ def auto_augment(height: int, width: int) -> Policy:
         steps = strengths.get(name)
         return menu.place(name, None if steps is None or level is None else steps[level], sign)
 
-    places = torch.tensor(
-        [[[place(s, sign) for sign in (1, -1)] for s in p] for p in CIFAR10_POLICY]
+    places = Table(
+        torch.tensor([[[place(s, sign) for sign in (1, -1)] for s in p] for p in CIFAR10_POLICY])
     )
-    tenths = torch.tensor([[step[1] for step in pair] for pair in CIFAR10_POLICY])
+    tenths = Table(torch.tensor([[step[1] for step in pair] for pair in CIFAR10_POLICY]))
 
     def choose(epoch: EpochDraws, number: int) -> Tensor:
         pair = epoch.integers("auto-augment.pair", len(CIFAR10_POLICY))
         sign = epoch.integers(f"auto-augment.{number}.sign", 2)
         drawn = epoch.integers(f"auto-augment.{number}.probability", 10)
-        applied = drawn < tenths.to(epoch.device)[pair, number]
-        return torch.where(applied, places.to(epoch.device)[pair, number, sign], nothing)
+        applied = drawn < tenths.on(epoch.device)[pair, number]
+        return torch.where(applied, places.on(epoch.device)[pair, number, sign], nothing)
 
     return Policy(menu.operations, choose, rounds=2)
 
 
-def rotation(_height: int, _width: int, *, most: int = 15, per_degree: int = 4) -> Policy:
-    """Turn by an angle of `-most` to `most` degrees about the centre."""
-    count = 2 * most * per_degree + 1
-    menu = tuple(Operation("rotate", step / per_degree - most) for step in range(count))
+def rotation(most: float) -> Policy:
+    """Turn by an angle of `-most` to `most` degrees about the centre, each as likely."""
+    count = 2 * max(1, round(most * _PER_DEGREE)) + 1
+    angles = torch.linspace(-most, most, count).tolist()
+    menu = tuple(Operation("rotate", angle) for angle in angles)
     return Policy(menu, lambda epoch, _: epoch.integers("rotate.angle", count))
 
 
-def color_jitter(_height: int, _width: int, *, most: float = 0.2, levels: int = 41) -> Policy:
-    """Change brightness, contrast and saturation in this order, by factors of 1 +- `most`."""
+def color_jitter(most: float, levels: int = 41) -> Policy:
+    """Change brightness, contrast and saturation in a random order, by factors of 1 +- `most`.
+
+    As torchvision's `ColorJitter(most, most, most)`: the hue stays.
+    """
     names = ("brightness", "contrast", "color")
     factors = torch.linspace(1 - most, 1 + most, levels).tolist()
     menu = tuple(Operation(name, factor) for name in names for factor in factors)
+    orders = Table(torch.tensor(list(itertools.permutations(range(len(names))))))
 
     def choose(epoch: EpochDraws, number: int) -> Tensor:
-        return epoch.integers(f"color-jitter.{names[number]}", levels) + number * levels
+        order = epoch.integers("color-jitter.order", len(orders.on(epoch.device)))
+        name = orders.on(epoch.device)[order, number]
+        level = torch.stack([epoch.integers(f"color-jitter.{each}", levels) for each in names])
+        return name * levels + level.gather(0, name.unsqueeze(0)).squeeze(0)
 
     return Policy(menu, choose, rounds=len(names))
 
 
-POLICIES: dict[str, Callable[[int, int], Policy]] = {
-    "rotate": rotation,
-    "color-jitter": color_jitter,
-    "auto-augment": auto_augment,
-    "rand-augment": rand_augment,
-    "trivial-augment": trivial_augment,
-}
+def get_policy(name: str, recipe: Recipe) -> Callable[[int, int], Policy]:
+    """A recipe's policy of that name, for images of a height and a width."""
+    return {
+        "rotate": lambda _height, _width: rotation(recipe.rotate_degrees),
+        "color-jitter": lambda _height, _width: color_jitter(recipe.jitter),
+        "auto-augment": auto_augment,
+        "rand-augment": lambda height, width: rand_augment(
+            height, width, recipe.rand_operations, recipe.rand_magnitude
+        ),
+        "trivial-augment": lambda _height, _width: trivial_augment(),
+    }[name]
+
+
+POLICIES = ("rotate", "color-jitter", "auto-augment", "rand-augment", "trivial-augment")

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cifar.data.arrays import read_npz
 from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset, Split
 from cifar.data.folder import read_folder
-from cifar.data.npz import read_npz
 from cifar.data.shapes import load_shapes
 from cifar.data.unpickle import unpickle
 from cifar.errors import DataError
@@ -219,20 +219,25 @@ def _npz_split(path: Path, arrays: dict[str, npt.NDArray[Any]], split: str) -> S
                 f"data: {path}: no {split}_images and {split}_labels (or x_{split} and y_{split}), "
                 f"it holds {reprlib.repr(sorted(arrays))}; add them"
             )
-    images = _channels_first(f"data: {path}: {images_key}", arrays[images_key])
-    labels = arrays[labels_key]
-    where = f"data: {path}: {labels_key}"
-    if labels.dtype.kind not in "iu" or labels.shape not in ((len(images),), (len(images), 1)):
+    images = channels_first(f"data: {path}: {images_key}", arrays[images_key])
+    labels = as_labels(f"data: {path}: {labels_key}", arrays[labels_key], len(images))
+    return Split(images=images, labels=labels)
+
+
+def as_labels(where: str, labels: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    """`count` integers `[N]` or `[N, 1]` as int64 `[N]`; raises DataError for what is neither."""
+    if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
         raise DataError(
             f"{where}: {labels.dtype} {list(labels.shape)}: "
-            f"must be integers [{len(images)}], one per image; write them again"
+            f"must be integers [{count}], one per image; write them again"
         )
     if labels.min() < 0 or int(labels.max()) > np.iinfo(np.int64).max:
         raise DataError(f"{where}: {labels.min()}..{labels.max()}: must be 0 or more; correct them")
-    return Split(images=images, labels=labels.reshape(-1).astype(np.int64))
+    return labels.reshape(-1).astype(np.int64)
 
 
-def _channels_first(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def channels_first(where: str, images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Images `[N, H, W, C]` or `[N, C, H, W]` as the latter; a DataError for what is neither."""
     found = f"{where}: {images.dtype} {list(images.shape)}"
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
         raise DataError(

@@ -3,6 +3,7 @@
 It is computed on torch's meta device: no weights are allocated and nothing is calculated.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -208,6 +209,16 @@ def render_summary(summary: ModelSummary) -> "Table":
     for row in summary.to_rows():
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values()))
     return table
+
+
+def summary_text(summary: ModelSummary) -> str:
+    """The layer table as lines of at most 100 characters."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(render_summary(summary))
+    return captured.get()
 
 
 def print_summary(config: ModelConfig, image_size: tuple[int, int] = (32, 32)) -> None:

@@ -1,4 +1,4 @@
-"""Arrays of an `.npz` file, read without pickle and with every size checked before memory is taken.
+"""Arrays of `.npz` and `.npy` files, without pickle, every size checked before memory is taken.
 
 `numpy.load` allocates the shape that a member declares before it looks whether the data are there.
 """
@@ -9,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,18 +69,48 @@ def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
 def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
     where = f"data: {path}: {' '.join(member.filename.split()).removesuffix('.npy')}"
     with archive.open(member) as file:
-        version = npy.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise DataError(f"{where}: .npy version {version}: write plain arrays of numbers")
-        read_header = npy.read_array_header_1_0 if version[0] == 1 else npy.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(file)
-        if dtype.hasobject:
-            raise DataError(f"{where}: an array of objects; write plain arrays of numbers")
-        size = math.prod(shape) * dtype.itemsize
-        if size != member.file_size - file.tell():
-            raise DataError(
-                f"{where}: {dtype} {list(shape)} needs {size:,} bytes, "
-                f"the file has {member.file_size - file.tell():,}; write it again"
-            )
-        data = bytearray(file.read())
+        return _read_array(file, member.file_size, where)
+
+
+def read_npy(path: Path, max_bytes: int) -> npt.NDArray[Any]:
+    """The array of the file, writable.
+
+    Raises:
+        DataError: as `read_npz` does.
+    """
+    if not path.is_file():
+        raise DataError(f"data: {path}: no such file; give another one")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise DataError(
+            f"data: {path}: {size:,} bytes: must be at most {max_bytes:,}; leave out images"
+        )
+    try:
+        with path.open("rb") as file:
+            return _read_array(file, size, f"data: {path}")
+    except DataError:  # is a ValueError
+        raise
+    except _MALFORMED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"data: {path}: not an .npy file, or damaged: {reason[:200]}; write it again"
+        ) from None
+
+
+def _read_array(file: IO[bytes], size: int, where: str) -> npt.NDArray[Any]:
+    """The array of a file of `size` bytes."""
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise DataError(f"{where}: .npy version {version}: write plain arrays of numbers")
+    read_header = npy.read_array_header_1_0 if version[0] == 1 else npy.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise DataError(f"{where}: an array of objects; write plain arrays of numbers")
+    declared = math.prod(shape) * dtype.itemsize
+    if declared != size - file.tell():
+        raise DataError(
+            f"{where}: {dtype} {list(shape)} needs {declared:,} bytes, "
+            f"the file has {size - file.tell():,}; write it again"
+        )
+    data = bytearray(file.read())
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")

@@ -1,0 +1,26 @@
+"""What is trained and how: model, recipe, data, precision and run. No torch in here."""
+
+from cifar.config.checks import OPTION_NAMES, option_name, require
+from cifar.config.model import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, ModelConfig
+from cifar.config.precision import PRECISIONS, Precision, PrecisionName
+from cifar.config.recipe import AUGMENTATIONS, READ_BY, Recipe
+from cifar.config.train import CompileMode, RunConfig, TrainConfig
+
+__all__ = [
+    "AUGMENTATIONS",
+    "MOST_CHANNELS",
+    "MOST_CLASSES",
+    "MOST_PIXELS",
+    "OPTION_NAMES",
+    "PRECISIONS",
+    "READ_BY",
+    "CompileMode",
+    "ModelConfig",
+    "Precision",
+    "PrecisionName",
+    "Recipe",
+    "RunConfig",
+    "TrainConfig",
+    "option_name",
+    "require",
+]
