@@ -29,7 +29,8 @@ class Counters(NamedTuple):
     own: float
     """CPU seconds of this process, its threads and its children."""
     throttled: float
-    """Seconds for which CPU quotas of its control groups have held it back, over all cores."""
+    """CPU seconds for which quotas of its control groups have held it back, summed over the cores;
+    where an outer group is held back, those in it are not at the same time."""
     cooled: float
     """Times that a core, or the package it is on, was slowed down because of heat."""
     major_faults: float
@@ -113,6 +114,19 @@ def _throttled_seconds(root: Path) -> float:
             elif "throttled_time" in stat:
                 found.append(int(stat["throttled_time"]) / 1e9)
     return sum(found) if found else math.nan
+
+
+def clock_hz(root: Path = Path("/")) -> float:
+    """The present clock of the cores that this process may use, their mean; NaN if nothing tells.
+
+    Virtual machines rarely do. See https://docs.kernel.org/admin-guide/pm/cpufreq.html.
+    """
+    folder, clocks = root / "sys/devices/system/cpu", []
+    for core in usable_cores():
+        with contextlib.suppress(OSError, ValueError):
+            text = (folder / f"cpu{core}/cpufreq/scaling_cur_freq").read_text()
+            clocks.append(1000.0 * int(text))
+    return math.fsum(clocks) / len(clocks) if clocks else math.nan
 
 
 def _thermal_events(root: Path) -> float:

@@ -62,7 +62,8 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
-    seconds = _training_seconds(forward, train.recipe.global_batch_size, protocol)
+    passes = 2 if train.recipe.sam_rho else 1
+    seconds = _training_seconds(passes * forward, train.recipe.global_batch_size, protocol)
     seconds += FURTHER_SECONDS * len(protocol.metrics)
     if protocol.train_samples:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
@@ -75,9 +76,10 @@ def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> fl
     if protocol.train_samples:
         return TRAINING_COST * forward * protocol.train_samples
     step = TRAINING_COST * forward * batch_size
-    timed = protocol.timed_steps if protocol.timed_seconds is None else 0
-    untimed = max(1, 2 * warm_up_span(protocol.warmup_steps, step)) + OBSERVED_STEPS
-    return step * (untimed + timed) + (protocol.timed_seconds or 0.0)
+    untimed = step * (max(1, 2 * warm_up_span(protocol.warmup_steps, step)) + OBSERVED_STEPS)
+    if protocol.timed_seconds is not None:
+        return untimed + protocol.timed_seconds
+    return untimed + max(step * protocol.timed_steps, protocol.min_timed_seconds)
 
 
 def _inference_seconds(forward: float, protocol: Protocol) -> float:
@@ -87,7 +89,8 @@ def _inference_seconds(forward: float, protocol: Protocol) -> float:
         batch = forward * size
         least = min(protocol.inference_iterations, 3) * batch
         timed = min(protocol.inference_iterations * batch, protocol.inference_seconds)
-        timing += protocol.inference_warmup * batch + max(least, timed)
+        warm = max(1, 2 * warm_up_span(protocol.inference_warmup, batch)) * batch
+        timing += warm + max(least, timed)
     further = len(protocol.inference_backends)
     building = BUILD_SECONDS * len(protocol.inference_batch_sizes)
     return (1 + further) * timing + further * building

@@ -4,10 +4,12 @@ See `bench.search` for which batches are probed. As the records alone tell, a se
 again.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from bench.record import Record
-from bench.rows import Row, rows
+from bench.rows import Row, data_set_text, rows
+from bench.search import LEAST_GRANULE
 
 SUITE = "frontier"
 """The suite's name in runs and records."""
@@ -26,23 +28,29 @@ def frontier(records: Iterable[Record]) -> list[Row]:
     It is the row of the largest batch that fits (see `bench.rows.rows`), with `largest_batch` and
     `smallest_oom` (None: no such batch was probed), `memory_limit` in bytes (None: the whole
     device) and `probes`. `status` is `ok`; `oom` if nothing fits; that of the probe that ended the
-    search early; or `not monotone` if a batch fits above one that does not.
+    search early; or `not monotone` if a batch fits above one that does not. The `reason` of an ok
+    row tells where all training images fit, so that memory was not the limit.
     """
     known = list(records)
     limits = {record.protocol.digest: record.protocol.memory_limit for record in known}
+    images = {data_set_text(each.data): each.data.train_samples for each in known if each.data}
     searches: dict[tuple[object, ...], list[Row]] = {}
     for row in rows(known):
         searches.setdefault(tuple(row[key] for key in SHARED), []).append(row)
-    return [_frontier(search, limits) for search in searches.values()]
+    return [_frontier(search, limits, images) for search in searches.values()]
 
 
-def _frontier(search: Sequence[Row], limits: Mapping[str, int | None]) -> Row:
+def _frontier(
+    search: Sequence[Row], limits: Mapping[str, int | None], images: Mapping[str, int]
+) -> Row:
     fitting = {_batch(row): row for row in search if row["status"] == "ok"}
     oom = {_batch(row): row for row in search if row["status"] == "oom"}
     largest = max(fitting, default=None)
     above = [batch for batch in oom if largest is None or batch > largest]
     status, reason = _status(search, fitting, oom)
     nearest = fitting[largest] if largest else min(search, key=_batch)
+    if status == "ok" and largest and not above:
+        reason = _all_images(nearest, largest, images)
     return {
         **nearest,
         "largest_batch": largest,
@@ -68,6 +76,15 @@ def _status(
     if crossed:
         return "not monotone", f"batch {max(fitting)} fits and batch {min(crossed)} does not"
     return "ok", ""
+
+
+def _all_images(row: Row, batch: int, images: Mapping[str, int]) -> str:
+    """Whether no larger batch could be made of the training images; empty if one could."""
+    count = images.get(str(row["data_set"]), 0)
+    parts = int(row["num_processes"] or 1) * int(row["accumulation_steps"] or 1)
+    if not 0 <= count - batch < math.lcm(LEAST_GRANULE, parts):
+        return ""
+    return f"all {count:,} training images fit: memory was not the limit"
 
 
 def _batch(row: Row) -> int:

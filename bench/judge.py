@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from bench.record import Label
 from bench.spec import Cell
-from cifar.config import PRECISIONS
+from cifar.config import PRECISIONS, TrainConfig
 
 Labels = dict[str, Label]
 
@@ -21,7 +21,7 @@ KERNEL = (
 GROWTH_INTERVAL = 2000
 """Steps after which torch.amp.GradScaler by default tries a larger loss scale, which may skip one
 (https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling)."""
-_PROGRESS = ("loss_scale",)
+_PROGRESS = ("loss_scale", "recompiles")
 """What may differ between two steps of one configuration."""
 
 
@@ -47,22 +47,31 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
     return [*told, *_skipped_graphs(cell, effective), *_disturbances(effective)]
 
 
+def unproven(cell: Cell, effective: Labels) -> list[str]:
+    """What was asked that compiled code has not shown, one phrase each: the number format.
+
+    Autocast's state is the compiler's own business, and so is a layout that nobody asked for.
+    """
+    names = ["input_dtype", "weight_dtype"]
+    if cell.train.channels_last:
+        names += ["input_channels_last", "weight_channels_last"]
+    return [
+        f"{name} of a convolution was not seen in the compiled code"
+        for name in names
+        if effective.get(name) == UNOBSERVED
+    ]
+
+
 def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     """What the observations must be; compiled code need not show what it keeps to itself."""
     train, precision = cell.train, PRECISIONS[cell.precision]
-    emulated = effective.get("emulated", False)  # by fp32 kernels, see `cifar.emulation`
-    computed = "float32" if emulated else precision.autocast or "float32"
     batch = train.recipe.global_batch_size
     asked: Labels = {
         "device": device,
         "num_processes": cell.num_processes,
         "compile": train.compile,
-        "autocast": precision.autocast or "off",
-        "input_dtype": computed,
-        "weight_dtype": computed,
+        **_asked_of_kernel(train, cell.precision, effective, compiled=train.compile),
         "parameter_dtype": "float32",
-        "input_channels_last": train.channels_last,
-        "weight_channels_last": train.channels_last,
         "tf32_matmul": precision.tf32,
         "tf32_convolution": precision.tf32,
         "loss_scaling": precision.loss_scaling,
@@ -71,12 +80,51 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     }
     if cell.num_processes > 1:
         asked["wrapper"] = "DistributedDataParallel"
-    if train.compile:
-        hidden = [name for name in KERNEL if effective.get(name) == UNOBSERVED]
-        if not train.channels_last:  # Inductor lays convolutions out as it likes
-            hidden += ["input_channels_last", "weight_channels_last"]
-        asked = {name: value for name, value in asked.items() if name not in hidden}
     return asked
+
+
+def _asked_of_kernel(train: TrainConfig, name: str, seen: Labels, *, compiled: bool) -> Labels:
+    """What an inner convolution must receive in the precision of that name.
+
+    Without what compiled code keeps to itself.
+    """
+    precision = PRECISIONS[name]
+    emulated = seen.get("emulated", False)  # by fp32 kernels, see `cifar.emulation`
+    computed = "float32" if emulated else precision.autocast or "float32"
+    asked: Labels = {
+        "autocast": precision.autocast or "off",
+        "input_dtype": computed,
+        "weight_dtype": computed,
+        "input_channels_last": train.channels_last,
+        "weight_channels_last": train.channels_last,
+    }
+    if not compiled:
+        return asked
+    hidden = {name for name in KERNEL if seen.get(name) == UNOBSERVED}
+    if not train.channels_last:  # Inductor lays convolutions out as it likes
+        hidden |= {"input_channels_last", "weight_channels_last"}
+    return {name: value for name, value in asked.items() if name not in hidden}
+
+
+def inference_mismatches(
+    train: TrainConfig, before: Labels, after: Labels, *, compiled: bool
+) -> list[str]:
+    """What batches next to a timed window of inference differ in from what was asked.
+
+    `train` names the precision; see `bench.observe.observe_inference` for the rest.
+    """
+    assert train.precision is not None, "resolved"
+    asked = _asked_of_kernel(train, train.precision, before, compiled=compiled)
+    told = [
+        f"{name}: {before.get(name, UNOBSERVED)} where {value} was asked"
+        for name, value in asked.items()
+        if before.get(name, UNOBSERVED) != value
+    ]
+    if recompiles := int(after["recompiles"]) - int(before["recompiles"]):
+        told.append(f"recompiled {recompiles} times in the timed window")
+    if changed := changes(before, after):
+        told.append(f"changed in the timed window: {changed}")
+    return told
 
 
 def _skipped_graphs(cell: Cell, effective: Labels) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""What NVML tells of a GPU: energy, clock, heat, why it is slowed, who uses it.
+"""What NVML tells of a GPU: energy, clock, heat, why and how long it is slowed, who uses it.
 
 Needs nvidia-ml-py.
 """
@@ -40,6 +40,10 @@ class GpuState:
     """Bits of THERMAL, POWER_CAP, POWER_BRAKE, SLOWDOWN and others."""
     processes: tuple[int, ...] | None
     """The ids of all processes that compute on it, as the host counts them."""
+    thermal_seconds: float = math.nan
+    """For which heat has slowed it down since the driver was loaded."""
+    power_seconds: float = math.nan
+    """For which its power limit has."""
 
 
 class Gpu:
@@ -73,7 +77,19 @@ class Gpu:
             temperature=math.nan if degrees is None else float(degrees),
             slowed_by=reasons,
             processes=None if running is None else tuple(each.pid for each in running),
+            thermal_seconds=self._slowed_seconds("NVML_PERF_POLICY_THERMAL"),
+            power_seconds=self._slowed_seconds("NVML_PERF_POLICY_POWER"),
         )
+
+    def _slowed_seconds(self, policy: str) -> float:
+        """The running count of a policy, which is in nanoseconds; NaN if it is not counted.
+
+        Source: nvmlDeviceGetViolationStatus,
+        https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html.
+        """
+        number = getattr(self._nvml, policy, None)
+        status = None if number is None else self._ask("nvmlDeviceGetViolationStatus", number)
+        return math.nan if status is None else status.violationTime / 1e9
 
     def millijoules(self) -> int:
         """Energy that the board has drawn since the driver was loaded; Volta or newer.

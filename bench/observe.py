@@ -2,14 +2,16 @@
 
 An eager step is observed by hooks, and by a dispatch mode around one convolution, which sees what
 the kernel receives below autocast. Both would change what torch.compile runs, so a compiled step is
-observed by a CPU profile of it. In the window itself nothing is observed: Dynamo's counters and the
+observed by a CPU profile of it; where that would replay a CUDA graph, by one of the steps in which
+the graph was recorded. In the window itself nothing is observed: Dynamo's counters and the
 trainer's own are read on either side of it.
 """
 
+import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +28,8 @@ from cifar.trainer import Trainer
 T = TypeVar("T")
 
 _CONVOLUTION = "aten::convolution"
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
+"""What a dispatch mode sees of a layer: the second where nothing is recorded for a backward."""
 
 
 def _counters() -> Mapping[str, Counter[str]]:
@@ -44,9 +48,21 @@ class Witness:
         self._trainer = trainer
         self._graphs = _counters()["stats"]["unique_graphs"]
         self._skips = _counters()["inductor"]["cudagraph_skips"]
+        self._recorded: Labels = {}
         self._before: Labels = {}
         self._window: Labels = {}
         self._start: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note what the kernels of the step inside receive, which may record a CUDA graph.
+
+        Its replays call no kernel by name; what they compute with is what was recorded last.
+        """
+        with _profiled() as profiled:
+            yield
+        _, formats = _seen_in(profiled, self._trainer.module)
+        self._recorded = formats or self._recorded
 
     def before_window(self) -> None:
         """Observe a step, then count; a collective call."""
@@ -90,9 +106,9 @@ class Witness:
         """Take one step and tell what it ran with."""
         trainer = self._trainer
         if trainer.config.compile:
-            seen = _observe_compiled(trainer)
+            seen = dict.fromkeys(KERNEL, UNOBSERVED) | self._recorded | _observe_compiled(trainer)
         else:
-            seen = _observe_eager(trainer)
+            seen = _observe_eager(trainer.module, trainer.train_step)
             seen["compile"] = _counters()["stats"]["unique_graphs"] > self._graphs
         return {**_settings(trainer), **seen}
 
@@ -107,14 +123,25 @@ class _Received(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten.convolution.default:
+        if func in _CONVOLUTIONS:
             self._seen |= {"device": args[0].device.type, **_formats(*args[:2])}
         return func(*args, **(kwargs or {}))
 
 
-def _observe_eager(trainer: Trainer) -> Labels:
-    """Take one step with hooks on an inner convolution."""
-    inner = _middle(_spatial_convolutions(trainer.module))
+def observe_inference(module: nn.Module, run: Callable[[], object], *, compiled: bool) -> Labels:
+    """What an inner convolution of a network received while `run` has it infer a batch."""
+    if compiled:
+        with _profiled() as profiled:
+            run()
+        seen = dict.fromkeys(KERNEL, UNOBSERVED) | _seen_in(profiled, module)[1]
+    else:
+        seen = _observe_eager(module, run)
+    return {**seen, "recompiles": _counters()["stats"]["unique_graphs"]}
+
+
+def _observe_eager(module: nn.Module, act: Callable[[], object]) -> Labels:
+    """Have a network work with hooks on an inner convolution."""
+    inner = _middle(_spatial_convolutions(module))
     seen: Labels = dict.fromkeys(KERNEL, UNOBSERVED)
     mode = _Received(seen)
 
@@ -132,30 +159,41 @@ def _observe_eager(trainer: Trainer) -> Labels:
         inner.register_forward_hook(leave, always_call=True),
     )
     try:
-        trainer.train_step()
+        act()
     finally:
         for hook in hooks:
             hook.remove()
     return seen
 
 
+def _profiled() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+
+
 def _observe_compiled(trainer: Trainer) -> Labels:
-    """Take one step under a CPU profile: compiled regions, and convolutions that are calls."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+    """Take one step under a CPU profile; what it does not show is left out."""
+    with _profiled() as profiled:
         trainer.train_step()
+    events, formats = _seen_in(profiled, trainer.module)
+    is_compiled = any(event.name.startswith("Torch-Compiled Region") for event in events)
+    return {"compile": is_compiled, **formats}
+
+
+def _seen_in(profiled: profile, module: nn.Module) -> tuple[list[Any], Labels]:
+    """The events, and what an inner convolution of the network that is a call received, if any."""
+    assert profiled.profiler is not None, "it has ended"
+    assert profiled.profiler.kineto_results is not None
     events = _in_order(profiled.profiler.kineto_results.experimental_event_tree())
     calls = [event.extra_fields.inputs[:2] for event in events if event.name == _CONVOLUTION]
     spatial = [(image, weight) for image, weight in calls if max(weight.sizes[2:]) > 1]
-    seen: Labels = dict.fromkeys(KERNEL, UNOBSERVED)
-    seen["compile"] = any(event.name.startswith("Torch-Compiled Region") for event in events)
-    one_pass = spatial[: len(_spatial_convolutions(trainer.module))]
-    if one_pass:
-        on_meta = [
-            torch.empty_strided(tensor.sizes, tensor.strides, dtype=tensor.dtype, device="meta")
-            for tensor in _middle(one_pass)
-        ]
-        seen.update(_formats(*on_meta))
-    return seen
+    one_pass = spatial[: len(_spatial_convolutions(module))]
+    if not one_pass:
+        return events, {}
+    on_meta = [
+        torch.empty_strided(tensor.sizes, tensor.strides, dtype=tensor.dtype, device="meta")
+        for tensor in _middle(one_pass)
+    ]
+    return events, _formats(*on_meta)
 
 
 def _in_order(tree: Iterable[Any]) -> list[Any]:

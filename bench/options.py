@@ -110,7 +110,7 @@ class RunOptions:
     inference_backends: CommaList = ()
     """Further ways to run inference: compiled, exported, onnxruntime."""
     metrics: CommaList = ()
-    """Further metrics: anatomy, pipeline, utilization."""
+    """Further metrics: anatomy, pipeline, utilization, cold."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
     """Seconds after which a cell is ended; with --resume for what is missing."""
     dry_run: Flag = False

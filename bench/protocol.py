@@ -7,7 +7,7 @@ from bench.stats import FEWEST
 from cifar.config import option_name, require
 from cifar.serialize import NOT_IN_DIGEST, STRICT, digest
 
-METRICS = ("anatomy", "pipeline", "utilization")
+METRICS = ("anatomy", "pipeline", "utilization", "cold")
 """What a protocol may ask for besides the basic metrics: the keys of `bench.measure.FURTHER`."""
 BACKENDS = ("compiled", "exported", "onnxruntime")
 """Ways to run a model for inference, see `bench.measure.backends`."""
@@ -33,8 +33,8 @@ class Protocol:
     timed_seconds: float | None = None
     """Time as many steps as fit into so many seconds instead."""
     min_timed_seconds: float = 2.0
-    """On a GPU, time more than `timed_steps` where these would take less than so many seconds: its
-    steps may last milliseconds, and its energy is counted every 0.1 s."""
+    """Time more than `timed_steps` where these would take less than so many seconds: steps may last
+    milliseconds, a GPU's energy is counted every 0.1 s and a CPU's neighbours every 0.01 s."""
     repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
     """Fresh processes per cell; at most so many with `target_interval`."""
     target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)
@@ -44,8 +44,9 @@ class Protocol:
     """Training budget in samples; 0: speed only."""
     inference_batch_sizes: tuple[int, ...] = (1, 256)
     inference_warmup: int = 5
-    """Batches before the clock starts, at each batch size; more until the median times of the last
-    half of so many and of those before agree, within `max_warmup_steps` and `inference_seconds`."""
+    """Batches in each of two neighbouring spans whose median times must agree to start the clock,
+    at each batch size, within `max_warmup_steps` and `inference_seconds`; fewer where these take
+    more than a second. 0: one batch, whatever it takes."""
     inference_iterations: int = 30
     """Batches timed at each batch size."""
     inference_seconds: float = 10.0

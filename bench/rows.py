@@ -74,6 +74,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     value differs between `bench.stats.FEWEST` runs or more, `_low` and `_high` bound its median
     with 95 % confidence, of `_n` values: one per run, as steps of one process are not independent.
 
+    `effective_` and a name is what the last run was observed to run with (`Record.effective`).
+
     A row is `valid` if no finished run was disturbed, and None if none finished; `invalid_reason`
     tells what disturbed the last such run, and how many there are. Numbers come from all finished
     runs, disturbed or not: a median withstands the minority of them, and runs left out after they
@@ -135,6 +137,8 @@ def _row(group: Sequence[Record]) -> Row:
     for key, found in by_key.items():
         measured |= _scores(key, found) if key in SCORES else _summary(key, alone[key])
         measured |= _failures(key, alone[key])
+    if finished:
+        measured |= {f"effective_{key}": each for key, each in finished[-1].effective.items()}
     # A measurement may have the name of a column that is there already, which then stays.
     return {**row, **measured, **row}
 
@@ -238,7 +242,7 @@ def _what(record: Record) -> Row:
         "worker": _worker(environment) if environment else None,
         "software": _software(environment) if environment else None,
         "source": _source(environment) if environment else None,
-        "data_set": _data_set(data) if data else None,
+        "data_set": data_set_text(data) if data else None,
     }
 
 
@@ -280,7 +284,8 @@ def _source(environment: Environment) -> str:
     return f"{commit}, sources {environment.code_digest[:8]}"
 
 
-def _data_set(data: DataFacts) -> str:
+def data_set_text(data: DataFacts) -> str:
+    """What the column `data_set` says of images."""
     return (
         f"{data.name}, {data.train_samples:,} training and {data.test_samples:,} test images of "
         f"{data.classes} classes, fingerprint {data.fingerprint}"

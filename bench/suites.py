@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.protocol import BACKENDS, Protocol
 from bench.spec import Cell, Plan, Suite, grid, seeded
+from bench.stats import FEWEST
 from cifar.config import TrainConfig, require
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
@@ -14,6 +15,17 @@ from cifar.recipes import get_recipe
 P99_BATCHES = 100
 """As many as a 99th percentile needs (`bench.stats.resolves`); large batches on a CPU take too long
 for so many."""
+
+
+PROCESSES = 8
+"""At most for a cell of a suite of speeds: identical processes differ by several per cent."""
+NARROW = 0.01
+"""How far the 95 % interval of such a cell's throughput is to reach, as a fraction."""
+
+
+def _repeated(protocol: Protocol) -> Protocol:
+    """In several processes, until the throughput is known."""
+    return replace(protocol, repeats=PROCESSES, target_interval=NARROW)
 
 
 def quick() -> Suite:
@@ -28,12 +40,11 @@ def quick() -> Suite:
         warmup_steps=2,
         timed_steps=8,
         inference_batch_sizes=(1, 64),
-        inference_warmup=2,
         inference_iterations=P99_BATCHES,
         inference_seconds=15.0,
         allow_emulated=False,
     )
-    speed = replace(trained, train_samples=0, inference_warmup=1)
+    speed = replace(trained, train_samples=0)
     return Suite(
         name="quick",
         description="resnet20 and a narrow resnet18 trained briefly, resnet18 for speed: 5 minutes",
@@ -48,7 +59,8 @@ def quick() -> Suite:
 def depths() -> Suite:
     """The cost of depth: ResNet-18 to ResNet-152 in fp32, speed only.
 
-    Cost: minutes on a GPU, half an hour to an hour on two CPU cores.
+    Up to `PROCESSES` processes per cell, fewer where the interval is narrow sooner. Cost: half an
+    hour on a GPU; on two CPU cores half an hour to an hour for one process each (`--repeats 1`).
     """
     models = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
     return Suite(
@@ -56,7 +68,7 @@ def depths() -> Suite:
         description="resnet18, 34, 50, 101 and 152 in fp32, speed only",
         plans=(
             Plan(
-                protocol=Protocol(inference_warmup=2, inference_iterations=P99_BATCHES),
+                protocol=_repeated(Protocol(inference_iterations=P99_BATCHES)),
                 cells=grid(models, ["fp32"], batch_sizes=(128,)),
             ),
         ),
@@ -66,10 +78,11 @@ def depths() -> Suite:
 def precisions() -> Suite:
     """Number format x memory layout x torch.compile, for ResNet-18 and ResNet-50, speed only.
 
-    Cost: 32 cells; half an hour on a GPU, hours on two CPU cores, where fp16 and tf32 are
-    unsupported, and bf16 where there are no kernels for it.
+    Up to `PROCESSES` processes per cell, fewer where the interval is narrow sooner. Cost: 32 cells;
+    half an hour for one process each on a GPU (`--repeats 1`), hours on two CPU cores, where fp16
+    and tf32 are unsupported, and bf16 where there are no kernels for it.
     """
-    protocol = Protocol(inference_warmup=2, inference_iterations=P99_BATCHES, allow_emulated=False)
+    protocol = _repeated(Protocol(inference_iterations=P99_BATCHES, allow_emulated=False))
     cells = grid(
         ["resnet18", "resnet50"],
         ["fp32", "tf32", "bf16", "fp16"],
@@ -119,10 +132,10 @@ def latency() -> Suite:
         warmup_steps=2,
         timed_steps=8,
         inference_batch_sizes=tuple(2**power for power in range(11)),
-        inference_warmup=2,
         inference_iterations=200,
         inference_seconds=2.0,
         inference_backends=BACKENDS,
+        metrics=("cold",),
         allow_emulated=False,
         timeout=2 * 3600.0,
     )
@@ -133,8 +146,31 @@ def latency() -> Suite:
     )
 
 
+def anatomy() -> Suite:
+    """What a step is made of: its parts, the input pipeline's ceiling, and the share of the peak.
+
+    ResNet-20 and ResNet-18 in fp32 and bf16, either layout, without inference. Cost: 8 cells of
+    about a minute; on two slow CPU cores ResNet-18's take three.
+    """
+    protocol = Protocol(
+        warmup_steps=2,
+        timed_steps=8,
+        inference_batch_sizes=(),
+        metrics=("anatomy", "pipeline", "utilization"),
+        allow_emulated=False,
+    )
+    cells = grid(
+        ["resnet20", "resnet18"], ["fp32", "bf16"], channels_last=(False, True), batch_sizes=(64,)
+    )
+    return Suite(
+        name="anatomy",
+        description="parts of a step of resnet20 and resnet18, input ceiling, share of the peak",
+        plans=(Plan(protocol=protocol, cells=cells),),
+    )
+
+
 SUITES: dict[str, Callable[[], Suite]] = {
-    suite.__name__: suite for suite in (quick, depths, precisions, accuracy, latency)
+    suite.__name__: suite for suite in (quick, depths, precisions, accuracy, latency, anatomy)
 }
 
 
@@ -155,7 +191,8 @@ def override(
     """The suite with these fields of `TrainConfig`, `Cell` and `Protocol` changed everywhere.
 
     A recipe brings its own batch size unless `batch_size` is given too, and a mode of compiling is
-    that of the cells that compile. Cells that become equal are measured once (`bench.spec.expand`).
+    that of the cells that compile. Repeats too few for an interval need not aim at one. Cells that
+    become equal are measured once (`bench.spec.expand`).
 
     Raises:
         ConfigError: a value out of range, a batch that does not divide, or a mode of compiling
@@ -164,6 +201,9 @@ def override(
     train, own, protocol = (_of(cls, changes) for cls in (TrainConfig, Cell, Protocol))
     if unknown := changes.keys() - {*train, *own, *protocol}:
         raise TypeError(f"no such field: {', '.join(unknown)}")
+
+    if (repeats := protocol.get("repeats")) is not None and repeats <= FEWEST:
+        protocol.setdefault("target_interval", None)  # so few have none
 
     def changed(cells: Sequence[Cell]) -> tuple[Cell, ...]:
         new = tuple(_changed(cell, train, own, batch_size) for cell in cells)

@@ -34,8 +34,10 @@ COLLECTING = 0.01
 GPU_OTHERS = 0
 """Other processes that compute on this GPU: kernels of two take turns."""
 GPU_SLOWED = 0
-"""Whether heat or a fault slowed the GPU down before or after the window. Its power limit is only
-recorded: many GPUs run at it under any load, steadily."""
+"""Whether heat or a fault slowed the GPU down at a moment that was looked at. Its power limit is
+only recorded: many GPUs run at it under any load, steadily."""
+GPU_HOT = 0.01
+"""Fraction of the window for which heat may slow the GPU down: less than repeats differ by."""
 CLOCK_DROP = 0.05
 """Fraction of the GPU's clock, from before the window to after it: more than it wavers by. It is
 judged only where heat or a fault slowed the GPU down and its power limit did not: before the window
@@ -60,22 +62,28 @@ class Window:
     own: float
     """CPU seconds of this rank and its children."""
     throttled: float
-    """Seconds that any core was held back."""
+    """CPU seconds for which a quota held the cores back, summed over them."""
     cooled: float
     major_faults: float
     switches: float
     collecting: float
     """Seconds."""
+    clock: float = math.nan
+    """Of the cores in Hz, the mean over them and over the window's beginning and end."""
     on_gpu: float = 0.0
     """1 if this rank computes on a GPU."""
     gpu_others: float = math.nan
     gpu_thermal: float = math.nan
-    """This and the next three: 1 if it slowed the GPU before or after the window, else 0."""
+    """This and the next three: 1 if it slowed the GPU at a moment that was looked at, else 0."""
     gpu_power_cap: float = math.nan
     gpu_power_brake: float = math.nan
     gpu_slowdown: float = math.nan
+    gpu_thermal_share: float = math.nan
+    """Fraction of the window for which heat slowed the GPU down."""
+    gpu_power_share: float = math.nan
+    """And for which its power limit did."""
     gpu_clock_before: float = math.nan
-    """In Hz, like the next."""
+    """In Hz, like the next, which is of the window's end."""
     gpu_clock_after: float = math.nan
     gpu_temperature: float = math.nan
     """In degrees Celsius, at the end."""
@@ -158,7 +166,7 @@ CPU_WATCHES = (
     Watch(
         name="window_cpu_throttled",
         unit="fraction",
-        value=lambda window: window.throttled / window.seconds,
+        value=lambda window: window.throttled / (window.seconds * window.cores),
         limit=THROTTLED,
         says="a CPU quota held the threads back for {value:.1%} of the time",
         unknown="no control group of this process has a CPU quota",
@@ -177,6 +185,13 @@ CPU_WATCHES = (
         value=lambda window: window.major_faults,
         limit=MAJOR_FAULTS,
         says="{value:.0f} pages of memory were read from a disk",
+    ),
+    Watch(
+        name="window_cpu_clock",
+        unit="Hz",
+        value=lambda window: window.clock,
+        better="none",
+        unknown="this machine does not tell the clock of its cores",
     ),
     Watch(
         name="window_involuntary_switches",
@@ -207,6 +222,20 @@ GPU_WATCHES = (
         value=lambda window: window.gpu_thermal,
         limit=GPU_SLOWED,
         says="heat slowed the GPU down (at {window.gpu_temperature:.0f} degrees Celsius)",
+        unknown=_NOT_TOLD,
+    ),
+    Watch(
+        name="window_gpu_thermal_share",
+        unit="fraction",
+        value=lambda window: window.gpu_thermal_share,
+        limit=GPU_HOT,
+        says="heat slowed the GPU down for {value:.1%} of the time",
+        unknown=_NOT_TOLD,
+    ),
+    Watch(
+        name="window_gpu_power_share",
+        unit="fraction",
+        value=lambda window: window.gpu_power_share,
         unknown=_NOT_TOLD,
     ),
     Watch(

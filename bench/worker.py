@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from bench.environment import collect
 from bench.faults import InjectedFault
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.judge import mismatches
+from bench.judge import mismatches, unproven
 from bench.limits import limit_memory
 from bench.measure import BASIC, CORE, FURTHER
 from bench.measure.subject import Metric, Subject
@@ -26,7 +27,7 @@ from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from bench.unfinished import PENDING, unfinished
-from cifar.accelerator import emulation_of
+from cifar.accelerator import emulation_of, shortfall_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
@@ -81,7 +82,8 @@ class Worker:
         """Take the core metrics; the subject of the others, and whether the right thing ran."""
         train, protocol = task.cell.train, task.protocol
         dataset = load_dataset(train.data)
-        self._data = describe(dataset)  # before anything is refused: every record names its images
+        # before anything is refused: every record names its images
+        self._data = facts = describe(dataset)
         self._keep(self._record("failed", PENDING))
         refuse_emulation(task)
         limit_memory(protocol.memory_limit)
@@ -93,16 +95,18 @@ class Worker:
             train_samples=planned_steps(protocol, batch_size) * batch_size,
             update=self._fault.update if self._fault else None,
         )
+        self._data = replace(facts, train_samples=len(trainer.dataset.train))
         subject = Subject(trainer, protocol)
         self._measurements, self._invalid = subject.taken, subject.invalid
         for metric in self._core(trainer):
             _take(subject, metric)
         self._effective = subject.witness.effective()
+        subject.invalid += unproven(task.cell, self._effective)
         phrases = mismatches(task.cell, self._effective, self._environment.device)
         wrong = told_by_all(phrases, trainer.device)
         if wrong:
             return subject, "failed", "; ".join(wrong)
-        return subject, "ok", emulation_of(task.cell.precision, trainer.device)
+        return subject, "ok", shortfall_of(task.cell.precision, trainer.device)
 
     def _core(self, trainer: Trainer) -> tuple[Metric, ...]:
         """What a record must have, in order; a fault is put in and measured by itself first."""

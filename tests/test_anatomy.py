@@ -9,13 +9,14 @@ import torch
 from training import finish, make_trainer, start, tiny_recipe
 
 from bench.measure import anatomy
-from bench.measure.anatomy import PARTS, Timeline, measure_anatomy, set_aside
+from bench.measure.anatomy import PARTS, Timeline, measure_anatomy
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
 from cifar.config import RunConfig
 from cifar.meter import Meter
 from cifar.trainer import Trainer
+from cifar.training_state import live_tensors, set_aside
 
 STEPS = 3
 SECONDS = {"data": 0.25, "forward": 0.5, "backward": 1.0, "zero": 0.125, "step": 2.0, "other": 4.0}
@@ -171,7 +172,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(
         trainer.module.train()
         while trainer.step < 8:
             trainer.train_step()
-        weights.append({name: t.clone() for name, t in anatomy._live_tensors(trainer).items()})
+        weights.append({name: t.clone() for name, t in live_tensors(trainer).items()})
         metrics.append(trainer.meter.train_metrics())
     assert metrics[0] == metrics[1]
     assert weights[0].keys() == weights[1].keys()
@@ -210,12 +211,12 @@ def test_a_step_that_fails_leaves_the_trainer_as_it_was(monkeypatch: pytest.Monk
 def test_what_is_set_aside_was_changed_within() -> None:
     trainer = make_trainer(tiny_recipe(ema_decay=0.9))
     trainer.train_step()
-    before = {name: tensor.clone() for name, tensor in anatomy._live_tensors(trainer).items()}
+    before = {name: tensor.clone() for name, tensor in live_tensors(trainer).items()}
     groups = {name.partition(".")[0] for name in before}
     assert groups == {"model", "optimizer", "ema"}
     with set_aside(trainer):
         trainer.train_step()
-        inside = anatomy._live_tensors(trainer)
+        inside = live_tensors(trainer)
         changed = {
             name.partition(".")[0]
             for name, tensor in inside.items()
@@ -233,6 +234,7 @@ import torch.distributed as dist
 from test_anatomy import FakeClock, measure, make_trainer
 from bench.measure import anatomy
 from cifar.distributed import leave
+from cifar.training_state import live_tensors
 
 trainer = make_trainer()
 rank = dist.get_rank()
@@ -249,9 +251,9 @@ def slow_average(_state, bucket):
 trainer.wrapped.register_comm_hook(None, slow_average)
 FakeClock.made = []
 anatomy.make_clock = FakeClock
-before = {name: tensor.clone() for name, tensor in anatomy._live_tensors(trainer).items()}
+before = {name: tensor.clone() for name, tensor in live_tensors(trainer).items()}
 found = measure(trainer)["step_communication"]
-after = anatomy._live_tensors(trainer)
+after = live_tensors(trainer)
 same = all(torch.equal(before[name], tensor) for name, tensor in after.items())
 trainer.train_step()
 sums = torch.stack([p.detach().double().sum() for p in trainer.module.parameters()])
@@ -287,13 +289,13 @@ def test_parts_on_a_gpu_are_spans_of_its_stream_and_the_loss_scale_is_kept() -> 
     trainer = make_trainer(run=RunConfig(), precision="fp16")
     for _ in range(3):
         trainer.train_step()
-    before = {name: tensor.clone() for name, tensor in anatomy._live_tensors(trainer).items()}
+    before = {name: tensor.clone() for name, tensor in live_tensors(trainer).items()}
     scaler, skipped = trainer.scaler.state_dict(), trainer.meter.skipped_steps
     found = measure(trainer)
     assert all(min(found[f"step_{part}"].samples[0]) > 0 for part in PARTS)
     assert trainer.scaler.state_dict() == scaler
     assert trainer.meter.skipped_steps == skipped
-    assert all(torch.equal(before[name], t) for name, t in anatomy._live_tensors(trainer).items())
+    assert all(torch.equal(before[name], t) for name, t in live_tensors(trainer).items())
 
 
 @pytest.mark.gpu

@@ -322,6 +322,14 @@ def test_the_frontier_is_told_from_the_records_alone() -> None:
     assert rows[3]["reason"] == "batch 256 fits and batch 128 does not"
 
 
+def test_a_frontier_that_ends_with_the_images_says_so() -> None:
+    (row,) = frontier([made("resnet20", 9_992), made("resnet20", 10_000)])
+    assert (row["largest_batch"], row["status"]) == (10_000, "ok")
+    assert row["reason"] == "all 10,000 training images fit: memory was not the limit"
+    (row,) = frontier([made("resnet20", 9_992)])
+    assert row["reason"] == ""
+
+
 def test_limits_and_circumstances_are_not_mixed() -> None:
     records = [made("resnet20", 64), made("resnet20", 64, "oom", limit=MIB)]
     other = replace(ENVIRONMENT, code_digest="other")

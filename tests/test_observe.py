@@ -16,9 +16,10 @@ from training import finish, reset_accelerate, start
 
 from bench import observe
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.judge import mismatches
+from bench.judge import mismatches, unproven
 from bench.measure.subject import Subject
 from bench.measure.training import measure_training
+from bench.observe import Witness
 from bench.protocol import Protocol
 from bench.record_file import parse_record
 from bench.spec import CAPTURE_STEPS, Cell, Task, grid
@@ -324,6 +325,35 @@ def test_eager_code_where_compiled_was_asked_is_told() -> None:
 
 
 @pytest.mark.usefixtures("quick_compiler")
+def test_what_the_replay_of_a_graph_does_not_show_is_told_of_its_recording(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cell = make_cell("bf16", compile=(True,))
+    witness = Witness(make_subject(cell, steps=4).trainer)
+    with witness.recording():
+        witness._trainer.train_step()
+    monkeypatch.setattr(observe, "_CONVOLUTION", "nothing")
+    with witness.recording():
+        witness._trainer.train_step()
+    seen = witness._observe_step()
+    assert seen["input_dtype"] == seen["weight_dtype"] == "bfloat16"
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_format_that_compiled_code_never_shows_is_not_proven(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(observe, "_CONVOLUTION", "nothing")
+    cell = make_cell(compile=(True,), channels_last=(True,))
+    effective = measured(make_subject(cell, steps=4))
+    assert mismatches(cell, effective, "cpu") == []
+    names = ("input_dtype", "weight_dtype", "input_channels_last", "weight_channels_last")
+    assert unproven(cell, effective) == [
+        f"{name} of a convolution was not seen in the compiled code" for name in names
+    ]
+
+
+@pytest.mark.usefixtures("quick_compiler")
 def test_formats_in_compiled_code_are_observed() -> None:
     cell = make_cell("bf16", compile=(True,), channels_last=(True,))
     effective = measured(make_subject(cell, steps=4))
@@ -405,7 +435,9 @@ def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> 
         pytest.skip(f"this GPU has no {precision}")
     cell = make_cell(precision, channels_last=(True,), compile=(compiled,))
     effective = measured(make_subject(cell, run=RunConfig()))
-    assert mismatches(cell, effective, "cuda") == []
+    assert mismatches(cell, effective, "cuda") == unproven(cell, effective) == []
+    asked = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    assert effective["input_dtype"] == effective["weight_dtype"] == asked
     assert effective["device"] == "cuda"
     assert effective["native_dtype"] is True
     assert ("loss_scale" in effective) == (precision == "fp16")
@@ -418,7 +450,8 @@ def test_cuda_graphs_run_where_they_are_asked_for() -> None:
     cell = replace(cell, train=replace(cell.train, compile_mode="reduce-overhead"))
     effective = measured(make_subject(cell, run=RunConfig()))
     assert effective["cudagraph_skips"] == 0
-    assert mismatches(cell, effective, "cuda") == []
+    assert mismatches(cell, effective, "cuda") == unproven(cell, effective) == []
+    assert effective["input_dtype"] == effective["weight_dtype"] == "float32"
     torch._dynamo.reset()
 
 

@@ -24,6 +24,8 @@ from cifar.trainer import Trainer
 
 STEPS = 3
 WORKERS = 2
+ROUNDS = 4
+"""Steps of a DataLoader's window: two of each worker."""
 AHEAD = 2 * WORKERS
 
 
@@ -88,7 +90,7 @@ def test_a_dataloader_s_step_is_all_its_micro_batches(
 ) -> None:
     """Its window lies between batches that keep the workers busy, and it is used up."""
     found = measure(make_trainer(accumulation_steps=accumulation))["dataloader"]
-    assert found.samples == ((0.5 * accumulation,) * STEPS,)
+    assert found.samples == ((0.5 * accumulation,) * ROUNDS,)
     assert found.labels == {
         "source": "dataloader",
         "num_workers": 2,
@@ -96,8 +98,15 @@ def test_a_dataloader_s_step_is_all_its_micro_batches(
         "samples_per_step": 32,
     }
     assert found.value == 32 / (0.5 * accumulation)
-    assert loader.given == loader.count == (AHEAD + STEPS + AHEAD) * accumulation
+    assert loader.given == loader.count == (AHEAD + ROUNDS + AHEAD) * accumulation
     assert loader.ended
+
+
+@pytest.mark.parametrize(
+    ("steps", "workers", "timed"), [(3, 2, 4), (8, 16, 32), (20, 16, 32), (40, 16, 48), (6, 1, 6)]
+)
+def test_the_window_holds_whole_rounds_of_the_workers(steps: int, workers: int, timed: int) -> None:
+    assert pipeline.whole_rounds(steps, workers) == timed
 
 
 def test_a_large_machine_starts_no_more_workers_than_it_says(
@@ -113,7 +122,7 @@ def test_a_large_machine_starts_no_more_workers_than_it_says(
     assert (found.labels["num_workers"], found.labels["most_workers"]) == (16, 16)
 
 
-@pytest.mark.parametrize("good", [0, AHEAD + 1, AHEAD + STEPS + 1])
+@pytest.mark.parametrize("good", [0, AHEAD + 1, AHEAD + ROUNDS + 1])
 def test_a_dataloader_that_fails_is_told_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, loader: FakeLoader, good: int
 ) -> None:

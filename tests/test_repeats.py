@@ -176,12 +176,14 @@ def test_the_order_is_shuffled_and_folders_and_records_stay_in_the_plan_s(tmp_pa
     assert [row["model"] for row in rows(run.records())] == list(models)
 
 
-def test_only_valid_finished_values_are_counted(tmp_path: Path) -> None:
+def test_disturbed_processes_are_counted_as_in_tables_and_failed_ones_not(tmp_path: Path) -> None:
     run = make_run(tmp_path, "resnet20")
     tasks = run.plan.tasks
     records = [record_at(task, rate) for task, rate in zip(tasks, CLOSE)][:6]
     assert Repeats(records).known_within(tasks[6]) == pytest.approx(0.01)
     disturbed = [*records[:5], replace(records[5], invalid=("CPU load",))]
-    assert Repeats(disturbed).known_within(tasks[6]) is None
+    assert Repeats(disturbed).known_within(tasks[6]) == pytest.approx(0.01)
+    failed = [*records[:5], replace(records[5], status="failed", reason="no", measurements=())]
+    assert Repeats(failed).known_within(tasks[6]) is None
     stricter = replace(tasks[6], protocol=replace(tasks[6].protocol, target_interval=0.001))
     assert Repeats(records).known_within(stricter) is None

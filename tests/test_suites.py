@@ -9,7 +9,7 @@ from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds
 from bench.protocol import Protocol
 from bench.record import Environment, Record
 from bench.spec import expand, grid
-from bench.suites import SUITES, get_suite, override, quick
+from bench.suites import PROCESSES, SUITES, get_suite, override, quick
 from cifar.config import Recipe
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
@@ -50,8 +50,9 @@ def test_no_suite_about_speed_measures_what_is_emulated(name):
 
 
 def test_depths_and_precisions_cover_their_grids():
-    depths = [task.cell.train.model.name for task in expand(get_suite("depths"))]
-    assert depths == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+    depths = Counter(task.cell.train.model.name for task in expand(get_suite("depths")))
+    names = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+    assert depths == dict.fromkeys(names, PROCESSES)
     cells = {task.cell for task in expand(get_suite("precisions"))}
     assert len(cells) == 2 * 4 * 2 * 2
 
@@ -131,7 +132,7 @@ def test_a_recipe_brings_its_batch_size_unless_one_is_given():
 
 def test_cells_that_an_override_makes_equal_are_measured_once():
     tasks = expand(override(get_suite("precisions"), channels_last=True))
-    assert len(tasks) == 2 * 4 * 2
+    assert len(tasks) == 2 * 4 * 2 * PROCESSES
 
 
 def test_override_refuses_what_a_cell_refuses():
@@ -152,7 +153,10 @@ def test_a_compile_mode_is_that_of_all_cells_that_compile():
     assert [cell for cell in after if not cell.train.compile] == [
         cell for cell in before if not cell.train.compile
     ]
-    assert Counter(cell.compiled for cell in after) == {"eager": 16, "compile-max-autotune": 16}
+    assert Counter(cell.compiled for cell in after) == {
+        "eager": 16 * PROCESSES,
+        "compile-max-autotune": 16 * PROCESSES,
+    }
 
 
 ENVIRONMENT = Environment(
@@ -253,3 +257,12 @@ def test_estimate_is_calibrated_by_other_records_of_this_machine():
 )
 def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_one_process_each_needs_no_interval() -> None:
+    suite = override(get_suite("depths"), repeats=1)
+    assert {(task.protocol.repeats, task.protocol.target_interval) for task in expand(suite)} == {
+        (1, None)
+    }
+    more = override(get_suite("depths"), repeats=20)
+    assert {task.protocol.target_interval for task in expand(more)} == {0.01}

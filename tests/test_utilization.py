@@ -8,7 +8,7 @@ import torch
 from conftest import make_dataset
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from training import TINY, make_trainer, reset_accelerate
+from training import TINY, make_trainer, reset_accelerate, tiny_recipe
 
 from bench import worker
 from bench.job import Job
@@ -83,6 +83,8 @@ def test_utilization_by_hand(num_processes: int, fraction: float) -> None:
 def test_the_work_of_a_case_is_what_it_says(precision: str, channels_last: bool) -> None:
     chosen = make_subject(precision=precision, channels_last=channels_last)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if chosen.trainer.emulated:
+        dtype = torch.float32  # as its training's kernels
     for cases in (utilization._matrix_products, utilization._convolutions):
         for case in cases(chosen):
             with FlopCounterMode(display=False) as counter:
@@ -180,7 +182,11 @@ def test_a_record_holds_what_its_cell_costs(
     monkeypatch.setattr(energy, "IDLE_SECONDS", 0.0)
     (cell,) = grid([TINY.label], ["fp32"], batch_sizes=(16,), data=parse_data(f"npz:{npz}"))
     protocol = Protocol(
-        warmup_steps=1, timed_steps=3, inference_batch_sizes=(), metrics=("utilization",)
+        warmup_steps=1,
+        timed_steps=3,
+        min_timed_seconds=0.0,
+        inference_batch_sizes=(),
+        metrics=("utilization",),
     )
     (tmp_path / "cell.json").write_text(to_json(Job(task=Task(cell=cell, protocol=protocol))))
     assert worker.main(tmp_path) == 0
@@ -195,6 +201,29 @@ def test_a_record_holds_what_its_cell_costs(
     )
     assert row["train_flops"] == train_flops(TINY, (16, 16))
     assert row["train_energy"] == 480 / (3 * 16)
+
+
+@pytest.mark.parametrize(("emulated", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_peak_is_that_of_the_kernels_that_train(emulated: bool, dtype: torch.dtype) -> None:
+    subject = make_subject(precision="bf16")
+    subject.trainer.emulated = emulated
+    assert utilization._random(subject, 2, 2).dtype == dtype
+
+
+def test_more_than_the_peak_is_no_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utilization, "PEAK_SECONDS", 1e9)
+    monkeypatch.setattr(utilization, "_seconds", lambda *_: [1e12])
+    *_, used = measure_utilization(make_subject(taken()))
+    assert used.status == "failed" and "of the measured peak: it is no peak" in used.reason
+
+
+def test_sam_costs_twice() -> None:
+    plain, sam = (
+        {each.name: each.value for each in utilization.measure_flops(make_subject(recipe=recipe))}
+        for recipe in (tiny_recipe(), tiny_recipe(sam_rho=0.1))
+    )
+    assert sam["train_flops"] == 2 * plain["train_flops"]
+    assert sam["forward_flops"] == plain["forward_flops"]
 
 
 def test_the_protocol_knows_the_metric() -> None:

@@ -146,7 +146,7 @@ OTHERS = "other processes used 1.00 of 2 cores"
     [
         ({"busy": 4.0}, OTHERS),
         ({"stolen": 0.2}, "the hypervisor gave 5.0% of the CPU time to other guests"),
-        ({"throttled": 0.4}, "a CPU quota held the threads back for 20.0% of the time"),
+        ({"throttled": 0.4}, "a CPU quota held the threads back for 10.0% of the time"),
         ({"cooled": 2.0}, "heat slowed the CPU down (2 events)"),
         ({"major_faults": 11.0}, "11 pages of memory were read from a disk"),
         ({"collecting": 0.1}, "Python collected garbage for 5.0% of the time"),
@@ -227,7 +227,7 @@ def test_numbers_are_fractions_of_what_there_was() -> None:
     found = {each.name: each for each in measure(CPU_WATCHES, together([astuple(window)]))}
     assert found["window_other_cpu"].samples == ((0.25,),)
     assert found["window_steal"].samples == ((pytest.approx(0.05),),)
-    assert found["window_cpu_throttled"].samples == ((pytest.approx(0.2),),)
+    assert found["window_cpu_throttled"].samples == ((pytest.approx(0.1),),)
     assert found["window_garbage_collection"].samples == ((0.25,),)
     assert found["window_involuntary_switches"].samples == ((900.0,),)
     assert {found[name].unit for name in ("window_other_cpu", "window_steal")} == {"fraction"}
@@ -362,13 +362,16 @@ class FakeNvml(types.ModuleType):
     """pynvml of a machine with one GPU; `changes` replaces its answers, an exception is raised."""
 
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    NVML_PERF_POLICY_POWER, NVML_PERF_POLICY_THERMAL = 0, 1
 
     class NVMLError(Exception):
         pass
 
     def __init__(self, **changes: object) -> None:
         super().__init__("pynvml")
-        self.answers = {"clock": 1980, "heat": 61, "events": 0, "pids": (41,), **changes}
+        self.answers = {
+            "clock": 1980, "heat": 61, "events": 0, "pids": (41,), "slowed": (3e9, 5e8), **changes
+        }  # fmt: skip
 
     def _answer(self, name: str) -> object:
         answer = self.answers[name]
@@ -395,6 +398,9 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> object:
         return self._answer("events")
 
+    def nvmlDeviceGetViolationStatus(self, handle: str, policy: int) -> object:
+        return types.SimpleNamespace(violationTime=self._answer("slowed")[policy])
+
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> object:
         return [types.SimpleNamespace(pid=pid) for pid in self._answer("pids")]
 
@@ -406,7 +412,20 @@ def install(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
 def test_a_gpu_s_state_is_in_base_units(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, events=0x24)
     state = Gpu(UUID).state()
-    assert state == GpuState(clock_hz=1.98e9, temperature=61.0, slowed_by=0x24, processes=(41,))
+    assert state == GpuState(
+        clock_hz=1.98e9,
+        temperature=61.0,
+        slowed_by=0x24,
+        processes=(41,),
+        thermal_seconds=0.5,
+        power_seconds=3.0,
+    )
+
+
+def test_seconds_that_are_not_counted_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, slowed=FakeNvml.NVMLError("Not Supported"))
+    state = Gpu(UUID).state()
+    assert math.isnan(state.thermal_seconds) and math.isnan(state.power_seconds)
 
 
 def test_an_older_binding_has_another_name_for_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +443,7 @@ def test_what_a_gpu_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     state = Gpu(UUID).state()
     assert math.isnan(state.temperature)
     assert state.slowed_by is None
-    assert math.isnan(gpu_fields([state, state])["gpu_thermal"])
+    assert math.isnan(gpu_fields([state, state], 2.0)["gpu_thermal"])
 
 
 def test_nvml_that_cannot_be_asked_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,20 +489,43 @@ def test_what_slowed_the_gpu_before_or_after_counts(
     calm = GpuState(clock_hz=2e9, temperature=50.0, slowed_by=0, processes=())
     states = [calm, calm]
     states[end] = replace(calm, slowed_by=events, clock_hz=1e9)
-    found = gpu_fields(states)
+    found = gpu_fields(states, 2.0)
     causes = ("gpu_thermal", "gpu_power_cap", "gpu_power_brake", "gpu_slowdown")
     assert [name for name in causes if found[name]] == ([field] if field else [])
     assert (found["gpu_clock_before"], found["gpu_clock_after"])[end] == 1e9
+
+
+def test_a_gpu_is_looked_at_while_it_works() -> None:
+    idle = GpuState(clock_hz=3e8, temperature=50.0, slowed_by=1, processes=(7,))
+    busy = replace(idle, clock_hz=1.7e9, slowed_by=nvml.THERMAL, processes=(7, 8))
+    found = gpu_fields([idle, busy, idle], 2.0)
+    assert found["gpu_clock_after"] == 1.7e9
+    assert found["gpu_thermal"] == 1.0
+
+
+def test_seconds_of_heat_are_a_share_of_the_window() -> None:
+    before = GpuState(
+        clock_hz=2e9, temperature=50.0, slowed_by=0, processes=(), thermal_seconds=7.0
+    )
+    found = gpu_fields([before, replace(before, thermal_seconds=7.5)], 2.0)
+    assert found["gpu_thermal_share"] == 0.25
+    assert math.isnan(found["gpu_power_share"])
+    (window,) = together([astuple(replace(QUIET, **found))])
+    assert judge(GPU_WATCHES, [window]) == ["heat slowed the GPU down for 25.0% of the time"]
 
 
 @pytest.mark.gpu
 def test_a_real_gpu_is_watched() -> None:
     device = torch.device("cuda", 0)
     with Monitor(device) as watched:
-        torch.ones(1024, 1024, device=device).square().sum().item()
-    measurements, _ = watched.report()
-    clock = next(each for each in measurements if each.name == "window_gpu_clock_after")
-    assert clock.value > 1e8 if clock.status == "ok" else clock.reason
+        for _ in range(200):
+            torch.ones(4096, 4096, device=device).square_()
+        watched.look()
+        torch.cuda.synchronize(device)
+    found = {each.name: each for each in watched.report()[0]}
+    assert found["window_gpu_clock_after"].value > 1e8
+    assert found["window_gpu_other_processes"].status == "ok"
+    assert found["window_gpu_thermal_share"].value >= 0
 
 
 # --- Into the record ---

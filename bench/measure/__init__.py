@@ -5,6 +5,7 @@ direction, so nothing else has to know of a new one.
 """
 
 from bench.measure.anatomy import measure_anatomy
+from bench.measure.cold import measure_cold
 from bench.measure.compilation import measure_compilation
 from bench.measure.inference import measure_inference
 from bench.measure.outcome import measure_accuracy, measure_size
@@ -25,5 +26,6 @@ FURTHER: dict[str, Metric] = {
     "anatomy": measure_anatomy,
     "pipeline": measure_pipeline,
     "utilization": measure_utilization,
+    "cold": measure_cold,
 }
 """Those that cost time of their own and are taken only if the protocol names them."""

@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.measure.clock import Clock, make_clock, synchronize
 from bench.measure.subject import Subject
+from bench.measure.training import check_if_due
 from bench.record import Measurement
 from cifar.distributed import barrier, reduce_sum
-from cifar.meter import Meter
-from cifar.optim import optimizer_tensors
 from cifar.trainer import Trainer
+from cifar.training_state import set_aside
 
 OTHER = "other"
-"""What no part covers: learning rate, training metrics, weight averaging."""
+"""What no part covers: learning rate, training metrics, weight averaging, checks of the run."""
 PARTS = ("data", "forward", "backward", "optimizer", OTHER)
 
 Pairs = list[tuple[dict[str, float], dict[str, float]]]
@@ -54,9 +53,11 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     Data is loading, augmenting and normalising; forward the model and the loss; the optimiser
     includes zeroing gradients and the loss scaler. Micro-batches add up. Nothing is waited for
     between the parts: on a GPU they are spans of its stream, idle time included, and backward has
-    that communication in it which it does not hide. Steps with marks and without take turns.
+    that communication in it which it does not hide. On a CPU the checks of the run that are due are
+    part of a step, as they are of one that is timed for the throughput. Steps with marks and
+    without take turns.
     """
-    with set_aside(subject.trainer):
+    with set_aside(subject.trainer), subject.watched("anatomy"):
         marked = _pairs(subject, _marked_step, _plain_step)
         exchanged = _pairs(subject, _synced_step, _unsynced_step) if _has_peers(subject) else []
     for part in PARTS:
@@ -149,6 +150,8 @@ def _align(trainer: Trainer) -> None:
 def _time(trainer: Trainer, timeline: Timeline) -> None:
     timeline.begin()
     trainer.train_step()
+    if trainer.device.type == "cpu":
+        check_if_due(trainer)
     timeline.end(OTHER)
 
 
@@ -172,41 +175,3 @@ def _marked(owner: object, name: str, part: str, timeline: Timeline) -> Iterator
             setattr(owner, name, function)
         else:
             delattr(owner, name)
-
-
-@contextlib.contextmanager
-def set_aside(trainer: Trainer) -> Iterator[None]:
-    """Let the block take steps of training, synced or not; afterwards the trainer is as it was.
-
-    Every process takes up its own copies again, so weights that were equal are equal again. State
-    that an optimiser makes in its first step is set back to the zeros it starts from.
-    """
-    kept = {name: tensor.clone() for name, tensor in _live_tensors(trainer).items()}
-    step, meter, training = trainer.step, trainer.meter, trainer.module.training
-    updates = trainer.average.updates if trainer.average else 0
-    scaler = trainer.scaler.state_dict() if trainer.scaler is not None else {}
-    trainer.meter = Meter(trainer.device)
-    trainer.module.train()
-    try:
-        yield
-    finally:
-        for name, tensor in _live_tensors(trainer).items():
-            tensor.copy_(kept[name]) if name in kept else tensor.zero_()
-        trainer.step, trainer.meter = step, meter
-        trainer.module.train(training)
-        if trainer.average:
-            trainer.average.updates = updates
-        if trainer.scaler is not None:
-            trainer.scaler.load_state_dict(scaler)
-
-
-def _live_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """What a step changes, by name: weights, statistics, the optimiser's state; not copies."""
-    groups = {"model": trainer.weights(), "optimizer": optimizer_tensors(trainer.optimizer)}
-    if trainer.average:
-        groups["ema"] = trainer.average.weights
-    return {
-        f"{group}.{name}": tensor
-        for group, tensors in groups.items()
-        for name, tensor in tensors.items()
-    }

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from bench.measure.anatomy import set_aside
 from bench.measure.subject import Subject
 from bench.measure.training import seconds_of_a_step
 from bench.record import Measurement
 from bench.spec import CAPTURE_STEPS
+from cifar.training_state import set_aside
 
 PAIRS = 5
 """Eager and compiled steps that take turns."""
@@ -27,7 +27,7 @@ def measure_compilation(subject: Subject) -> Iterable[Measurement]:
     trainer = subject.trainer
     if not trainer.config.compile:
         return
-    with set_aside(trainer):
+    with set_aside(trainer), subject.watched("compilation"):
         compiled, eager = _take_turns(subject)
         torch._dynamo.reset()
         mode = trainer.config.compile_mode

@@ -140,6 +140,8 @@ class EnergyMeter:
 
     def __init__(self, device: torch.device, counter: Counter | str) -> None:
         self._device, self._counter = device, counter
+        self.idle_seconds = 0.0
+        """For which it was watched at rest."""
         self._idle_watts = 0.0
         self._start = self._read()
         self._window = Window(0.0, 0.0, 0.0)
@@ -155,8 +157,8 @@ class EnergyMeter:
         if not isinstance(self._counter, str):
             start = self._read()
             time.sleep(IDLE_SECONDS)
-            joules, seconds = self._since(start)
-            self._idle_watts = joules / seconds
+            joules, self.idle_seconds = self._since(start)
+            self._idle_watts = joules / self.idle_seconds
         barrier()
 
     def __enter__(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -11,13 +12,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from bench.judge import Labels, inference_mismatches
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.clock import synchronize
 from bench.measure.comparison import Comparison, Reference, sample_images
-from bench.measure.monitor import Monitor
 from bench.measure.subject import Better, Subject
 from bench.measure.training import has_settled
+from bench.observe import observe_inference
 from bench.record import Label, Measurement
+from bench.spec import warm_up_span
 from cifar.distributed import barrier, least
 from cifar.errors import UnsupportedError
 from cifar.trainer import Trainer
@@ -159,7 +162,28 @@ class Candidate:
             return None
         backend = f" {self._name}" if self._labels else ""
         where = f"inference{backend} b{len(images)}"
-        return _time_batches(started.run, images, self._subject, where)
+        before = self._observe(started, images)
+        seconds = _time_batches(started.run, images, self._subject, where)
+        fault = self._mismatch(before, self._observe(started, images))
+        self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
+        return None if self._trouble else seconds
+
+    def _observe(self, started: Started, images: Tensor) -> Labels:
+        """What runs in a batch; nothing of a library that computes out of torch's sight."""
+        if self._name not in ("eager", "compiled"):
+            return {}
+        compiled = not self._is_eager
+        run = functools.partial(started.run, images)
+        seen = observe_inference(self._source.module, run, compiled=compiled)
+        return {**seen, "emulated": self._subject.trainer.emulated}
+
+    def _mismatch(self, before: Labels, after: Labels) -> str:
+        """How the timed batches were not those asked for; empty if they were, or nothing tells."""
+        if not before:
+            return ""
+        config = self._subject.trainer.config
+        compiled = not self._is_eager
+        return "; ".join(inference_mismatches(config, before, after, compiled=compiled))
 
     def _compare_once(self, started: Started) -> bool:
         """Compare eager, one program for all batch sizes; False in fp32, as that is the reference.
@@ -241,27 +265,20 @@ def _time_batches(run: Run, images: Tensor, subject: Subject, where: str) -> lis
     """Seconds of every timed batch; what disturbed them is noted, with `where` they were taken."""
     warm, settled = _warm_up(run, images, subject)
     barrier()
-    with Monitor(subject.device) as monitor:
-        seconds = _timed(run, images, subject)
-    _, reasons = monitor.report()
     if not settled:
-        reasons.insert(0, f"warm-up: batch time had not settled after {warm} batches")
-    subject.invalid += [f"{where}: {reason}" for reason in reasons]
+        subject.invalid.append(f"{where}: warm-up: batch time had not settled after {warm} batches")
+    with subject.watched(where):
+        seconds = _timed(run, images, subject)
     return seconds[: least(len(seconds), subject.device)]
 
 
 def _warm_up(run: Run, images: Tensor, subject: Subject) -> tuple[int, bool]:
-    """Run batches until their time has settled on every rank, or the cap; how many, and which.
-
-    As many as `inference_warmup` in any case; their halves are the spans that are compared.
-    """
+    """Run batches until their time has settled on every rank, or the cap; how many, and which."""
     protocol, device = subject.protocol, subject.device
-    fewest, span = max(1, protocol.inference_warmup), protocol.inference_warmup // 2
     seconds: list[float] = []
     while True:
         seconds.append(_seconds_of(run, images, device))
-        if len(seconds) < fewest:
-            continue
+        span = warm_up_span(protocol.inference_warmup, seconds[-1])
         settled = bool(least(has_settled(seconds, span), device))
         long = math.fsum(seconds) > protocol.inference_seconds
         if settled or least(long or len(seconds) >= protocol.max_warmup_steps, device):

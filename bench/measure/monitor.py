@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from bench.counters import place, read_counters, usable_cores
+from bench.counters import clock_hz, place, read_counters, usable_cores
 from bench.nvml import (
     POWER_BRAKE,
     POWER_CAP,
@@ -70,6 +70,7 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         self._read_gpu()
+        self._clocks = [clock_hz(self._root)]
         self._before = read_counters(self._root)
         gc.callbacks.append(self._collector)
         return self
@@ -81,8 +82,16 @@ class Monitor:
         traceback: TracebackType | None,
     ) -> None:
         gc.callbacks.remove(self._collector)
+        self._clocks.append(clock_hz(self._root))
         self._read_gpu()
         self._after = read_counters(self._root)
+
+    def look(self) -> None:
+        """Read the GPU while it works off what the program has queued, so at the window's end.
+
+        It is idle on entering and on leaving, and its clock and its limits another one then.
+        """
+        self._read_gpu()
 
     def report(self) -> tuple[list[Measurement], list[str]]:
         """The numbers of all ranks and what of them is a disturbance; a collective call."""
@@ -112,30 +121,35 @@ class Monitor:
             major_faults=counted.major_faults,
             switches=counted.switches,
             collecting=self._collector.seconds,
+            clock=math.fsum(self._clocks) / len(self._clocks),
             on_gpu=float(self._device.type == "cuda"),
-            **gpu_fields(self._states),
+            **gpu_fields(self._states, counted.clock),
         )
 
 
-def gpu_fields(states: Sequence[GpuState]) -> dict[str, float]:
-    """The fields of a `Window` that a GPU's states before and after it give; none without them."""
+def gpu_fields(states: Sequence[GpuState], seconds: float) -> dict[str, float]:
+    """The fields of a `Window` of so many seconds that a GPU's states give; none without any.
+
+    The first state is from before the window, the last from after it, those between from its end.
+    """
     if not states:
         return {}
-    before, after = states
+    before, after = states[0], states[-1]
 
     def slowed(bits: int) -> float:
-        if before.slowed_by is None or after.slowed_by is None:
-            return math.nan
-        return float(bool((before.slowed_by | after.slowed_by) & bits))
+        found = [each.slowed_by for each in states]
+        return math.nan if None in found else float(any((each or 0) & bits for each in found))
 
     own = os.getpid()
     return {
-        "gpu_others": max(other_processes(before, own), other_processes(after, own)),
+        "gpu_others": max(other_processes(each, own) for each in (before, after)),
+        "gpu_thermal_share": (after.thermal_seconds - before.thermal_seconds) / seconds,
+        "gpu_power_share": (after.power_seconds - before.power_seconds) / seconds,
         "gpu_thermal": slowed(THERMAL),
         "gpu_power_cap": slowed(POWER_CAP),
         "gpu_power_brake": slowed(POWER_BRAKE),
         "gpu_slowdown": slowed(SLOWDOWN),
         "gpu_clock_before": before.clock_hz,
-        "gpu_clock_after": after.clock_hz,
+        "gpu_clock_after": states[min(1, len(states) - 1)].clock_hz,
         "gpu_temperature": after.temperature,
     }

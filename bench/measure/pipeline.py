@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
@@ -49,7 +50,9 @@ def measure_pipeline(subject: Subject) -> Iterable[Measurement]:
 
     _warm_up(subject, load, WARM_UP)
     barrier()
-    yield _measurement(subject, _timed(subject, load), source="device")
+    with subject.watched("pipeline"):
+        seconds = _timed(subject, load, subject.protocol.timed_steps)
+    yield _measurement(subject, seconds, source="device")
     yield _measure_dataloader(subject)
 
 
@@ -59,11 +62,11 @@ def _warm_up(subject: Subject, load: Callable[[], None], steps: int) -> None:
     synchronize(subject.device)
 
 
-def _timed(subject: Subject, load: Callable[[], None]) -> list[float]:
-    """Seconds of each of the protocol's timed steps, in which `load` is all there is to do."""
+def _timed(subject: Subject, load: Callable[[], None], steps: int) -> list[float]:
+    """Seconds of each of so many steps, in which `load` is all there is to do."""
     clock = make_clock(subject.device)
     clock.mark()
-    for _ in range(subject.protocol.timed_steps):
+    for _ in range(steps):
         load()
         clock.mark()
     return clock.seconds()
@@ -124,8 +127,8 @@ def _dataloader_seconds(subject: Subject, workers: int) -> list[float]:
     trainer, device = subject.trainer, subject.device
     accumulation = trainer.config.accumulation_steps
     ahead = PREFETCH * workers  # batches, so as many steps are enough
-    steps = ahead + subject.protocol.timed_steps + ahead
-    loader = make_dataloader(trainer, steps * accumulation, workers)
+    timed = whole_rounds(subject.protocol.timed_steps, workers)
+    loader = make_dataloader(trainer, (ahead + timed + ahead) * accumulation, workers)
     layout = torch.channels_last if trainer.config.channels_last else torch.contiguous_format
     batches = _together(lambda: iter(loader), device)
 
@@ -135,10 +138,20 @@ def _dataloader_seconds(subject: Subject, workers: int) -> list[float]:
             targets.to(device, non_blocking=True)
 
     _together(lambda: _warm_up(subject, load, ahead), device)
-    seconds = _together(lambda: _timed(subject, load), device)
+    with subject.watched("DataLoader"):
+        seconds = _together(lambda: _timed(subject, load, timed), device)
     # At the end of the batches the workers are shut down.
     _together(lambda: _warm_up(subject, load, ahead + 1), device)
     return seconds
+
+
+def whole_rounds(steps: int, workers: int) -> int:
+    """Steps, as many at least, in which every worker delivers equally often; two rounds at least.
+
+    Batches come in order, so all workers' in one burst, and then none until the next: a window that
+    ends between two bursts would tell of a part of one.
+    """
+    return workers * max(2, math.ceil(steps / workers))
 
 
 class _FailedError(CifarError):
@@ -256,9 +269,9 @@ def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[
         "crop": transforms.RandomCrop(size, padding=recipe.crop_padding, padding_mode=mode),
         "flip": transforms.RandomHorizontalFlip(),
         "alternating-flip": transforms.RandomHorizontalFlip(),
-        "rotate": transforms.RandomRotation(15),
-        "color-jitter": transforms.ColorJitter(0.2, 0.2, 0.2),
+        "rotate": transforms.RandomRotation(recipe.rotate_degrees),
+        "color-jitter": transforms.ColorJitter(*[recipe.jitter] * 3),
         "auto-augment": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
-        "rand-augment": transforms.RandAugment(),
+        "rand-augment": transforms.RandAugment(recipe.rand_operations, recipe.rand_magnitude),
         "trivial-augment": transforms.TrivialAugmentWide(),
     }

@@ -1,10 +1,12 @@
 """What metrics read: a cell's trainer, its protocol, and how a measurement gathers all ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 
+from bench.measure.monitor import Monitor
 from bench.observe import Witness
 from bench.protocol import Protocol
 from bench.record import Label, Measurement
@@ -29,6 +31,14 @@ class Subject:
         self.taken = list(taken)
         self.invalid: list[str] = []
         """What disturbed the measuring; becomes the record's."""
+
+    @contextlib.contextmanager
+    def watched(self, where: str) -> Iterator[None]:
+        """Note what disturbs the measuring inside, with `where` it was; a collective call."""
+        with Monitor(self.device) as monitor:
+            yield
+        _, reasons = monitor.report()
+        self.invalid += [f"{where}: {reason}" for reason in reasons]
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from bench.job import LAUNCHED
-from bench.measure.anatomy import set_aside
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
 from bench.measure.memory import peak_memory, reset_peak_memory
@@ -18,8 +17,10 @@ from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
 from bench.spec import CAPTURE_STEPS, FEWEST_STEPS, OBSERVED_STEPS, least_warm_up, warm_up_span
+from cifar.config import TrainConfig
 from cifar.distributed import barrier, least
 from cifar.trainer import Trainer
+from cifar.training_state import set_aside
 
 UNBOUNDED_STEPS = 1_000_000
 """Planned for speed alone, which ends with the timed window; the learning rate stays near 0."""
@@ -53,13 +54,13 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     first_step = seconds_of_a_step(subject)
     warm, settled = _warm_up(subject, first_step)
     pace = _pace(subject, warm)
-    if on_gpu:  # kernels were tried out in the first step, which takes more
-        reset_peak_memory(subject.device)
+    if on_gpu and not _replays_graphs(trainer.config):
+        reset_peak_memory(subject.device)  # trying kernels out took more in the first step
     subject.witness.before_window()
     count = _window_steps(subject, pace)
     began = time.monotonic()
     with Monitor(subject.device) as monitor, energy:
-        seconds = _timed_steps(subject, count)
+        seconds = _timed_steps(subject, count, monitor.look)
     subject.witness.after_window(count)
     batch = trainer.loader.global_batch_size
     yield subject.measurement(
@@ -69,7 +70,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     if subject.protocol.train_samples:
         _train_the_rest(subject)
     yield subject.measurement("first_step", "s", "lower", [first_step])
-    yield _time_to_first_timed_step(subject, began)
+    yield _time_to_first_timed_step(subject, began - energy.idle_seconds)
     yield from _told_of_warm_up(subject, warm, settled)
     yield energy.measurement(count * batch)
     disturbances, reasons = monitor.report()
@@ -90,13 +91,22 @@ def _told_of_warm_up(subject: Subject, seconds: list[float], settled: bool) -> l
 def _time_to_first_timed_step(subject: Subject, began: float) -> Measurement:
     """Seconds from the start of the launcher's command to the timed window, which then `began`.
 
-    Start-up, reading the images, compiling and the warm-up are in it.
+    Start-up, reading the images, compiling and the warm-up are in it; the seconds for which idle
+    power was watched are not.
     """
     name, launched = "time_to_first_timed_step", os.environ.get(LAUNCHED)
     if launched is None:
         reason = f"no launcher set {LAUNCHED}"
         return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
     return subject.measurement(name, "s", "lower", [began - float(launched)])
+
+
+def _replays_graphs(config: TrainConfig) -> bool:
+    """Whether its steps replay CUDA graphs, whose memory is only counted while they are recorded.
+
+    The mark then stands since before the first step, which may have taken more to try kernels out.
+    """
+    return config.compile and config.compile_mode != "default"
 
 
 def _energy_meter(subject: Subject) -> EnergyMeter:
@@ -124,6 +134,14 @@ def seconds_of_a_step(subject: Subject) -> float:
     return _seconds_of(subject.trainer.train_step, subject.device)
 
 
+def _seconds_of_a_recorded_step(subject: Subject) -> float:
+    """The same, seen by the witness where later steps replay a CUDA graph that shows nothing."""
+    if not _replays_graphs(subject.trainer.config):
+        return seconds_of_a_step(subject)
+    with subject.witness.recording():
+        return seconds_of_a_step(subject)
+
+
 def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
     """Seconds that some work took, waited for."""
     synchronize(device)
@@ -146,7 +164,7 @@ def _warm_up(subject: Subject, first_step: float) -> tuple[list[float], bool]:
     room = max(left - protocol.timed_steps, min(least_steps, left - 1))
     cap = max(0, min(max(protocol.max_warmup_steps, least_steps), room))
     captured = min(cap, CAPTURE_STEPS) if trainer.config.compile else 0
-    seconds = [seconds_of_a_step(subject) for _ in range(captured)]
+    seconds = [_seconds_of_a_recorded_step(subject) for _ in range(captured)]
     while True:
         settled = settled_everywhere(subject, [first_step, *seconds])
         if settled or len(seconds) >= cap:
@@ -195,26 +213,26 @@ def _window_steps(subject: Subject, pace: float | None) -> int:
     One step of the budget is kept for the observation after the window.
     """
     trainer = subject.trainer
-    steps = fitting_steps(subject.protocol, pace, on_gpu=subject.device.type == "cuda")
+    steps = fitting_steps(subject.protocol, pace)
     left = trainer.total_steps - trainer.step - 1
     return min(least(steps, subject.device), left)
 
 
-def fitting_steps(protocol: Protocol, pace: float | None, *, on_gpu: bool) -> int:
+def fitting_steps(protocol: Protocol, pace: float | None) -> int:
     """Steps of a window at a `pace` in seconds per step, None if it is not known.
 
-    As many as take `timed_seconds`, else `timed_steps` and on a GPU more if they would take less
-    than `min_timed_seconds`.
+    As many as take `timed_seconds`, else `timed_steps` and more if they would take less than
+    `min_timed_seconds`.
     """
     if pace is None:
         return protocol.timed_steps
     if protocol.timed_seconds is not None:
         return math.ceil(protocol.timed_seconds / pace)
-    enough = math.ceil(protocol.min_timed_seconds / pace) if on_gpu else 0
-    return max(protocol.timed_steps, enough)
+    return max(protocol.timed_steps, math.ceil(protocol.min_timed_seconds / pace))
 
 
-def _timed_steps(subject: Subject, count: int) -> list[float]:
+def _timed_steps(subject: Subject, count: int, at_the_end: Callable[[], None]) -> list[float]:
+    """Seconds of each step; `at_the_end` is called before the device is waited for."""
     clock = make_clock(subject.device)
     synchronize(subject.device)
     barrier()
@@ -223,12 +241,14 @@ def _timed_steps(subject: Subject, count: int) -> list[float]:
     for _ in range(count):
         trainer.train_step()
         if not on_gpu:  # where it would wait for the device
-            _check_if_due(trainer)
+            check_if_due(trainer)
         clock.mark()
+    at_the_end()
     return clock.seconds()
 
 
-def _check_if_due(trainer: Trainer) -> None:
+def check_if_due(trainer: Trainer) -> None:
+    """Check the run as often as in training; a collective call."""
     if trainer.step % trainer.check_every == 0:
         trainer.check()
 
@@ -237,6 +257,6 @@ def _train_the_rest(subject: Subject) -> None:
     trainer = subject.trainer
     while trainer.step < trainer.total_steps:
         trainer.train_step()
-        _check_if_due(trainer)
+        check_if_due(trainer)
     if trainer.step % trainer.check_every:  # else it was due just now
         trainer.check()

@@ -36,12 +36,15 @@ def measure_flops(subject: Subject) -> Iterable[Measurement]:
 
     Convolutions and linear layers alone count, at two FLOPs per multiply-add, see `cifar.cost`;
     augmentation, normalisation, activations and the optimiser do not. They are the model's, not a
-    process's: one value however many ranks there are.
+    process's: one value however many ranks there are. SAM goes both ways twice.
     """
     trainer = subject.trainer
     _, _, height, width = trainer.dataset.train.images.shape
-    for name, formula in (("forward_flops", forward_flops), ("train_flops", train_flops)):
-        flops = formula(trainer.model_config, (height, width))
+    passes = 2 if trainer.config.recipe.sam_rho else 1
+    for name, flops in (
+        ("forward_flops", forward_flops(trainer.model_config, (height, width))),
+        ("train_flops", passes * train_flops(trainer.model_config, (height, width))),
+    ):
         yield Measurement(name=name, unit="FLOP/sample", better="lower", samples=((float(flops),),))
 
 
@@ -54,9 +57,10 @@ def measure_utilization(subject: Subject) -> Iterable[Measurement]:
     of single repetitions. For `model_flops_utilization` see the function of that name.
     """
     peaks: list[tuple[float, Measurement]] = []
-    for cases in (_matrix_products(subject), _convolutions(subject)):
-        peaks.append(_best(subject, cases))
-        yield peaks[-1][1]
+    with subject.watched("utilization"):
+        for cases in (_matrix_products(subject), _convolutions(subject)):
+            peaks.append(_best(subject, cases))
+    yield from (each for _, each in peaks)
     peak, best = max(peaks, key=lambda pair: pair[0])
     fraction = model_flops_utilization(
         subject.value("train_flops"),
@@ -64,13 +68,18 @@ def measure_utilization(subject: Subject) -> Iterable[Measurement]:
         peak,
         subject.trainer.place.count,
     )
-    yield Measurement(
-        name="model_flops_utilization",
-        unit="fraction",
-        better="higher",
-        labels={"peak_flops": peak, "peak_kind": best.labels["kind"]},
-        samples=((fraction,),),
-    )
+    yield _utilization(fraction, {"peak_flops": peak, "peak_kind": best.labels["kind"]})
+
+
+def _utilization(fraction: float, labels: dict[str, Label]) -> Measurement:
+    """More than all there is was not the peak of what the training runs on."""
+    name, unit = "model_flops_utilization", "fraction"
+    if fraction > 1:
+        reason = f"{fraction:.3g} of the measured peak: it is no peak"
+        return Measurement(
+            name=name, unit=unit, better="higher", labels=labels, status="failed", reason=reason
+        )
+    return Measurement(name=name, unit=unit, better="higher", labels=labels, samples=((fraction,),))
 
 
 def model_flops_utilization(
@@ -121,10 +130,13 @@ def _convolutions(subject: Subject) -> Iterator[Case]:
 
 
 def _random(subject: Subject, *shape: int) -> Tensor:
-    """Normal values, since a GPU multiplies zeros at less power and higher clocks."""
+    """Normal values, since a GPU multiplies zeros at less power and higher clocks.
+
+    In the format of the kernels that the training runs: fp32 where they emulate the precision.
+    """
     trainer = subject.trainer
     assert trainer.config.precision is not None
-    autocast = PRECISIONS[trainer.config.precision].autocast
+    autocast = None if trainer.emulated else PRECISIONS[trainer.config.precision].autocast
     dtype = getattr(torch, autocast) if autocast else torch.float32
     return torch.randn(shape, device=trainer.device, dtype=dtype)
 
