@@ -72,6 +72,7 @@ def run_evaluate(argv: list[str]) -> int:
     started = world_size(os.environ)
     remedy = "evaluate runs in one process; start it without a launcher"
     require(started == 1, "processes", started, remedy)
+    _check_places(options)
     ensure_environment()
     from cifar.scoring import Images, render, score
 
@@ -99,6 +100,22 @@ def run_evaluate(argv: list[str]) -> int:
 
 def _path(text: str | None, name: str) -> Path | None:
     return None if text is None else user_path(text, name)
+
+
+def _check_places(options: EvaluateOptions) -> None:
+    """Raise a ConfigError if what is asked for cannot be written, before anything is scored."""
+    for name, text, is_folder in (
+        ("predictions", options.predictions, False),
+        ("report", options.report, True),
+    ):
+        if text is None:
+            continue
+        path = user_path(text, name)
+        folder = path if is_folder else path.parent
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        good = there.is_dir() and os.access(there, os.W_OK) and (is_folder or not path.is_dir())
+        remedy = f"cannot be written; give another {'folder' if is_folder else 'file'}"
+        require(good, name, text, remedy)
 
 
 def _check_labels(scored: "Scored", options: EvaluateOptions) -> None:

@@ -16,18 +16,21 @@ ECHO_SECONDS = 1.0
 """A launcher passes on the Ctrl-C that the terminal has sent to all processes of the job already;
 under one, another signal within this time after the first is taken for that."""
 
+REPEAT_SECONDS = 0.1
+"""Without a launcher: `timeout` signals its child and then the group that it is in."""
+
 _END = 0
 """Is no signal's number."""
 
 
 def echo_seconds(environ: Mapping[str, str]) -> float:
-    """How long a further signal may be an echo: not at all where no launcher passes any on.
+    """How long a further signal may be an echo, of a launcher or of `timeout`.
 
     Raises:
         ConfigError: `WORLD_SIZE` is no number.
     """
     launched = "TORCHELASTIC_RUN_ID" in environ or world_size(environ) > 1
-    return ECHO_SECONDS if launched else 0.0
+    return ECHO_SECONDS if launched else REPEAT_SECONDS
 
 
 class StopSignals:

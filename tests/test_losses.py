@@ -10,6 +10,7 @@ from training import make_trainer, tiny_recipe
 from cifar.data.draws import EpochDraws, SampleDraws
 from cifar.data.loader import TrainBatch
 from cifar.data.mixing import CutMix, Mixer, Mixup, beta_quantiles
+from cifar.errors import ConfigError
 from cifar.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -160,3 +161,9 @@ def test_a_mixer_of_one_way_uses_it_for_all() -> None:
     mixed, share = Mixer([Mixup(1.0)])(images, partners, draws_of(50))
     assert torch.equal(mixed, share.view(-1, 1, 1, 1).expand_as(mixed))
     assert len(share.unique()) > 40
+
+
+@pytest.mark.parametrize("alpha", [1e-20, 1e-3, 1e7])
+def test_a_share_that_means_nothing_is_refused(alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"mixup: .*: give 0, or 0\.01 to 1e"):
+        tiny_recipe(mixup=alpha)

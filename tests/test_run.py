@@ -50,7 +50,7 @@ from cifar.process import MALLOC
 from cifar.progress import TrainingProgress
 from cifar.run import Session
 from cifar.run import train as train_run
-from cifar.signals import StopSignals, echo_seconds
+from cifar.signals import REPEAT_SECONDS, StopSignals, echo_seconds
 from cifar.trainer import Trainer
 from cifar.updates import descend
 
@@ -718,9 +718,12 @@ def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not(name: str) 
     assert finish(process, seconds=50) == (143, "alive\n", "")
 
 
-def test_without_a_launcher_nothing_is_an_echo() -> None:
-    assert finish(start("-c", SECOND_SIGNAL, module=False), seconds=50) == (130, "", "")
-    assert echo_seconds({"WORLD_SIZE": "1"}) == 0
+def test_what_timeout_sends_twice_is_one_signal_and_a_hand_s_second_one_is_not() -> None:
+    """It signals its child, and then the group that the child is in."""
+    assert finish(start("-c", SECOND_SIGNAL, module=False), seconds=50) == (143, "alive\n", "")
+    by_hand = SECOND_SIGNAL.replace("    os.kill", "    time.sleep(0.3)\n    os.kill")
+    assert finish(start("-c", by_hand, module=False), seconds=50) == (130, "", "")
+    assert echo_seconds({"WORLD_SIZE": "1"}) == REPEAT_SECONDS
 
 
 BLOCKED_IN_C = """

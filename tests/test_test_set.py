@@ -88,13 +88,16 @@ def another_class(folder: Path) -> Path:
         (lambda f: f / "no.npz", r"images: .*no\.npz: no such file"),
         (lambda f: f / "no.npy", r"images: .*no\.npy: no such file"),
         (not_an_image_file, r"images: .*mine\.txt: no folder, \.npz or \.npy file; give one"),
-        (lambda f: write_npz(f, x=IMAGES), r"images: .*: holds no images or test_images or .* but"),
+        (lambda f: write_npz(f, x=IMAGES), r"images: .*: holds x, but no images or test_images or"),
         (
             lambda f: write_npz(f, images=IMAGES[:, :, :8]),
             r"images: .*: 3x8x16 \(channels x height x width\): the model was trained with 3x16x16",
         ),
         (lambda f: write_npz(f, images=IMAGES, labels=LABELS[:3]), r"labels: int64 \[3\]: must be"),
-        (lambda f: write_npz(f, images=IMAGES, labels=LABELS + 5), r"labels: 14: the model has 10"),
+        (
+            lambda f: write_npz(f, images=IMAGES, labels=LABELS + 5),
+            r"labels: .*mine.npz: 14: the model has 10",
+        ),
         (lambda f: write_npz(f, images=IMAGES.astype(float)), r"images: float64 .*: must be uint8"),
         (another_class, r"images: .*dog: no class of the model, which are class0, class1"),
     ],
@@ -222,4 +225,9 @@ def test_labels_need_images_and_places_must_be_writable(
     for option in ("--predictions", "--report"):
         assert evaluate(run, option, tmp_path / "file" / "inside") == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "/file" in line and "cannot be written (" in line and "give another place" in line
+        assert "/file/inside" in line and "cannot be written; give another" in line
+    assert evaluate(run, "--predictions", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"cifar: predictions: '{tmp_path}': cannot be written; give another file"
+    )

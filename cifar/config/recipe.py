@@ -19,6 +19,8 @@ MOST_CUTOUT = 65_536
 """Pixels, so that a slip is told from a large image."""
 CYCLED_MOMENTUM = 0.1
 """What one-cycle takes off the momentum at its highest learning rate."""
+LEAST_ALPHA, MOST_ALPHA = 0.01, 1e6
+"""Of a Beta distribution: below it is all own or all partner, above it all one half."""
 MOST_OPERATIONS = 14
 """Of RandAugment: as many as it chooses from."""
 AUGMENTATIONS = (
@@ -141,6 +143,10 @@ class Recipe:
             self.warmup_epochs,
             "give at most the epochs",
         )
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            mixes = value == 0 or LEAST_ALPHA <= value <= MOST_ALPHA
+            require(mixes, name, value, f"give 0, or {LEAST_ALPHA:g} to {MOST_ALPHA:g}")
         require(0 < self.muon_step < 1, "muon-step", self.muon_step, "give 0 < value < 1")
         for name in ("momentum", "muon_momentum", "label_smoothing", "ema_decay"):
             value = getattr(self, name)

@@ -1,6 +1,7 @@
 """A data set as plain arrays: what every source reads into and everything after it works on."""
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,14 +59,15 @@ class Dataset:
                 )
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise DataError(
-                f"{self.name}: test images: {list(self.test.images.shape[1:])}: "
+                f"data: {self.name}: test images: {list(self.test.images.shape[1:])}: "
                 f"must have the train images' shape {list(self.train.images.shape[1:])}; "
                 "scale them"
             )
         if len(self.classes) < 2:
-            raise DataError(f"{self.name}: classes: {len(self.classes)}: give 2 or more")
+            raise DataError(f"data: {self.name}: classes: {len(self.classes)}: give 2 or more")
         for index, name in enumerate(self.classes):
             is_line = name.splitlines() == [name] and is_writable_text(name)
+            is_line = is_line and not any(unicodedata.category(each) == "Cc" for each in name)
             if not is_line or name in self.classes[:index]:
                 raise DataError(
                     f"data: {self.name}: classes: {name!r}: must be one line of text and no other "

@@ -16,8 +16,8 @@ from cifar.data.folder import read_test_folder
 from cifar.data.sources import MAX_DATASET_BYTES, as_labels, channels_first
 from cifar.errors import DataError
 
-_IMAGE_KEYS = ("images", "test_images", "x_test", "data")
-_LABEL_KEYS = ("labels", "test_labels", "y_test")
+_KEYS = {"images": "labels", "test_images": "test_labels", "x_test": "y_test", "data": "labels"}
+"""Names of arrays of images, and of their labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def read_test_set(
     except OSError as error:
         where, reason = error.filename or path, error.strerror or error
         raise DataError(f"images: {where}: cannot be read: {reason}; make it readable") from None
-    _check(found, path, classes, shape)
+    _check(found, path, labels or path, classes, shape)
     return found
 
 
@@ -89,15 +89,15 @@ def _read_folder(path: Path, classes: Sequence[str]) -> TestSet:
 
 def _read_npz(path: Path) -> TestSet:
     arrays = read_npz(path, MAX_DATASET_BYTES)
-    images_key = next((key for key in _IMAGE_KEYS if key in arrays), None)
-    labels_key = next((key for key in _LABEL_KEYS if key in arrays), None)
+    images_key = next((key for key in _KEYS if key in arrays), None)
     if images_key is None:
+        held = ", ".join(sorted(arrays)) or "nothing"
         raise DataError(
-            f"data: {path}: holds no {' or '.join(_IMAGE_KEYS)} but {', '.join(sorted(arrays))}; "
-            "rename the array of images"
+            f"data: {path}: holds {held}, but no {' or '.join(_KEYS)}; call the array of images so"
         )
+    labels_key = _KEYS[images_key]
     images = channels_first(f"data: {path}: {images_key}", arrays[images_key])
-    if labels_key is None:
+    if labels_key not in arrays:
         return _numbered(path, images, None)
     labels = as_labels(f"data: {path}: {labels_key}", arrays[labels_key], len(images))
     return _numbered(path, images, labels)
@@ -121,7 +121,9 @@ def _numbered(
     return TestSet(name=path.name, images=images, labels=labels, samples=samples)
 
 
-def _check(found: TestSet, path: Path, classes: Sequence[str], shape: tuple[int, int, int]) -> None:
+def _check(
+    found: TestSet, path: Path, labels: Path, classes: Sequence[str], shape: tuple[int, int, int]
+) -> None:
     """Raise a DataError for images or labels that are not the model's."""
     if found.images.shape[1:] != shape:
         has, needs = ("x".join(map(str, each)) for each in (found.images.shape[1:], shape))
@@ -131,6 +133,6 @@ def _check(found: TestSet, path: Path, classes: Sequence[str], shape: tuple[int,
         )
     if found.labels is not None and found.labels.max() >= len(classes):
         raise DataError(
-            f"labels: {found.labels.max()}: the model has {len(classes)} classes, 0 to "
+            f"labels: {labels}: {found.labels.max()}: the model has {len(classes)} classes, 0 to "
             f"{len(classes) - 1}; correct them, or evaluate another model"
         )
