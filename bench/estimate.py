@@ -62,8 +62,9 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
-    passes = 2 if train.recipe.sam_rho else 1
-    seconds = _training_seconds(passes * forward, train.recipe.global_batch_size, protocol)
+    seconds = _training_seconds(
+        train.recipe.passes * forward, train.recipe.global_batch_size, protocol
+    )
     seconds += FURTHER_SECONDS * len(protocol.metrics)
     if protocol.train_samples:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)

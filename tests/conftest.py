@@ -26,6 +26,19 @@ def make_dataset(
     return Dataset(name="toy", classes=names, train=split(train), test=split(test))
 
 
+def save_npz(path: Path, dataset: Dataset, **arrays: np.ndarray) -> Path:
+    """A data set as an .npz file, and further arrays in it."""
+    np.savez(
+        path,
+        train_images=dataset.train.images,
+        train_labels=dataset.train.labels,
+        test_images=dataset.test.images,
+        test_labels=dataset.test.labels,
+        **arrays,
+    )
+    return path
+
+
 @pytest.fixture
 def dataset() -> Dataset:
     return make_dataset()
@@ -34,15 +47,7 @@ def dataset() -> Dataset:
 @pytest.fixture
 def npz(tmp_path: Path, dataset: Dataset) -> Path:
     """The toy data set as an .npz file, for programs started from tests."""
-    path = tmp_path / "toy.npz"
-    np.savez(
-        path,
-        train_images=dataset.train.images,
-        train_labels=dataset.train.labels,
-        test_images=dataset.test.images,
-        test_labels=dataset.test.labels,
-    )
-    return path
+    return save_npz(tmp_path / "toy.npz", dataset)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from bench.measure.pipeline import make_dataloader, measure_pipeline
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
-from cifar.config import RunConfig
+from cifar.config import Recipe, RunConfig
 from cifar.data.loader import Normalization
 from cifar.trainer import Trainer
 
@@ -100,6 +100,12 @@ def test_a_dataloader_s_step_is_all_its_micro_batches(
     assert found.value == 32 / (0.5 * accumulation)
     assert loader.given == loader.count == (AHEAD + ROUNDS + AHEAD) * accumulation
     assert loader.ended
+
+
+@pytest.mark.parametrize(("side", "share"), [(16, 0.25), (8, 0.0625), (64, 1.0)])
+def test_the_square_that_is_erased_is_as_large_as_ours(side: int, share: float) -> None:
+    erasing = pipeline._erasing(Recipe(augment=("cutout",), cutout_size=side), (32, 32))
+    assert erasing.scale == (share, share)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_dataset
+from conftest import make_dataset, save_npz
 from PIL import Image
 from training import cifar, train
 
@@ -188,14 +188,6 @@ def test_without_a_report_there_is_none(npz: Path, tmp_path: Path) -> None:
 
 
 def test_grey_images_have_pictures_too(tmp_path: Path) -> None:
-    dataset = make_dataset(channels=1)
-    path = tmp_path / "grey.npz"
-    np.savez(
-        path,
-        train_images=dataset.train.images,
-        train_labels=dataset.train.labels,
-        test_images=dataset.test.images,
-        test_labels=dataset.test.labels,
-    )
+    path = save_npz(tmp_path / "grey.npz", make_dataset(channels=1))
     assert train(path, tmp_path / "run", "--report", "--epochs", "1") == 0
     assert picture((tmp_path / "run" / "report" / "predictions.png").read_bytes())

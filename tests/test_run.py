@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import make_dataset, save_npz
 from torch import nn
 from training import (
     TINY,
@@ -68,14 +68,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Uninterrupted runs of the variants, each made once."""
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("straight")
-    dataset = make_dataset()
-    np.savez(
-        root / "toy.npz",
-        train_images=dataset.train.images,
-        train_labels=dataset.train.labels,
-        test_images=dataset.test.images,
-        test_labels=dataset.test.labels,
-    )
+    save_npz(root / "toy.npz", make_dataset())
 
     def run(variant: str) -> Path:
         if variant not in made:

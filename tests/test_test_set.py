@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_dataset
+from conftest import make_dataset, save_npz
 from PIL import Image
 from training import cifar, train
 
@@ -131,15 +131,7 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
-    dataset = make_dataset()
-    np.savez(
-        root / "toy.npz",
-        train_images=dataset.train.images,
-        train_labels=dataset.train.labels,
-        test_images=dataset.test.images,
-        test_labels=dataset.test.labels,
-        class_names=np.array(CLASSES),
-    )
+    save_npz(root / "toy.npz", make_dataset(), class_names=np.array(CLASSES))
     assert train(root / "toy.npz", root / "run") == 0
     return root / "run"
 

@@ -236,7 +236,7 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
         [
             *(counterparts[name] for name in augment if name != CUTOUT),
             transforms.ToTensor(),
-            *([_erasing()] if CUTOUT in augment else []),
+            *([_erasing(trainer.config.recipe, images.shape[1:3])] if CUTOUT in augment else []),
             transforms.Normalize(trainer.normalization.mean, trainer.normalization.std),
         ]
     )
@@ -246,12 +246,13 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
 CUTOUT = "cutout"
 
 
-def _erasing() -> Callable[[Any], Any]:
-    """A square of a quarter of the pixels, always."""
+def _erasing(recipe: Recipe, size: tuple[int, int]) -> Callable[[Any], Any]:
+    """A square of the recipe's side in images of this height and width, always."""
     from torchvision import transforms
 
+    share = min(1.0, recipe.cutout_size**2 / math.prod(size))
     erasing: Callable[[Any], Any] = transforms.RandomErasing(
-        p=1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0)
+        p=1.0, scale=(share, share), ratio=(1.0, 1.0)
     )
     return erasing
 

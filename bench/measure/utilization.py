@@ -40,7 +40,7 @@ def measure_flops(subject: Subject) -> Iterable[Measurement]:
     """
     trainer = subject.trainer
     _, _, height, width = trainer.dataset.train.images.shape
-    passes = 2 if trainer.config.recipe.sam_rho else 1
+    passes = trainer.config.recipe.passes
     for name, flops in (
         ("forward_flops", forward_flops(trainer.model_config, (height, width))),
         ("train_flops", passes * train_flops(trainer.model_config, (height, width))),

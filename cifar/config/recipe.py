@@ -166,6 +166,11 @@ class Recipe:
         self._check_validation()
         self._check_augmentations()
 
+    @property
+    def passes(self) -> int:
+        """How often a step goes forward and backward."""
+        return 2 if self.sam_rho else 1
+
     def _check_validation(self) -> None:
         require(0 <= self.validation < 1, "validation", self.validation, "give 0 <= share < 1")
         require(

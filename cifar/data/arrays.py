@@ -3,11 +3,13 @@
 `numpy.load` allocates the shape that a member declares before it looks whether the data are there.
 """
 
+import contextlib
 import lzma
 import math
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,24 +47,30 @@ def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
     """
     if not path.is_file():
         raise DataError(f"data: {path}: no such file; write npz:FILE")
+    with _refused_if_malformed(path, ".npz"), zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+        if total > max_bytes:
+            raise DataError(
+                f"data: {path}: {total:,} bytes unpacked: must be at most {max_bytes:,}; "
+                "leave out images"
+            )
+        return {
+            member.filename.removesuffix(".npy"): _read_member(path, archive, member)
+            for member in archive.infolist()
+        }
+
+
+@contextlib.contextmanager
+def _refused_if_malformed(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever reading raises into a DataError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-            if total > max_bytes:
-                raise DataError(
-                    f"data: {path}: {total:,} bytes unpacked: must be at most {max_bytes:,}; "
-                    "leave out images"
-                )
-            return {
-                member.filename.removesuffix(".npy"): _read_member(path, archive, member)
-                for member in archive.infolist()
-            }
+        yield
     except DataError:  # is a ValueError
         raise
     except _MALFORMED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"data: {path}: not an .npz file, or damaged: {reason[:200]}; write it again"
+            f"data: {path}: not an {kind} file, or damaged: {reason[:200]}; write it again"
         ) from None
 
 
@@ -85,16 +93,8 @@ def read_npy(path: Path, max_bytes: int) -> npt.NDArray[Any]:
         raise DataError(
             f"data: {path}: {size:,} bytes: must be at most {max_bytes:,}; leave out images"
         )
-    try:
-        with path.open("rb") as file:
-            return _read_array(file, size, f"data: {path}")
-    except DataError:  # is a ValueError
-        raise
-    except _MALFORMED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"data: {path}: not an .npy file, or damaged: {reason[:200]}; write it again"
-        ) from None
+    with _refused_if_malformed(path, ".npy"), path.open("rb") as file:
+        return _read_array(file, size, f"data: {path}")
 
 
 def _read_array(file: IO[bytes], size: int, where: str) -> npt.NDArray[Any]:
