@@ -1,5 +1,6 @@
 """Which rows of a table, and in which order."""
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -43,8 +44,10 @@ def _column(table: Sequence[Row], name: str) -> str:
     known = dict.fromkeys([*(key for row in table for key in row), *ALIASES.values(), "top1"])
     if key not in known:
         short = {long: alias for alias, long in ALIASES.items()}
-        names = ", ".join(short.get(other, other) for other in known)
-        raise UserError(f"column: {name!r}: choose one of {names}")
+        names = [short.get(other, other) for other in known]
+        close = difflib.get_close_matches(name, names) or list(ALIASES)
+        remedy = f"choose a column of the CSV, such as {', '.join(close)}"
+        raise UserError(f"column: {name!r}: {remedy}")
     return key
 
 
@@ -55,7 +58,7 @@ def sort_rows(table: Sequence[Row], name: str) -> list[Row]:
     last.
 
     Raises:
-        UserError: no such column; names those that exist.
+        UserError: no such column; names some that exist.
     """
     key = _column(table, name)
 

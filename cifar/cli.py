@@ -73,7 +73,7 @@ def parse(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = _own_words(stop) or _one_line(errors.getvalue())
+        text = _own_words(stop) or _one_line(errors.getvalue(), argv)
         more = "" if "--help" in text else f" (see {prog} --help)"
         raise ConfigError(text + more) from None
     return options
@@ -87,15 +87,30 @@ def _own_words(stop: SystemExit) -> str:
     return "" if error is None else str(error)
 
 
-def _one_line(box: str) -> str:
+def _one_line(box: str, argv: Sequence[str]) -> str:
     """tyro's framed message as one line: the text between its first rules."""
     lines = [line.strip(_FRAME) for line in box.splitlines()[1:]]
     parts = [list(part) for ruled, part in itertools.groupby(lines, _is_rule) if not ruled]
     message = parts[0] if parts else []
     text = " ".join(message).removeprefix("Error parsing ")
+    if unknown := re.fullmatch(r"Unrecognized options: (.*?)(?:, .*)?", text):
+        return _unknown(unknown[1], argv, " ".join(itertools.chain(*parts[1:])))
     for pattern, phrase in _PHRASES:
         text = re.sub(pattern, phrase, text)
     return text
+
+
+def _unknown(word: str, argv: Sequence[str], more: str) -> str:
+    """What to say of a word that is no option, nor a value of one; `more` is tyro's advice."""
+    flag = next((each.partition("=")[0] for each in argv if each.endswith(f"={word}")), None)
+    if flag is not None and not word.startswith("-"):
+        return f"{flag.lstrip('-')}: {word!r}: takes no value; leave that out"
+    if not word.startswith("-"):
+        return f"{word!r}: belongs to no option; leave it out, or name its option before it"
+    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", more)
+    return f"{word}: no such option" + (
+        f"; did you mean {meant[1]}?" if meant else "; leave it out"
+    )
 
 
 def _is_of_type(match: re.Match[str]) -> str:
@@ -112,6 +127,8 @@ def _is_choice(match: re.Match[str]) -> str:
 
 def _is_missing(match: re.Match[str]) -> str:
     wanted = match[2][:1].lower() + match[2][1:]
+    if match[1].startswith("{"):
+        return f"{wanted}: none given: choose one of {match[1].strip('{}').replace(',', ', ')}"
     return f"{match[1]}: none given: give {wanted}"
 
 
@@ -120,7 +137,7 @@ _PHRASES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1: give a whole number"),
     (r"could not convert string to float: (.*)", r"\1: give a number"),
     (r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", _is_choice),
-    (r"Missing from [\w -]+: (\w+) (.*?)\.? \(required\)", _is_missing),
+    (r"Missing from [\w -]+: (\S+) (.*?)\.? \(required\)", _is_missing),
     (r"Missing value for argument '(.*)'\. Expected 1 values\.", r"\1: no value: give one"),
 )
 """tyro's and Python's ways to say it, and ours: field, value and remedy."""

@@ -306,7 +306,9 @@ class Session:
         )
         broadcast_from_first([step])
         if int(step) < 0:
-            raise CheckpointError(f"resume: '{root}': no whole checkpoint there; start a new run")
+            raise CheckpointError(
+                f"resume: '{root}': no whole checkpoint there; remove it and start a new run"
+            )
         if chosen is None:
             folder = checkpoint.checkpoint_folder(root, int(step))
             chosen = folder, checkpoint.read_folder(folder)

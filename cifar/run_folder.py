@@ -69,7 +69,8 @@ def _first_free(choices: Iterator[Path], stack: contextlib.ExitStack) -> Path:
                 f"output-dir: '{folder}': cannot be written ({error.strerror}); choose another"
             ) from None
     raise ConfigError(
-        f"output-dir: '{folder}': no empty folder; choose another, or continue with --resume"
+        f"output-dir: '{folder}': no empty folder; choose another, or if it is a run with "
+        "checkpoints continue with --resume"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import fake_worker
 
 from bench import execution, launchers, probes
-from bench.__main__ import main
+from bench.commands import main
 
 
 def fake_argv(cell, folder):

@@ -18,7 +18,7 @@ import pytest
 from fake_worker import environment, record_of
 
 from bench import options, runs
-from bench.__main__ import main
+from bench.commands import main
 from bench.console import plural
 from bench.job import Job
 from bench.launchers import environment_for
@@ -68,7 +68,7 @@ LONG = "x" * 300
 
 BAD = {
     "command: 'nope': choose one of list, run, frontier, table, save, selfcheck": ["nope"],
-    "Unrecognized options: --nope": ["run", "quick", "--nope"],
+    "--nope: no such option; leave it out": ["run", "quick", "--nope"],
     "--repeats: no value: give one": ["run", "quick", "--repeats"],
     "--timeout: 'abc': give a number": ["run", "quick", "--timeout", "abc"],
     "--format: 'pdf': choose one of terminal, markdown, csv": ["table", "--format", "pdf"],
@@ -132,7 +132,12 @@ BAD = {
     "runs-dir: '~no-such-user/x': no such user": ["list", "--runs-dir=~no-such-user/x"],
     "xxx': File name too long; give": ["list", "--runs-dir", LONG],
     "run: '~no-such-user/x': no such user": ["run", "--resume=~no-such-user/x"],
-    "column: 'nope': choose one of": ["table", "good.jsonl", "--sort", "nope"],
+    "column: 'nope': choose a column of the CSV, such as batch, procs": [
+        "table",
+        "good.jsonl",
+        "--sort",
+        "nope",
+    ],
     "filter: 'nope': write COLUMN=VALUE": ["table", "good.jsonl", "--filter", "nope"],
     "bad.jsonl:1": ["table", "bad.jsonl"],
     "newer.jsonl:1: schema_version: 99": ["table", "newer.jsonl"],
@@ -175,7 +180,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, capsys, message, words):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("--bogus", "Unrecognized options: --bogus"),
+        ("--bogus", "--bogus: no such option; leave it out"),
         ("--seeds=x", "--seeds: 'x': give a whole number"),
     ],
 )
@@ -575,7 +580,7 @@ def test_table_shows_the_newest_run_and_save_stores_it(tmp_path):
 
 NO_TORCH = """
 import sys
-from bench.__main__ import main
+from bench.commands import main
 from bench.console import plural
 try:
     code = main(sys.argv[1:])

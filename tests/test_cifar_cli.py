@@ -103,6 +103,10 @@ LONG = "x" * 300
         (("show-augmentation", "--augment", "melt"), r"augment: 'melt': choose from crop, flip"),
         (("show-augmentation", "--images", "0"), r"images: 0: give 1 to 100"),
         (("show-augmentation", "--output", "absent/x.png"), r"output: .*cannot be written \(No su"),
+        (("download",), r"cifar: data set: none given: choose one of cifar10, cifar100"),
+        (("train", "--modle", "resnet20"), r"cifar: --modle: no such option; did you mean --model"),
+        (("train", "resnet20"), r"cifar: 'resnet20': belongs to no option; leave it out"),
+        (("train", "--compile=maybe"), r"cifar: compile: 'maybe': takes no value; leave that out"),
         (("download", "mnist"), r"mnist"),
     ],
 )
@@ -372,7 +376,7 @@ def test_another_process_waits_for_the_first_before_it_complains(
 
 HELP = """
 import sys
-from cifar.__main__ import main
+from cifar.commands import main
 sys.argv = ["cifar", *sys.argv[1:]]
 try:
     code = main()
@@ -401,3 +405,19 @@ def test_started_directly_bad_input_is_one_line_without_a_traceback(tmp_path: Pa
     code, out, err = finish(process)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1 and re.match("cifar: data: /.*/absent.npz", err)
+
+
+@pytest.mark.parametrize("program", ["cifar", "bench"])
+def test_ctrl_c_is_one_line_while_modules_are_imported(program: str) -> None:
+    """An import of the commands that is interrupted stands for one that a user interrupts."""
+    script = f"""
+import sys
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "{program}.commands":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from {program}.__main__ import main
+sys.exit(main())
+"""
+    assert finish(start("-c", script, module=False)) == (130, "", f"{program}: interrupted\n")

@@ -17,8 +17,8 @@ from test_bench_cli import bench, environ
 from test_table import DATA, ENVIRONMENT, check_golden, scalar
 
 from bench import frontier_command, probes, runs
-from bench.__main__ import main
 from bench.columns import DASH, frontier_columns
+from bench.commands import main
 from bench.frontier import SUITE, frontier
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.job import Job

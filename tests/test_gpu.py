@@ -185,7 +185,7 @@ def test_a_run_is_resumed_on_the_gpu(
 
 STOPPED = """
 import os, signal, sys
-from cifar.__main__ import main
+from cifar.commands import main
 from cifar.trainer import Trainer
 original = Trainer.train_step
 def train_step(self):

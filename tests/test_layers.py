@@ -19,18 +19,19 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.columns bench.console bench.counters bench.estimate bench.execution
-    bench.failure bench.frontier bench.frontier_command bench.job bench.judge bench.launchers
-    bench.nvml bench.options bench.present bench.probes bench.progress bench.protocol bench.record
-    bench.record_file bench.repeats bench.rows bench.runs bench.save bench.search bench.selection
-    bench.selfcheck bench.spec bench.stats bench.suites bench.table bench.unfinished bench.validity
-    cifar cifar.__main__ cifar.architectures cifar.cli cifar.compilers cifar.config
-    cifar.config.checks cifar.config.model cifar.config.precision cifar.config.recipe
-    cifar.config.train cifar.cost cifar.data cifar.data.arrays cifar.data.config cifar.data.dataset
-    cifar.data.division cifar.data.download cifar.data.folder cifar.data.shapes cifar.data.sources
-    cifar.data.test_set cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
-    cifar.files cifar.memory cifar.predictions cifar.process cifar.progress cifar.ranks
-    cifar.recipes cifar.run_folder cifar.serialize cifar.signals cifar.train_options launch
+    bench bench.__main__ bench.columns bench.commands bench.console bench.counters bench.estimate
+    bench.execution bench.failure bench.frontier bench.frontier_command bench.job bench.judge
+    bench.launchers bench.nvml bench.options bench.present bench.probes bench.progress
+    bench.protocol bench.record bench.record_file bench.repeats bench.rows bench.runs bench.save
+    bench.search bench.selection bench.selfcheck bench.spec bench.stats bench.suites bench.table
+    bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
+    cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.model
+    cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
+    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
+    cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
+    cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
+    cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
+    cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -48,11 +49,11 @@ FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
 CHAINS = (
     "cifar.config bench.protocol bench.spec",
-    "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.__main__",
+    "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.commands",
     "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
-    "bench.rows bench.selection bench.__main__",
-    "bench.rows bench.frontier bench.frontier_command bench.__main__",
-    "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.__main__",
+    "bench.rows bench.selection bench.commands",
+    "bench.rows bench.frontier bench.frontier_command bench.commands",
+    "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.commands",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
     "bench.spec bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",

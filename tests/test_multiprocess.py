@@ -56,7 +56,7 @@ def assert_evaluates_alike(folder: Path, npz: Path, capsys: pytest.CaptureFixtur
 STOPPED = """
 import os, signal, sys, time
 from cifar import checkpoint
-from cifar.__main__ import main
+from cifar.commands import main
 from cifar.trainer import Trainer
 write = checkpoint.write_checkpoint
 def write_checkpoint(*words):
@@ -76,7 +76,7 @@ sys.exit(main())
 RESUMED = """
 import os, sys
 from cifar import checkpoint
-from cifar.__main__ import main
+from cifar.commands import main
 list_checkpoints = checkpoint.list_checkpoints
 def stale(root):
     found = list_checkpoints(root)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from fake_worker import environment
 
-import bench.__main__ as bench_program
-import cifar.__main__ as cifar_program
+import bench.commands as bench_program
+import cifar.commands as cifar_program
 from bench import frontier_command
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import RunOptions, build_suite

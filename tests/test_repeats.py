@@ -10,7 +10,7 @@ from fake_bench import present
 from fake_worker import record_of
 
 from bench import execution, runs
-from bench.__main__ import _measure
+from bench.commands import _measure
 from bench.job import Job
 from bench.protocol import Protocol
 from bench.record import Measurement, Record

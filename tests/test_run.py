@@ -766,7 +766,7 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back(
 
 KILLED = """
 import os, signal, sys
-from cifar.__main__ import main
+from cifar.commands import main
 from cifar.trainer import Trainer
 original = Trainer.train_step
 def train_step(self):

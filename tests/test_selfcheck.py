@@ -12,7 +12,7 @@ import pytest
 from fake_worker import record_of
 
 from bench import execution, runs, selfcheck
-from bench.__main__ import main
+from bench.commands import main
 from bench.job import Fault, Job
 from bench.protocol import Protocol
 from bench.record import Measurement

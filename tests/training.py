@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from conftest import make_dataset
 from torch import Tensor, nn
 
-from cifar.__main__ import COMMANDS, SUMMARY
 from cifar.cli import run_program
+from cifar.commands import COMMANDS, SUMMARY
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.loader import TrainBatch

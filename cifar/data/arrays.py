@@ -35,6 +35,12 @@ _MALFORMED = (
 )
 
 
+def _check_file(path: Path, remedy: str) -> None:
+    if not path.is_file():
+        what = "is no file" if path.exists() else "no such file"
+        raise DataError(f"data: {path}: {what}; {remedy}")
+
+
 def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
     """Every array of the file by its name, writable.
 
@@ -45,8 +51,7 @@ def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
         DataError: missing, damaged, more than `max_bytes` when unpacked, an array of objects, or
             one whose declared shape is not the size of its data; names the file and the array.
     """
-    if not path.is_file():
-        raise DataError(f"data: {path}: no such file; write npz:FILE")
+    _check_file(path, "write npz:FILE")
     with _refused_if_malformed(path, ".npz"), zipfile.ZipFile(path) as archive:
         total = sum(member.file_size for member in archive.infolist())
         if total > max_bytes:
@@ -86,8 +91,7 @@ def read_npy(path: Path, max_bytes: int) -> npt.NDArray[Any]:
     Raises:
         DataError: as `read_npz` does.
     """
-    if not path.is_file():
-        raise DataError(f"data: {path}: no such file; give another one")
+    _check_file(path, "give another one")
     size = path.stat().st_size
     if size > max_bytes:
         raise DataError(

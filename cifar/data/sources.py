@@ -168,7 +168,7 @@ def _cifar_batch(
             "one per image; replace the file"
         )
     for label in labels:
-        if not isinstance(label, int) or not 0 <= label < layout.num_classes:
+        if type(label) is not int or not 0 <= label < layout.num_classes:
             raise DataError(
                 f"data: {path}: {layout.labels_key}: {reprlib.repr(label)}: "
                 f"must be an integer in 0..{layout.num_classes - 1}; replace the file"

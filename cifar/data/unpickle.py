@@ -134,7 +134,8 @@ def unpickle(path: Path) -> dict[str, Any]:
             the file.
     """
     if not path.is_file():
-        raise DataError(f"data: {path}: no such file; get a fresh copy")
+        what = "is no file" if path.exists() else "no such file"
+        raise DataError(f"data: {path}: {what}; get a fresh copy")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise DataError(f"data: {path}: {size:,} bytes: must be at most {MAX_FILE_BYTES:,}")
     raw = path.read_bytes()

@@ -1,0 +1,312 @@
+"""The commands of the program `bench`: list, run, frontier, table, save, selfcheck.
+
+It imports no torch; its workers do.
+"""
+
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bench import execution, runs, selfcheck
+from bench.console import expected_seconds, plural, show_plan, shown, stoppable
+from bench.frontier_command import run_frontier
+from bench.options import (
+    RunOptions,
+    build_suite,
+    check,
+    check_resume,
+    runs_folder,
+)
+from bench.record import Record
+from bench.record_file import TornLineWarning, read_records
+from bench.repeats import Fingerprints, interleaved
+from bench.spec import expand
+from bench.suites import SUITES
+from cifar.cli import Command, complain, parse, run_program
+from cifar.config import require
+from cifar.errors import OutputError, Stopped, UserError
+from cifar.files import is_file, user_path
+from cifar.progress import format_duration
+
+arg = tyro.conf.arg
+
+SUMMARY = """\
+Measure what CIFAR ResNets cost and reach, every cell in fresh processes.
+
+examples:
+  bench list
+  bench run quick
+  bench run accuracy --data cifar10:DIR
+  bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256 --channels-last --seeds 3
+  bench run depths --num-processes 4 --dry-run
+  bench run --resume 20260101-120000-quick-1f0c
+  bench frontier --models resnet18,resnet34 --precisions fp32,bf16
+  bench table --sort train --filter precision=bf16
+  bench save 20260101-120000-quick-1f0c
+  bench selfcheck
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListOptions:
+    """Options of `bench list`."""
+
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Runs to learn this machine's speed from."""
+
+
+def run_list(argv: list[str]) -> int:
+    """`bench list`."""
+    options = parse(
+        ListOptions,
+        argv,
+        prog="bench list",
+        description="List the suites and what they cost here.",
+        example="bench list",
+    )
+    past = runs.history(runs_folder(options.runs_dir))
+    width = max(map(len, SUITES))
+    for name, make in SUITES.items():
+        suite = make()
+        tasks = expand(suite)
+        about = format_duration(expected_seconds(tasks, past))
+        print(f"{name:<{width}}  {suite.description}; {plural(len(tasks), 'cell')}, about {about}")
+    return 0
+
+
+def run_run(argv: list[str]) -> int:
+    """`bench run`."""
+    options = parse(
+        RunOptions,
+        argv,
+        prog="bench run",
+        description="Measure a suite, or the cells that the options name; then print the tables.",
+        example="bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
+    )
+    folder = runs_folder(options.runs_dir)
+    past = runs.history(folder)
+    if options.resume is not None:
+        check_resume(options)
+        run = runs.find(options.resume, folder).with_timeout(options.timeout)
+        selfcheck.refuse(run)
+        if run.plan.search is not None:
+            raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
+        fingerprints = check(run.plan.tasks)
+        if options.dry_run:
+            return show_plan(execution.missing(run, fingerprints=fingerprints), past)
+    else:
+        suite = build_suite(options)
+        tasks = expand(suite)
+        fingerprints = check(tasks)
+        if options.dry_run:
+            return show_plan(interleaved(tasks), past)
+        runs.check_writable(folder)
+        run = runs.create(suite, folder, argv)
+    return _measure(run, past, fingerprints)
+
+
+def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) -> int:
+    """Execute a run, print its tables, and return the exit code."""
+    start = time.monotonic()
+    resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
+    try:
+        with stoppable(resume):
+            records = execution.execute(run, past=past, fingerprints=fingerprints)
+    except (Stopped, OutputError):
+        _print_tables([*runs.latest(run.records()).values()])
+        raise
+    _print_tables(records)
+    took = format_duration(time.monotonic() - start)
+    broken = [record for record in records if not record.finished]
+    skipped = len(run.plan.tasks) - len(records)
+    more = f" ({skipped} more were not needed)" if skipped else ""
+    cells = plural(len(records), "cell")
+    print(f"{cells} in {took}{more}; records and logs are in {shown(run.folder)}")
+    if broken:
+        print(f"{len(broken)} did not finish; to try them again: {resume}")
+    if disturbed := [record for record in records if not record.valid]:
+        them = "it" if len(disturbed) == 1 else "them"
+        print(f"{len(disturbed)} disturbed; to measure {them} again: {resume}")
+    return 1 if broken else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableOptions:
+    """Options of `bench table`."""
+
+    source: Annotated[
+        tuple[str, ...], tyro.conf.Positional, arg(metavar="[RUN|FILE.jsonl ...]")
+    ] = ()
+    """Runs (id or folder) or record files; when none is given, the newest run but self-checks."""
+    sort: Annotated[str | None, arg(metavar="COLUMN")] = None
+    """Column to sort by, best first: model, top1, params, train, memory, vs_fp32, ..."""
+    filter: Annotated[str | None, arg(metavar="COLUMN=VALUE[,...]")] = None
+    """Rows to show, e.g. precision=bf16,model=resnet18."""
+    format: Literal["terminal", "markdown", "csv"] = "terminal"
+    """How to print the tables."""
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Where runs are kept."""
+
+
+def run_table(argv: list[str]) -> int:
+    """`bench table`."""
+    options = parse(
+        TableOptions,
+        argv,
+        prog="bench table",
+        description="Print the tables of runs or record files.",
+        example="bench table --sort train --filter precision=bf16 --format markdown",
+    )
+    records = _named_records(options.source, runs_folder(options.runs_dir))
+    if not records:
+        raise UserError("records: none yet; bench run --resume RUN measures what is missing")
+    text = _render(records, options.format, sys.stdout.isatty(), options.sort, options.filter)
+    print(text, end="")
+    return 0
+
+
+def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
+    """The records of runs and files, of the newest run if none is named; not of a self-check."""
+    if not names:
+        return runs.newest(folder, but=(selfcheck.SUITE,)).records()
+    records: list[Record] = []
+    for name in names:
+        path = user_path(name, "records")
+        if name.endswith(".jsonl") or is_file(path, "records"):
+            found = read_records(path)
+            if not found:
+                raise UserError(f"records: {name}: no whole record in it; give another file")
+            selfcheck.refuse_records(found, name)
+        else:
+            run = runs.find(name, folder)
+            selfcheck.refuse(run)
+            found = run.records()
+        records += found
+    return records
+
+
+def _print_tables(records: Sequence[Record]) -> None:
+    """For the terminal; nothing if there are no records."""
+    if records:
+        print(_render(records, "terminal", sys.stdout.isatty()))
+
+
+def _render(
+    records: Sequence[Record],
+    form: Literal["terminal", "markdown", "csv"],
+    color: bool,
+    sort: str | None = None,
+    chosen: str | None = None,
+) -> str:
+    from bench import columns, frontier, rows, selection, table
+
+    lines = rows.rows(records)
+    if chosen is not None:
+        lines = selection.filter_rows(lines, selection.parse_filter(chosen))
+    if sort is not None:
+        lines = selection.sort_rows(lines, sort)
+    if form == "csv":
+        return table.render_csv(lines)
+    markdown = form == "markdown"
+    render = table.render_markdown if markdown else partial(table.render_terminal, color=color)
+    probes = [record for record in records if record.suite == frontier.SUITE]
+    if not probes or chosen is not None or sort is not None:
+        return render(lines)
+    return f"{render(lines)}\n{render(frontier.frontier(probes), columns.frontier_columns)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveOptions:
+    """Options of `bench save`."""
+
+    run: tyro.conf.Positional[Annotated[str, arg(metavar="RUN")]]
+    """The run's id or its folder."""
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Where runs are kept."""
+    results_dir: Annotated[str, arg(metavar="DIR")] = "results"
+    """Where results are kept."""
+
+
+def run_save(argv: list[str]) -> int:
+    """`bench save`."""
+    options = parse(
+        SaveOptions,
+        argv,
+        prog="bench save",
+        description="Put a run's records and tables under results/<hardware>/.",
+        example="bench save 20260101-120000-quick-1f0c",
+    )
+    from bench.save import save, uncommitted
+
+    run = runs.find(options.run, runs_folder(options.runs_dir))
+    selfcheck.refuse(run)
+    tell = partial(complain, "bench")
+    for path in save(run, user_path(options.results_dir, "results-dir"), tell):
+        print(shown(path))
+    if note := uncommitted(runs.latest(run.records()).values()):
+        complain("bench", note)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfcheckOptions:
+    """Options of `bench selfcheck`."""
+
+    max_rounds: Annotated[int, arg(metavar="N")] = selfcheck.MAX_ROUNDS
+    """Rounds of fresh processes after which it ends anyway; 6 at least."""
+    runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
+    """Where runs are kept."""
+
+    def __post_init__(self) -> None:
+        least = selfcheck.MIN_ROUNDS
+        require(self.max_rounds >= least, "max-rounds", self.max_rounds, f"give {least} or more")
+
+
+def run_selfcheck(argv: list[str]) -> int:
+    """`bench selfcheck`."""
+    options = parse(
+        SelfcheckOptions,
+        argv,
+        prog="bench selfcheck",
+        description="Show that costs of known size and a wrong number format are seen.",
+        example="bench selfcheck",
+    )
+    folder = runs_folder(options.runs_dir)
+    runs.check_writable(folder)
+    run = runs.create(selfcheck.suite(options.max_rounds), folder, argv)
+    with stoppable():
+        findings = selfcheck.execute(run)
+    print(selfcheck.render(findings, color=sys.stdout.isatty()), end="")
+    print(f"records and logs are in {shown(run.folder)}")
+    return 0 if all(each.verdict == "seen" for each in findings) else 1
+
+
+COMMANDS = {
+    "list": Command(help="list the suites and their cost", run=run_list),
+    "run": Command(help="measure a suite or single cells", run=run_run),
+    "frontier": Command(help="search the largest batch that fits", run=run_frontier),
+    "table": Command(help="print tables of records", run=run_table),
+    "save": Command(help="put a run's records under results/", run=run_save),
+    "selfcheck": Command(help="show that known costs are seen", run=run_selfcheck),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that is named; returns the exit code."""
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", TornLineWarning)
+        warnings.showwarning = lambda message, *_: notes.append(f"note: {message}")
+        code = run_program("bench", SUMMARY, COMMANDS, argv)
+    if code != UserError.exit_code:  # which has one line on stderr and no other
+        for note in notes:
+            complain("bench", note)
+    return code
