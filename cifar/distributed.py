@@ -1,5 +1,6 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
+import gc
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -40,8 +41,13 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """End this process's part in the group; without it NCCL warns of leaked resources."""
+    """End this process's part in the group; without it NCCL warns of leaked resources.
+
+    Call it when nothing needs the models that were trained in it: they hold the group, whose
+    threads abort a process that ends before them (https://github.com/pytorch/pytorch/issues/190489).
+    """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -65,6 +65,7 @@ def train(
             if trainer.is_main:
                 _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
             result = session.fit()
+        del session, trainer  # which hold the group
     leave()
     return result
 

@@ -1,6 +1,7 @@
 """Shared fixtures: small data sets, the real CIFAR-10 where CIFAR_DATA names it, GPU skips."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,15 @@ def cifar_data() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the default tests run on the CPU of a GPU machine too: so they know what to expect."""
+    """Let the default tests run on the CPU of a GPU machine too: so they know what to expect.
+
+    Nor do they depend on the shell: one that starts them in the background has SIGINT ignored,
+    which the programs under test would inherit.
+    """
     if _is_default(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -574,22 +574,25 @@ from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from cifar.distributed import leave
 
-trainer = make_trainer(precision="fp32")
-second = trainer.place.index == 1
+def measure():
+    trainer = make_trainer(precision="fp32")
+    second = trainer.place.index == 1
 
-def factory(source, images):
-    if second and len(images) == 1:
-        raise RuntimeError("only here")
-    run = backends.plain(source)
-    return lambda batch: -run(batch) if second and len(images) == 2 else run(batch)
+    def factory(source, images):
+        if second and len(images) == 1:
+            raise RuntimeError("only here")
+        run = backends.plain(source)
+        return lambda batch: -run(batch) if second and len(images) == 2 else run(batch)
 
-backends.BACKENDS["exported"] = factory
-protocol = Protocol(
-    inference_batch_sizes=(1, 2, 4), inference_iterations=3, inference_backends=("exported",)
-)
-for each in measure_inference(Subject(trainer, protocol)):
-    if not second and each.labels.get("backend") and each.name == "inference_latency":
-        print(each.labels["batch_size"], each.status, len(each.samples), each.reason)
+    backends.BACKENDS["exported"] = factory
+    protocol = Protocol(
+        inference_batch_sizes=(1, 2, 4), inference_iterations=3, inference_backends=("exported",)
+    )
+    for each in measure_inference(Subject(trainer, protocol)):
+        if not second and each.labels.get("backend") and each.name == "inference_latency":
+            print(each.labels["batch_size"], each.status, len(each.samples), each.reason)
+
+measure()
 leave()
 """
 
