@@ -52,7 +52,8 @@ def read_train_options(argv: list[str]) -> TrainOptions:
         stored = run_folder.read_config(user_path(resume, "resume"))
         start = TrainOptions(train=stored.train, run=stored.run)
     else:
-        train = get_config(_value_of("--recipe", argv) or "default")
+        name = _value_of("--recipe", argv)
+        train = get_config("default" if name is None else name)
         if _value_of("--model", argv) is not None:  # what was for the recipe's own does not fit
             train = dataclasses.replace(train, model=ModelConfig(dropout=train.model.dropout))
         start = TrainOptions(train=train, run=RunConfig())

@@ -34,6 +34,7 @@ LONG = "x" * 300
         (("train", "--speed", "9"), r"--speed"),
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
+        (("train", "--recipe", ""), r"recipe: '': choose one of default"),
         (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
         (("train", "--data", "cifar10:"), r"data: 'cifar10:': no path after the colon; write"),
         (("train", "--data", "shapes:"), r"data: 'shapes:': no path after the colon; write"),
