@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import difflib
 import errno
 import io
 import itertools
@@ -59,24 +60,36 @@ def parse(
     Raises:
         ConfigError: an unknown option or a bad value, in one line.
     """
+
+    def read(words: Sequence[str]) -> T:
+        options: T = tyro.cli(
+            cls,
+            prog=prog,
+            description=f"{description}\n\nexample:\n  {example}",
+            args=list(words),
+            default=tyro.MISSING_NONPROP if default is None else cast(Any, default),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        return options
+
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            options: T = tyro.cli(
-                cls,
-                prog=prog,
-                description=f"{description}\n\nexample:\n  {example}",
-                args=list(argv),
-                default=tyro.MISSING_NONPROP if default is None else cast(Any, default),
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            return read(argv)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = _own_words(stop) or _one_line(errors.getvalue(), argv)
+        text = _own_words(stop) or _one_line(errors.getvalue(), argv, lambda: _options(read))
         more = "" if "--help" in text else f" (see {prog} --help)"
         raise ConfigError(text + more) from None
-    return options
+
+
+def _options(read: Callable[[Sequence[str]], object]) -> list[str]:
+    """All that a command takes, `--name`, as its help lists them."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        read(["--help"])
+    return re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", shown.getvalue())
 
 
 def _own_words(stop: SystemExit) -> str:
@@ -87,30 +100,36 @@ def _own_words(stop: SystemExit) -> str:
     return "" if error is None else str(error)
 
 
-def _one_line(box: str, argv: Sequence[str]) -> str:
+def _one_line(box: str, argv: Sequence[str], options: Callable[[], list[str]]) -> str:
     """tyro's framed message as one line: the text between its first rules."""
     lines = [line.strip(_FRAME) for line in box.splitlines()[1:]]
     parts = [list(part) for ruled, part in itertools.groupby(lines, _is_rule) if not ruled]
     message = parts[0] if parts else []
     text = " ".join(message).removeprefix("Error parsing ")
     if unknown := re.fullmatch(r"Unrecognized options: (.*?)(?:, .*)?", text):
-        return _unknown(unknown[1], argv, " ".join(itertools.chain(*parts[1:])))
+        return _unknown(unknown[1], argv, options)
     for pattern, phrase in _PHRASES:
         text = re.sub(pattern, phrase, text)
     return text
 
 
-def _unknown(word: str, argv: Sequence[str], more: str) -> str:
-    """What to say of a word that is no option, nor a value of one; `more` is tyro's advice."""
+def _unknown(word: str, argv: Sequence[str], options: Callable[[], list[str]]) -> str:
+    """What to say of a word that is no option, nor a value of one."""
     flag = next((each.partition("=")[0] for each in argv if each.endswith(f"={word}")), None)
     if flag is not None and not word.startswith("-"):
         return f"{flag.lstrip('-')}: {word!r}: takes no value; leave that out"
     if not word.startswith("-"):
         return f"{word!r}: belongs to no option; leave it out, or name its option before it"
-    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", more)
-    return f"{word}: no such option" + (
-        f"; did you mean {meant[1]}?" if meant else "; leave it out"
-    )
+    meant = _closest(word, options())
+    return f"{word}: no such option" + (f"; did you mean {meant}?" if meant else "; leave it out")
+
+
+def _closest(word: str, options: Sequence[str]) -> str | None:
+    """The option that is spelt most like a word, whatever its hyphens and capitals."""
+    letters = {re.sub("[-_]", "", option): option for option in options}
+    wanted = re.sub("[-_]", "", word.partition("=")[0]).lower()
+    found = difflib.get_close_matches(wanted, letters, n=1)
+    return letters[found[0]] if found else None
 
 
 def _is_of_type(match: re.Match[str]) -> str:

@@ -7,6 +7,7 @@ starts. Nothing here imports torch.
 import contextlib
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -159,7 +160,8 @@ def ensure_environment() -> None:
 
     The new program takes this one's place (exec), so its process id, pipes and a launcher's rank
     variables stay. Call it first thing in a program, before torch is imported. Systems other than
-    Linux, whose C libraries have no such settings, are left as they are.
+    Linux, whose C libraries have no such settings, are left as they are. Ctrl-C waits until the new
+    program is here again, where it is taken care of.
 
     Raises:
         ConfigError: a launcher's `LOCAL_WORLD_SIZE`, or the number of threads, is no number.
@@ -167,9 +169,12 @@ def ensure_environment() -> None:
     environment = worker_environment(local_world_size(os.environ), os.environ)
     settled = MALLOC.keys() <= os.environ.keys() or _RESTARTED in os.environ
     if settled or sys.platform != "linux":
+        if _RESTARTED in os.environ:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return
     assert "torch" not in sys.modules, "OpenMP has read its settings already"
     sys.stdout.flush()
     sys.stderr.flush()
     argv = [sys.executable, *sys.orig_argv[1:]]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # stays with the new program
     os.execve(sys.executable, argv, {**environment, _RESTARTED: "1"})  # noqa: S606

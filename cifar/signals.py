@@ -1,12 +1,14 @@
 """Signals as a wish to stop: the first is noted, a second one stops the process at once."""
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from cifar.ranks import world_size
 
@@ -36,12 +38,15 @@ def echo_seconds(environ: Mapping[str, str]) -> float:
 class StopSignals:
     """While entered, `received` is the number of the first stopping signal, else 0.
 
-    Python runs handlers on the main thread, and not while that sits in C, as in a collective call
-    whose peer is gone. So a thread counts the signals, by what the handler in C writes to a pipe.
+    A second one ends the process at once, with a line on stderr that says so and `remedy`, or with
+    none if that is empty. Python runs handlers on the main thread, and not while that sits in C, as
+    in a collective call whose peer is gone. So a thread counts the signals, by what the handler in
+    C writes to a pipe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remedy: str = "") -> None:
         self.received = 0
+        self._remedy = remedy
         self._echo_seconds = echo_seconds(os.environ)
         self._before: dict[signal.Signals, Any] = {}
         self._pipe = (-1, -1)
@@ -81,4 +86,11 @@ class StopSignals:
             if first is None:
                 first = time.monotonic()
             elif time.monotonic() - first >= self._echo_seconds:
-                os._exit(128 + number)
+                self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        if self._remedy:
+            text = f"stopped at once by signal {number}, without saving; {self._remedy}\n"
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), text.encode())
+        os._exit(128 + number)

@@ -132,5 +132,6 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     value = None
     for word, following in itertools.zip_longest(argv, argv[1:]):
         if _name_of(word) == option:
-            value = word.partition("=")[2] if "=" in word else following
+            after = None if (following or "").startswith("--") else following
+            value = word.partition("=")[2] if "=" in word else after
     return value

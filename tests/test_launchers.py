@@ -226,6 +226,32 @@ def test_a_program_started_by_hand_restarts_itself_once(tmp_path, monkeypatch):
     assert done.stdout.count("start") == 1
 
 
+INTERRUPTED = """
+import os, signal, sys
+from cifar import process
+execve = os.execve
+def interrupted(*words):
+    os.kill(os.getpid(), signal.SIGINT)
+    execve(*words)
+os.execve = interrupted
+try:
+    process.ensure_environment()
+except KeyboardInterrupt:
+    print("restarted" if process._RESTARTED in os.environ else "at once")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the malloc settings are glibc's")
+def test_ctrl_c_waits_until_a_program_has_restarted_itself(tmp_path):
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    bare = {k: v for k, v in os.environ.items() if k not in process.MALLOC}
+    bare |= {"PYTHONPATH": f"{tmp_path}:{FAKE.parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "program"], env=bare, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("restarted\n", "")
+
+
 # --- What becomes of workers ---
 
 

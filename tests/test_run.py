@@ -693,7 +693,7 @@ def test_weights_that_break_in_an_epochs_last_step_are_neither_reported_nor_save
 SECOND_SIGNAL = """
 import os, signal, time
 from cifar.signals import ECHO_SECONDS, StopSignals
-with StopSignals() as signals:
+with StopSignals("go on") as signals:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     assert signals.received == signal.SIGINT
@@ -708,14 +708,18 @@ with StopSignals() as signals:
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RUN_ID", "WORLD_SIZE"])
 def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not(name: str) -> None:
     process = start("-c", SECOND_SIGNAL, module=False, environment={name: "2"})
-    assert finish(process, seconds=50) == (143, "alive\n", "")
+    told = "stopped at once by signal 15, without saving; go on\n"
+    assert finish(process, seconds=50) == (143, "alive\n", told)
 
 
 def test_what_timeout_sends_twice_is_one_signal_and_a_hand_s_second_one_is_not() -> None:
     """It signals its child, and then the group that the child is in."""
-    assert finish(start("-c", SECOND_SIGNAL, module=False), seconds=50) == (143, "alive\n", "")
+    told = "stopped at once by signal {}, without saving; go on\n"
+    found = finish(start("-c", SECOND_SIGNAL, module=False), seconds=50)
+    assert found == (143, "alive\n", told.format(15))
     by_hand = SECOND_SIGNAL.replace("    os.kill", "    time.sleep(0.3)\n    os.kill")
-    assert finish(start("-c", by_hand, module=False), seconds=50) == (130, "", "")
+    found = finish(start("-c", by_hand, module=False), seconds=50)
+    assert found == (130, "", told.format(2))
     assert echo_seconds({"WORLD_SIZE": "1"}) == REPEAT_SECONDS
 
 
