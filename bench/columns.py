@@ -5,18 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.rows import Row
+from cifar.comparison import HEADINGS, inference_heading, mebibytes, millions, places
 
 DASH = "\N{EN DASH}"
 """Not measured, or nothing to compare with."""
-
-
-def _places(value: float) -> int:
-    """Behind the point, for three significant digits and all those before the point."""
-    return next((places for places, least in ((0, 100), (1, 10), (2, 1)) if value >= least), 3)
-
-
-def _mebibytes(value: float) -> str:
-    return f"{value / 2**20:,.0f}"
 
 
 Show = Callable[[Row], str]
@@ -32,14 +24,14 @@ def _number(key: str, show: Callable[[float], str]) -> Show:
     return cell
 
 
-def _speed(key: str, *, scale: float = 1.0, unit: str = "", places: int | None = None) -> Show:
+def _speed(key: str, *, scale: float = 1.0, unit: str = "", fixed: int | None = None) -> Show:
     """A number, with the interval of its median if it has one: `412 [405, 418]`."""
 
     def cell(row: Row) -> str:
         value = row.get(key)
         if not isinstance(value, (int, float)):
             return _number(key, str)(row)
-        behind = _places(scale * value) if places is None else places
+        behind = places(scale * value) if fixed is None else fixed
         text = f"{scale * value:,.{behind}f}{unit}"
         low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
         if isinstance(low, float) and isinstance(high, float):
@@ -84,10 +76,10 @@ class Column:
 
 
 IDENTITY = (
-    ("model", "Model", "{}"),
+    ("model", HEADINGS["model"], "{}"),
     ("layout", "Layout", "{}"),
     ("compile", "Compile", "{}"),
-    ("batch_size", "Batch", "batch {}"),
+    ("batch_size", HEADINGS["batch_size"], "batch {}"),
     ("num_processes", "Procs", "{} process(es)"),
     ("launcher", "Launcher", "{}"),
     ("accumulation_steps", "Accum.", "{} accumulation step(s)"),
@@ -103,22 +95,18 @@ IDENTITY = (
 ALWAYS = ("model", "batch_size")
 
 SIZES = (
-    Column(heading="Top-1 (%)", show=_top1),
+    Column(heading=HEADINGS["top1"], show=_top1),
     Column(
-        heading="Size (MiB)",
-        show=_number("checkpoint_bytes", lambda value: f"{value / 2**20:,.2f}"),
+        heading=HEADINGS["checkpoint_bytes"],
+        show=_number("checkpoint_bytes", lambda value: mebibytes(value, 2)),
     ),
-    Column(heading="Params (M)", show=_number("param_count", lambda value: f"{value / 1e6:,.2f}")),
+    Column(heading=HEADINGS["param_count"], show=_number("param_count", millions)),
 )
 
-SPEEDS = (
-    Column(heading="Train (images/s)", show=_speed("train_throughput")),
-    Column(
-        heading="Peak memory (MiB)",
-        show=_number("peak_memory_bytes", _mebibytes),
-    ),
-    Column(heading="vs fp32", show=_speed("vs_fp32", unit="x", places=2)),
-)
+RATE = Column(heading=HEADINGS["train_throughput"], show=_speed("train_throughput"))
+TRAINING = Column(heading=HEADINGS["training_seconds"], show=_speed("training_seconds"))
+MEMORY = Column(heading=HEADINGS["peak_memory_bytes"], show=_number("peak_memory_bytes", mebibytes))
+RATIO = Column(heading="vs fp32", show=_speed("vs_fp32", unit="x", fixed=2))
 
 
 def distinct(table: Sequence[Row], key: str) -> list[str]:
@@ -144,31 +132,49 @@ def _status_columns(table: Sequence[Row]) -> list[Column]:
     return [Column(heading="Status", show=_status, numeric=False)] if broken else []
 
 
+PUBLISHED = (
+    Column(
+        heading="Published top-1 (%)",
+        show=_number("published_top1", lambda value: f"{100 * value:.2f}"),
+    ),
+    Column(
+        heading="Published (MiB)",
+        show=_number("published_checkpoint_bytes", lambda value: mebibytes(value, 2)),
+    ),
+    Column(
+        heading="Published (ms/sample)",
+        show=_speed("published_inference_latency", scale=1000),
+    ),
+)
+"""What the project says that a recipe is made after, see `bench.published`."""
+
+
 def result_columns(table: Sequence[Row]) -> list[Column]:
     """The columns of rows of `bench.rows.rows`."""
     keys = {key for row in table for key in row}
     sizes = sorted(int(key[19:]) for key in keys if re.fullmatch(r"inference_latency_b\d+", key))
     inference = [
         Column(
-            heading=f"Inference b{size} (ms/sample)",
+            heading=inference_heading(size),
             show=_speed(f"inference_latency_b{size}", scale=1000),
         )
         for size in sizes
     ]
     identity, status = _identity_columns(table, ALWAYS), _status_columns(table)
-    return [*identity, *SIZES, *inference, *SPEEDS, *status]
+    training = [TRAINING] if "training_seconds" in keys else []
+    published = PUBLISHED if "published_top1" in keys else ()
+    return [*identity, *SIZES, *published, *inference, RATE, *training, MEMORY, RATIO, *status]
 
 
 def frontier_columns(table: Sequence[Row]) -> list[Column]:
     """The columns of rows of `bench.frontier.frontier`."""
-    rate, memory, _ = SPEEDS
     return [
         *_identity_columns(table, ("model",)),
-        Column(heading="Memory limit (MiB)", show=_number("memory_limit", _mebibytes)),
+        Column(heading="Memory limit (MiB)", show=_number("memory_limit", mebibytes)),
         Column(heading="Largest batch", show=_text("largest_batch")),
         Column(heading="Smallest out of memory", show=_text("smallest_oom")),
-        memory,
-        rate,
+        MEMORY,
+        RATE,
         Column(heading="Probes", show=_text("probes")),
         *_status_columns(table),
     ]

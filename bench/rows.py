@@ -8,8 +8,9 @@ and seed share a row; runs on other hardware, software, code or data never do.
 import functools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+from bench.published import PUBLISHED
 from bench.record import DataFacts, Environment, Measurement, Record
 from bench.spec import Cell
 from bench.stats import (
@@ -234,6 +235,7 @@ def _what(record: Record) -> Row:
         "data": train.data.source,
         "recipe": train.recipe.name,
         "train_samples": record.protocol.train_samples,
+        **_published(train.recipe.name),
         "torch": environment.torch if environment else None,
         "code": environment.code_digest[:8] if environment else None,
         "cell": _cell_key(cell, cell.precision),
@@ -244,6 +246,12 @@ def _what(record: Record) -> Row:
         "source": _source(environment) if environment else None,
         "data_set": data_set_text(data) if data else None,
     }
+
+
+def _published(recipe: str) -> Row:
+    """The figures of the project that a recipe is made after, where there is one."""
+    figures = PUBLISHED.get(recipe)
+    return {f"published_{name}": each for name, each in asdict(figures).items()} if figures else {}
 
 
 def _machine(environment: Environment) -> str:

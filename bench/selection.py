@@ -27,6 +27,7 @@ LARGE = (
     "model_flops_utilization",
     "output_agreement",
     "peak_flops",
+    "published_top1",
     "top1",
     "top5",
     "train_throughput",

@@ -10,7 +10,7 @@ from bench.stats import FEWEST
 from cifar.config import TrainConfig, require
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
-from cifar.recipes import get_recipe
+from cifar.recipes import get_config, get_recipe
 
 P99_BATCHES = 100
 """As many as a 99th percentile needs (`bench.stats.resolves`); large batches on a CPU take too long
@@ -169,8 +169,46 @@ def anatomy() -> Suite:
     )
 
 
+REFERENCE = (
+    *("resnet18-jitter", "resnet18-muon"),
+    *("resnet50-small", "resnet34-small", "resnet26-small", "resnet34-muon-small"),
+    *("resnet9-one-cycle", "resnet9-muon"),
+)
+"""Recipes after published small projects, each group with one of ours that is to beat it."""
+
+
+def reference() -> Suite:
+    """Published small projects and our better recipes, each at its full budget and three seeds.
+
+    The table has the published figures beside what was found, see `bench.published`. Cost: 24 cells
+    of 1 to 15 million images; by arithmetic two to three hours on one H100 and weeks on two CPU
+    cores, where `bench run reference --train-samples 5000 --seeds 1` tells whether all of it runs.
+    """
+    return Suite(
+        name="reference",
+        description="four published small projects and our better recipes, full budget, 3 seeds",
+        plans=tuple(map(_full_budget, REFERENCE)),
+    )
+
+
+def _full_budget(recipe: str) -> Plan:
+    """A recipe's own configuration on CIFAR-10 for all of its epochs."""
+    config = replace(get_config(recipe), data=DataConfig(source="cifar10"))
+    train = replace(config, precision=config.precision or "fp32")
+    size = train.recipe.global_batch_size
+    images = 50_000 - round(50_000 * train.recipe.validation)
+    protocol = Protocol(
+        train_samples=train.recipe.epochs * (images // size) * size,
+        inference_iterations=P99_BATCHES,
+        inference_seconds=30.0,
+        timeout=24 * 3600.0,
+    )
+    return Plan(protocol=protocol, cells=seeded((Cell(train=train),), 3))
+
+
 SUITES: dict[str, Callable[[], Suite]] = {
-    suite.__name__: suite for suite in (quick, depths, precisions, accuracy, latency, anatomy)
+    suite.__name__: suite
+    for suite in (quick, depths, precisions, accuracy, latency, anatomy, reference)
 }
 
 

@@ -1,8 +1,11 @@
-"""Running out of memory, told in one line instead of a traceback. No torch in here."""
+"""A process's memory on the host: its peak, and running out of it told in one line. No torch."""
 
 import contextlib
 import re
+import resource
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from cifar.config import TrainConfig
 from cifar.errors import OutOfMemoryError
@@ -44,3 +47,21 @@ def explained_training(config: TrainConfig) -> contextlib.AbstractContextManager
         f"model {config.model.label} with batch size {config.recipe.global_batch_size}",
         "choose a smaller --width or -b, or more --accumulation",
     )
+
+
+def reset_peak_resident() -> bool:
+    """Start the high-water mark of this process's resident set anew; whether that could be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not on this system, or forbidden: the mark then stands
+        return False
+    return True
+
+
+def peak_resident() -> int:
+    """The high-water mark of this process's resident set in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,16 +5,22 @@ All processes call these together, for evaluation is shared among them.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cifar import report
 from cifar.checkpoint import ModelCard, Tensors
+from cifar.comparison import Comparison
+from cifar.device_memory import peak_memory
 from cifar.errors import TrainingError
 from cifar.evaluation import Evaluation
+from cifar.latency import latency
 from cifar.predictions import Predictions
+from cifar.scoring import load_network
 from cifar.selection import Selection
 from cifar.trainer import Trainer
 from cifar.training_state import card_of
@@ -127,3 +133,32 @@ class Outcome:
             classes=trainer.dataset.classes,
             what=what,
         )
+
+    def compare(self, final: Path, metrics: Sequence[Mapping[str, Any]]) -> Comparison:
+        """The run in a line: its scores, and what its weights in `final` cost, in this process."""
+        assert self._scored is not None, "an epoch has ended"
+        trainer, config = self._trainer, self._trainer.config
+        assert config.precision is not None, "a trainer has resolved it"
+        peak = peak_memory(trainer.device)
+        network = load_network(final, precision=config.precision, device=trainer.device)
+        found = {}
+        for size in INFERENCE_BATCH_SIZES:
+            samples = torch.arange(size, device=trainer.device) % len(trainer.test_images)
+            found[size] = latency(network.logits, trainer.test_images.batch(samples).images)
+        return Comparison(
+            model=trainer.model_config.label,
+            precision=config.precision,
+            batch_size=config.recipe.global_batch_size,
+            num_processes=trainer.place.count,
+            top1=self._scored[0].top1,
+            checkpoint_bytes=network.file.stat().st_size,
+            param_count=sum(each.numel() for each in network.module.parameters()),
+            inference_latency=found,
+            train_throughput=statistics.median(line["train_images_per_s"] for line in metrics),
+            training_seconds=math.fsum(line["train_seconds"] for line in metrics),
+            peak_memory_bytes=peak,
+        )
+
+
+INFERENCE_BATCH_SIZES = (1, 64)
+"""Of a run's own comparison; see `cifar.latency`."""

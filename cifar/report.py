@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar import figures
+from cifar.comparison import Comparison
 from cifar.config import ModelConfig
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomic
@@ -36,6 +37,14 @@ def training_files(
         "curves.png": figures.curves(metrics, what),
         "layers.csv": _table(summary.to_rows()),
         "layers.png": figures.text_page(summary_text(summary)),
+    }
+
+
+def comparison_files(comparison: Comparison) -> Files:
+    """The run as a row of the suite's table."""
+    return {
+        "comparison.csv": comparison.to_csv().encode(),
+        "comparison.md": comparison.to_markdown().encode(),
     }
 
 

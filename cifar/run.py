@@ -17,6 +17,7 @@ from cifar.accelerator import shortfall_of
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
+from cifar.device_memory import reset_peak_memory
 from cifar.distributed import barrier, broadcast_from_first, leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
@@ -52,11 +53,33 @@ def train(
         TrainingError: training went wrong, or there is too little memory.
         Stopped: by a signal, after saving.
     """
+    try:
+        result = _train(
+            config, run, folder, resume=resume, compute_loss=compute_loss, update=update
+        )
+    except Stopped as error:
+        error.__traceback__ = None  # whose frames hold the model, and so the process group
+        leave()
+        raise
+    leave()
+    return result
+
+
+def _train(
+    config: TrainConfig,
+    run: RunConfig,
+    folder: Path | None,
+    *,
+    resume: bool,
+    compute_loss: ComputeLoss | None,
+    update: Update | None,
+) -> Evaluation:
     with explained_training(config):
         dataset = load_dataset(config.data)
         trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
         # Until here a signal ends the process, there is nothing to save.
-        with StopSignals() as signals:
+        remedy = _resume_command(folder) if trainer.is_main else ""
+        with StopSignals(remedy) as signals:
             session = Session(trainer, folder, signals)
             if resume:
                 session.resume()
@@ -64,10 +87,12 @@ def train(
                 run_folder.write_config(session.folder, trainer.config, run)
             if trainer.is_main:
                 _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
-            result = session.fit()
-        del session, trainer  # which hold the group
-    leave()
-    return result
+            return session.fit()
+
+
+def _resume_command(folder: Path | None) -> str:
+    """What to do about a run that was stopped; nothing where that is not known."""
+    return f"continue with: cifar train --resume {shlex.quote(str(folder))}" if folder else ""
 
 
 def _tell_of_speed(trainer: Trainer) -> None:
@@ -143,6 +168,7 @@ class Session:
             progress.say(self._headline())
             progress.start_at(trainer.step)
             self._since = time.monotonic()
+            reset_peak_memory(trainer.device)
             if trainer.step and self._epoch_is_over():  # its checkpoint precedes its evaluation
                 self._end_epoch()
             while not self._outcome.is_over:
@@ -186,10 +212,9 @@ class Session:
     def _stop(self, signal: int) -> None:
         """Leave together with all processes, which have agreed on it and saved."""
         barrier()  # a launcher ends the others as soon as one is gone, also while it writes
-        leave()
-        command = f"cifar train --resume {shlex.quote(str(self.root))}"
-        where = f"; continue with: {command}" if self.root else ""
-        raise Stopped(signal, f"stopped by signal {signal} after step {self.trainer.step}{where}")
+        told = [f"stopped by signal {signal} after step {self.trainer.step}"]
+        told += [command] if (command := _resume_command(self.root)) else []
+        raise Stopped(signal, "; ".join(told))
 
     def _stop_if_asked(self) -> None:
         if stop := self.trainer.check(self._signals.received):
@@ -258,7 +283,9 @@ class Session:
         self._write_final()
         self._stop_if_asked()
         if self.folder and self.trainer.run.report:
-            files = self._outcome.report(run_folder.read_metrics(self.folder))
+            metrics = run_folder.read_metrics(self.folder)
+            compared = self._outcome.compare(self.folder / "final", metrics)
+            files = {**self._outcome.report(metrics), **report.comparison_files(compared)}
             with _writing(self.folder / "report"):
                 report.write_files(self.folder / "report", files)
         barrier()

@@ -22,16 +22,16 @@ FREE_NAMES = """
     bench bench.__main__ bench.columns bench.commands bench.console bench.counters bench.estimate
     bench.execution bench.failure bench.frontier bench.frontier_command bench.job bench.judge
     bench.launchers bench.nvml bench.options bench.present bench.probes bench.progress
-    bench.protocol bench.record bench.record_file bench.repeats bench.rows bench.runs bench.save
-    bench.search bench.selection bench.selfcheck bench.spec bench.stats bench.suites bench.table
-    bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
-    cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.model
-    cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
-    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
-    cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
-    cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
-    cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
-    cifar.signals cifar.train_options launch
+    bench.protocol bench.published bench.record bench.record_file bench.repeats bench.rows
+    bench.runs bench.save bench.search bench.selection bench.selfcheck bench.spec bench.stats
+    bench.suites bench.table bench.unfinished bench.validity cifar cifar.__main__
+    cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers cifar.config
+    cifar.config.checks cifar.config.model cifar.config.precision cifar.config.recipe
+    cifar.config.train cifar.cost cifar.data cifar.data.arrays cifar.data.config cifar.data.dataset
+    cifar.data.division cifar.data.download cifar.data.folder cifar.data.shapes cifar.data.sources
+    cifar.data.test_set cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
+    cifar.files cifar.memory cifar.predictions cifar.process cifar.progress cifar.ranks
+    cifar.recipes cifar.run_folder cifar.serialize cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -40,10 +40,11 @@ TORCH_NAMES = """
     bench.measure.monitor bench.measure.outcome bench.measure.pipeline bench.measure.subject
     bench.measure.training bench.measure.utilization bench.observe bench.worker cifar.accelerator
     cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
-    cifar.data.mixing cifar.data.operations cifar.data.policies cifar.distributed cifar.emulation
-    cifar.evaluation cifar.losses cifar.meter cifar.models cifar.models.resnet cifar.models.resnet9
-    cifar.models.summary cifar.muon cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring
-    cifar.selection cifar.trainer cifar.training_state cifar.updates
+    cifar.data.mixing cifar.data.operations cifar.data.policies cifar.device_memory
+    cifar.distributed cifar.emulation cifar.evaluation cifar.latency cifar.losses cifar.meter
+    cifar.models cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.muon
+    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.trainer
+    cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -63,6 +64,8 @@ CHAINS = (
     "cifar.data.dataset cifar.data.loader cifar.trainer cifar.training_state cifar.outcome "
     "cifar.run",
     "cifar.predictions cifar.figures cifar.report cifar.outcome",
+    "cifar.comparison bench.columns",
+    "cifar.comparison cifar.report cifar.outcome",
     "cifar.optim cifar.trainer",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",

@@ -16,10 +16,9 @@ from accelerate.state import AcceleratorState
 from bench import measure, worker
 from bench.environment import code_digest, collect
 from bench.job import Job
-from bench.measure import clock, compilation, inference, memory, outcome, training
+from bench.measure import clock, compilation, inference, outcome, training
 from bench.measure.clock import HostClock
 from bench.measure.compilation import break_even, excess, first_steps, measure_compilation
-from bench.measure.memory import reset_peak_memory
 from bench.measure.subject import Subject
 from bench.measure.training import (
     PACE_STEPS,
@@ -34,10 +33,12 @@ from bench.record import Measurement, Record
 from bench.record_file import parse_record
 from bench.spec import CAPTURE_STEPS, Cell, Plan, Suite, Task, expand, grid, warm_up_span
 from bench.unfinished import PENDING, is_unfinished
+from cifar import device_memory, memory
 from cifar.config import RunConfig
 from cifar.data.config import parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
+from cifar.device_memory import reset_peak_memory
 from cifar.errors import ConfigError, UnsupportedError
 from cifar.process import worker_environment
 from cifar.serialize import to_json
@@ -105,6 +106,22 @@ def test_speed_only_cell(npz: Path) -> None:
     assert found["peak_memory_bytes"][0].value > 50 * 2**20
 
 
+def test_the_seconds_of_a_training_hold_all_of_its_steps(npz: Path) -> None:
+    subject = make_subject(make_cell(npz), replace(PROTOCOL, train_samples=20 * 16))
+    before = time.monotonic()
+    found = {each.name: each for each in measure_training(subject)}
+    whole = found["training_seconds"]
+    assert (whole.unit, whole.better, whole.status) == ("s", "lower", "ok")
+    timed = sum(found["train_throughput"].samples[0])
+    steps = found["first_step"].samples[0] + found["warmup_step"].samples[0]
+    assert timed + sum(steps) < whole.value < time.monotonic() - before
+    assert subject.trainer.step == 20
+
+
+def test_speed_alone_has_no_seconds_of_a_training(npz: Path) -> None:
+    assert "training_seconds" not in collect_all(make_subject(make_cell(npz)))
+
+
 def test_the_time_to_the_first_timed_step_counts_from_the_launch(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +175,7 @@ def test_the_peak_of_memory_says_since_when_it_is(
     if not allowed:
         refused = mock.Mock(side_effect=PermissionError)
         monkeypatch.setattr(memory, "Path", lambda _: SimpleNamespace(write_text=refused))
-        monkeypatch.setattr(memory, "_peak_resident", lambda: 2**30)
+        monkeypatch.setattr(device_memory, "peak_resident", lambda: 2**30)
     (peak,) = collect_all(make_subject(make_cell(npz)))["peak_memory_bytes"]
     assert peak.labels["kind"] == kind
 

@@ -26,6 +26,20 @@ def test_a_recipe_brings_its_model_unless_another_is_named(
     assert parameters(*words) == count
 
 
+@pytest.mark.parametrize(
+    ("recipe", "published"),
+    [("resnet50-small", 4_815_794), ("resnet34-small", 4_348_082), ("resnet26-small", 4_196_906)],
+)
+def test_the_small_nets_have_within_a_hundredth_the_published_parameters(
+    recipe: str, published: int
+) -> None:
+    assert parameters("--recipe", recipe) == pytest.approx(published, rel=0.01)
+
+
+def test_our_small_net_keeps_to_the_budget_of_five_million_parameters() -> None:
+    assert 4_900_000 < parameters("--recipe", "resnet34-muon-small") <= 5_000_000
+
+
 def test_a_model_s_width_does_not_stay_behind_when_another_is_named() -> None:
     words = ["--recipe", "resnet50-small"]
     assert read_train_options(words).train.model.label == "resnet50-w29-d0.2"

@@ -22,7 +22,7 @@ PICTURES = {
     *("confusion.png", "classes.png", "calibration.png", "predictions.png"),
 }
 TABLES = {
-    *("metrics.csv", "layers.csv", "scores.json"),
+    *("metrics.csv", "layers.csv", "scores.json", "comparison.csv", "comparison.md"),
     *("confusion.csv", "classes.csv", "calibration.csv", "predictions.csv"),
 }
 
@@ -171,13 +171,23 @@ def test_a_run_reports_on_its_final_weights(npz: Path, tmp_path: Path) -> None:
     predicted = rows_of((folder / "predictions.csv").read_bytes())
     right = sum(row["true"] == row["predicted"] for row in predicted)
     assert right / len(predicted) == pytest.approx(last["test_top1"])
-    assert len(rows_of((folder / "metrics.csv").read_bytes())) == 2
+    epochs = rows_of((folder / "metrics.csv").read_bytes())
+    assert len(epochs) == 2
+    (compared,) = rows_of((folder / "comparison.csv").read_bytes())
+    assert float(compared["top1"]) == last["test_top1"]
+    took = [float(row["train_seconds"]) for row in epochs]
+    assert float(compared["training_seconds"]) == pytest.approx(sum(took))
+    weights = run / "final" / "model.safetensors"
+    assert int(compared["checkpoint_bytes"]) == weights.stat().st_size
+    assert int(compared["peak_memory_bytes"]) > int(compared["checkpoint_bytes"])
+    assert 0 < float(compared["inference_latency_b64"]) < float(compared["inference_latency_b1"])
 
     elsewhere = tmp_path / "elsewhere"
     assert cifar("evaluate", run, "--cpu", "--report", elsewhere) == 0
     evaluated = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
     assert set(evaluated) == (PICTURES | TABLES) - {
-        *("curves.png", "metrics.csv", "layers.png", "layers.csv")
+        *("curves.png", "metrics.csv", "layers.png", "layers.csv"),
+        *("comparison.csv", "comparison.md"),
     }
     assert evaluated["confusion.csv"] == (folder / "confusion.csv").read_bytes()
 

@@ -7,13 +7,15 @@ import pytest
 
 from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds
 from bench.protocol import Protocol
+from bench.published import PUBLISHED
 from bench.record import Environment, Record
 from bench.spec import expand, grid
-from bench.suites import PROCESSES, SUITES, get_suite, override, quick
+from bench.suites import PROCESSES, REFERENCE, SUITES, get_suite, override, quick, reference
 from cifar.config import Recipe
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
 from cifar.progress import format_duration
+from cifar.recipes import get_config
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -266,3 +268,20 @@ def test_one_process_each_needs_no_interval() -> None:
     }
     more = override(get_suite("depths"), repeats=20)
     assert {task.protocol.target_interval for task in expand(more)} == {0.01}
+
+
+def test_reference_trains_every_recipe_for_all_of_its_epochs_at_three_seeds():
+    tasks = expand(reference())
+    assert len(tasks) == 3 * len(REFERENCE)
+    for task in tasks:
+        train, recipe = task.cell.train, task.cell.train.recipe
+        assert replace(train, data=DataConfig(), seed=0, precision=None) == replace(
+            get_config(recipe.name), precision=None
+        )
+        steps = task.protocol.train_samples / recipe.global_batch_size
+        assert steps == recipe.epochs * (50_000 // recipe.global_batch_size)
+    assert {task.cell.train.seed for task in tasks} == {0, 1, 2}
+
+
+def test_every_published_figure_is_of_a_recipe_in_the_suite():
+    assert PUBLISHED.keys() <= set(REFERENCE)

@@ -329,6 +329,23 @@ def test_tables_tell_the_samples_that_were_trained_and_not_the_budget():
         assert f"| {model} | 128 | {trained} |" in text
 
 
+def test_published_figures_stand_beside_ours_where_a_recipe_has_some():
+    def measured(recipe, seconds):
+        found = (*measurements(top1=0.95), scalar("training_seconds", "s", seconds))
+        return make_record(make_cell("resnet18", recipe=recipe), found=found)
+
+    jitter, other = Recipe(name="resnet18-jitter"), Recipe(name="other", lr=0.2)
+    text = render_markdown(rows([measured(jitter, 90.4), measured(other, 1234.5)]))
+    heading, _, jitter, other = [line for line in text.splitlines() if line.startswith("|")]
+    cells = dict(zip(heading.split(" | "), zip(jitter.split(" | "), other.split(" | "))))
+    assert cells["Published top-1 (%)"] == ("94.02", DASH)
+    assert cells["Published (MiB)"] == ("42.70", DASH)
+    assert cells["Published (ms/sample)"] == ("27.7", DASH)
+    assert cells["Training (s)"] == ("90.4", "1,234"), "half of an even digit is rounded down"
+    without = render_markdown(rows([make_record()]))
+    assert "Published" not in without and "Training (s)" not in without
+
+
 def test_vs_fp32_is_the_ratio_to_the_otherwise_equal_row():
     records = [
         make_record(make_cell(precision="bf16"), found=measurements(rate=300.0)),

@@ -11,13 +11,14 @@ import torch
 from bench.job import LAUNCHED
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
-from bench.measure.memory import peak_memory, reset_peak_memory
+from bench.measure.memory import measure_peak
 from bench.measure.monitor import Monitor
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
 from bench.spec import CAPTURE_STEPS, FEWEST_STEPS, OBSERVED_STEPS, least_warm_up, warm_up_span
 from cifar.config import TrainConfig
+from cifar.device_memory import reset_peak_memory
 from cifar.distributed import barrier, least
 from cifar.trainer import Trainer
 from cifar.training_state import set_aside
@@ -42,7 +43,8 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     inside it, and a CPU's run is checked as often as in training. A step's seconds include loading,
     augmenting and normalising its batch. The first
     step holds allocation and compilation, and on a CPU the loading of libraries and the choice of
-    kernels; on a GPU `_wake_up` has done both for what runs eagerly.
+    kernels; on a GPU `_wake_up` has done both for what runs eagerly. The seconds of the whole
+    training begin with the first step, whatever it holds, and leave out start-up and evaluation.
     """
     trainer, on_gpu = subject.trainer, subject.device.type == "cuda"
     assert trainer.total_steps >= FEWEST_STEPS, "see bench.spec.expand"
@@ -51,6 +53,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
         _wake_up(subject)
     energy.watch_idle()
     was_reset = reset_peak_memory(subject.device)
+    started = time.monotonic()
     first_step = seconds_of_a_step(subject)
     warm, settled = _warm_up(subject, first_step)
     pace = _pace(subject, warm)
@@ -69,6 +72,9 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     trainer.check()
     if subject.protocol.train_samples:
         _train_the_rest(subject)
+        synchronize(subject.device)
+        took = time.monotonic() - started
+        yield subject.measurement("training_seconds", "s", "lower", [took])
     yield subject.measurement("first_step", "s", "lower", [first_step])
     yield _time_to_first_timed_step(subject, began - energy.idle_seconds)
     yield from _told_of_warm_up(subject, warm, settled)
@@ -76,7 +82,7 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     disturbances, reasons = monitor.report()
     subject.invalid += reasons
     yield from disturbances
-    yield from peak_memory(subject, was_reset=was_reset)
+    yield from measure_peak(subject, was_reset=was_reset)
 
 
 def _told_of_warm_up(subject: Subject, seconds: list[float], settled: bool) -> list[Measurement]:
