@@ -54,7 +54,9 @@ def train(
     """
     with explained_training(config):
         dataset = load_dataset(config.data)
-        trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
+        trainer = Trainer(
+            config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
+        )
         # Until here a signal ends the process, there is nothing to save.
         with StopSignals() as signals:
             session = Session(trainer, folder, signals)
