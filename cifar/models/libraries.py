@@ -44,12 +44,18 @@ def build_of_library(config: ModelConfig) -> nn.Module:
     and Inception, which would make them return several logits in training, are left out.
 
     Raises:
-        ConfigError: the library has no such network.
+        ConfigError: the library has no such network, or does not build it so.
         UnsupportedError: the library is not installed.
     """
     _check_installed(config)
     _check_known(config)
-    return _build_timm(config) if config.library == "timm" else _build_torchvision(config)
+    try:
+        return _build_timm(config) if config.library == "timm" else _build_torchvision(config)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model: {config.name!r}: {config.library} does not build it so ({error}); give "
+            "another --resize or --dropout, or another model"
+        ) from None
 
 
 def _check_installed(config: ModelConfig) -> None:
@@ -85,7 +91,8 @@ def _names(library: str) -> Sequence[str]:
         return timm.list_models()
     from torchvision import models
 
-    return models.list_models(module=models)
+    names: list[str] = models.list_models(module=models)
+    return names
 
 
 def _build_timm(config: ModelConfig) -> nn.Module:
@@ -125,10 +132,15 @@ def _drop(share: float, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
 def usual_size(config: ModelConfig) -> int:
     """Pixels each way of the images that the library's default weights were trained on or for."""
     if config.library == "timm":
-        import timm
-
-        return int(timm.get_pretrained_cfg(config.library_name).input_size[-1])
+        return int(_timm_facts(config).input_size[-1])
     return int(_torchvision_weights(config, IMAGENET).transforms().crop_size[0])
+
+
+def _timm_facts(config: ModelConfig) -> Any:
+    """timm's `PretrainedCfg` of the weights that the name ends in, or of the default ones."""
+    import timm
+
+    return timm.get_pretrained_cfg(config.library_name)
 
 
 def statistics(config: ModelConfig) -> Statistics:
@@ -144,9 +156,7 @@ def statistics(config: ModelConfig) -> Statistics:
     _check_installed(config)
     _check_known(config)
     if config.library == "timm":
-        import timm
-
-        found = timm.get_pretrained_cfg(config.library_name)
+        found = _timm_facts(config)
         return tuple(found.mean), tuple(found.std)
     if config.library_name in _WITH_EXTRA_HEADS:
         return _HALF, _HALF
@@ -158,9 +168,9 @@ def statistics(config: ModelConfig) -> Statistics:
 def published_weights(config: ModelConfig) -> Tensors:
     """The weights that `config.pretrained` names, fetched if they are not in the library's cache.
 
-    On a machine one process fetches at a time and the others wait for it. Of torchvision's files
-    the SHA-256 must begin with the 8 digits in their name, of timm's, as huggingface_hub keeps
-    them, it must be the name of the file in its cache; where they come from is the libraries' say.
+    On a machine one process fetches at a time and the others wait for it. Whenever they are read,
+    the SHA-256 of torchvision's files must begin with the 8 digits in their name; that of timm's
+    must be the one that huggingface_hub keeps them under, where its cache has links.
 
     Raises:
         ConfigError: no such weights, they cannot be fetched, or are damaged.
@@ -212,8 +222,7 @@ def _timm_weights(config: ModelConfig) -> Tensors:
     """As timm's own loading turns them into the network's."""
     import timm
 
-    name = _name_of_weights(config)
-    found = timm.get_pretrained_cfg(config.library_name)
+    name, found = _name_of_weights(config), _timm_facts(config)
     hub = found.hf_hub_id
     require(bool(hub), "pretrained", name, f"timm has no weights of {config.name}; give a file")
     of_clip = (found.hf_hub_filename or "").startswith("open_clip")

@@ -7,7 +7,6 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cifar.config import ModelConfig
 from cifar.errors import ConfigError
@@ -68,6 +67,8 @@ def counted_flops(config: ModelConfig, image_size: tuple[int, int]) -> tuple[int
     their products takes two as large, but for the first layer, whose input needs no gradient: the
     counter itself multiplies what the weights of grouped convolutions take by the groups (2.15).
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     module, first = build_on_meta(config).eval(), _FirstLayer()
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
