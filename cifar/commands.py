@@ -115,6 +115,7 @@ def run_summary(argv: list[str]) -> int:
     size = fields.pop("image_size")
     require(1 <= size <= MOST_PIXELS, "image-size", size, f"give 1 to {MOST_PIXELS}")
     config = ModelConfig(**fields)
+    config.check_installed()
     from cifar.models.summary import print_summary
 
     print_summary(config, (size, size))

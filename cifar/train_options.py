@@ -89,6 +89,7 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     if resume is None:
         _check_changes(start.train.recipe, options.train.recipe, argv)
     _check_skips(options.train.precision, argv)
+    options.train.model.check_installed()
     return options
 
 

@@ -24,6 +24,7 @@ from cifar.errors import ConfigError, UnsupportedError
 from cifar.models import build_model
 from cifar.models.meta import build_on_meta, check_images, counted_flops, head_names
 from cifar.models.summary import summarize_model
+from cifar.train_options import read_train_options
 
 needs_timm = pytest.mark.skipif(
     importlib.util.find_spec("timm") is None, reason="timm is not installed"
@@ -179,8 +180,11 @@ def test_an_unknown_name_is_answered_with_near_ones(name: str, told: str) -> Non
 
 def test_a_library_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"timm is not installed; install it \(pip install"):
+    told = r"model: 'timm:resnet18': timm is not installed; install it \(pip install"
+    with pytest.raises(UnsupportedError, match=told):
         build_model(of("timm:resnet18"))
+    with pytest.raises(UnsupportedError, match=told):
+        read_train_options(["--model", "timm:resnet18"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which network is trained."""
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -9,6 +10,7 @@ import tyro
 from cifar.architectures import ARCHITECTURES, Architecture, PooledArchitecture
 from cifar.config.checks import option_name, require
 from cifar.config.pretrained import IMAGENET, PretrainedOption
+from cifar.errors import UnsupportedError
 from cifar.serialize import STRICT
 
 arg = tyro.conf.arg
@@ -121,6 +123,14 @@ class ModelConfig:
     def library_name(self) -> str:
         """What the library calls it."""
         return self.name.partition(":")[2]
+
+    def check_installed(self) -> None:
+        """Raise an UnsupportedError if the network's library is not there; nothing is imported."""
+        if self.library and importlib.util.find_spec(self.library) is None:
+            extra = " (pip install 'cifar-resnet-bench[timm]')" if self.library == "timm" else ""
+            raise UnsupportedError(
+                f"model: {self.name!r}: {self.library} is not installed; install it{extra}"
+            )
 
     @property
     def is_random(self) -> bool:

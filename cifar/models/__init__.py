@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -52,7 +51,4 @@ def _resize(side: int, _module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tenso
     Bilinear, and where the images are larger each pixel is a mean of all that it covers.
     """
     (images,) = inputs
-    resized = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    if images.is_contiguous(memory_format=torch.channels_last):
-        resized = resized.contiguous(memory_format=torch.channels_last)
-    return (resized,)
+    return (F.interpolate(images, size=(side, side), mode="bilinear", antialias=True),)

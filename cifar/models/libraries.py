@@ -5,7 +5,6 @@ Both libraries are imported where they are needed: this program's own networks d
 
 import difflib
 import functools
-import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from cifar.checkpoint import Tensors
 from cifar.config import IMAGENET, ModelConfig, require
-from cifar.errors import ConfigError, UnsupportedError
+from cifar.errors import ConfigError
 from cifar.files import in_turn
 from cifar.models.weights import read_file
 
@@ -47,7 +46,7 @@ def build_of_library(config: ModelConfig) -> nn.Module:
         ConfigError: the library has no such network, or does not build it so.
         UnsupportedError: the library is not installed.
     """
-    _check_installed(config)
+    config.check_installed()
     _check_known(config)
     try:
         return _build_timm(config) if config.library == "timm" else _build_torchvision(config)
@@ -56,14 +55,6 @@ def build_of_library(config: ModelConfig) -> nn.Module:
             f"model: {config.name!r}: {config.library} does not build it so ({error}); give "
             "another --resize or --dropout, or another model"
         ) from None
-
-
-def _check_installed(config: ModelConfig) -> None:
-    if importlib.util.find_spec(config.library) is None:
-        extra = " (pip install 'cifar-resnet-bench[timm]')" if config.library == "timm" else ""
-        raise UnsupportedError(
-            f"model: {config.name!r}: {config.library} is not installed; install it{extra}"
-        )
 
 
 def _check_known(config: ModelConfig) -> None:
@@ -153,7 +144,7 @@ def statistics(config: ModelConfig) -> Statistics:
     Raises:
         ConfigError, UnsupportedError: as `build_of_library`, or torchvision has no such weights.
     """
-    _check_installed(config)
+    config.check_installed()
     _check_known(config)
     if config.library == "timm":
         found = _timm_facts(config)
