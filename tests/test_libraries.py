@@ -360,6 +360,7 @@ def test_a_summary_tells_of_a_layer_by_hand(capsys: pytest.CaptureFixture[str]) 
         (("summary", "torchvision:vit_b_32"), "does not take images of 32 x 32 pixels"),
         (("summary", "resnet18", "--resize", "0"), "resize: 0: give 1 to 65536"),
         (("train", "--model", "tv:resnet18"), "write torchvision:NAME or timm:NAME"),
+        (("train", "--pretrained", "no.pth"), "pretrained: 'no.pth': no such file; write imagenet"),
         (("train", "--frozen-epochs", "11"), "frozen-epochs: 11: give 0 to the number of epochs"),
         (("train", "--backbone-lr", "0"), "backbone-lr: 0.0: give 0 < share <= 1"),
     ],

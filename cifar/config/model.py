@@ -45,7 +45,7 @@ class ModelConfig:
     """Reweight the channels at the end of every block (https://arxiv.org/abs/1709.01507)."""
     resize: int | None = None
     """Pixels each way that images are resized to ahead of the first layer, bilinearly."""
-    pretrained: PretrainedOption | None = None
+    pretrained: PretrainedOption = None
     """Weights to start from: imagenet (a library's default), a name such as IMAGENET1K_V2, a file
     (.safetensors, .pt, .pth; FILE@SHA256 checks it) or a run; random ones when not given."""
     num_classes: tyro.conf.Suppress[int] = 10

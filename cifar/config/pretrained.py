@@ -109,12 +109,12 @@ def _statistics(path: Path, text: str) -> dict[str, Any]:
 
 
 PretrainedOption = Annotated[
-    Pretrained,
+    Pretrained | None,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="WEIGHTS",
         instance_from_str=lambda words: parse_pretrained(words[0]),
-        is_instance=lambda value: isinstance(value, Pretrained),
+        is_instance=lambda value: value is None or isinstance(value, Pretrained),
         str_from_instance=lambda value: [str(value)],
     ),
 ]
