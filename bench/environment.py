@@ -22,7 +22,7 @@ from cifar.serialize import to_json
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("bench", "cifar", "launch")
-_TOOLS = ("triton", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript")
+_TOOLS = ("triton", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "timm")
 
 
 def collect() -> Environment:

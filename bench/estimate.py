@@ -1,11 +1,13 @@
 """How long tasks will take: from records of the same machine, else from arithmetic."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from bench.protocol import Protocol
 from bench.record import Record, this_host
 from bench.spec import OBSERVED_STEPS, Cell, warm_up_span
+from cifar.config import ModelConfig
 from cifar.cost import multiply_adds
 
 START_SECONDS = 10.0
@@ -18,6 +20,9 @@ BUILD_SECONDS = 30.0
 """To compile or export for inference, for one batch size."""
 FURTHER_SECONDS = 15.0
 """Of each further metric, roughly."""
+PIXEL_COST = 5e4
+"""Multiply-adds for each pixel of a library's network, of whose layers nothing is known here:
+ResNet-50 has 82,000, ResNet-18 36,000."""
 TRAINING_COST = 3
 """Forward and backward pass in forward passes: the backward pass has two products per layer."""
 IMAGE_SIZE = (32, 32)
@@ -61,7 +66,7 @@ def estimate_seconds(
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
-    forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
+    forward = 2 * _multiply_adds(train.model) / ASSUMED_FLOPS
     seconds = _training_seconds(
         train.recipe.passes * forward, train.recipe.global_batch_size, protocol
     )
@@ -70,6 +75,13 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
     seconds += _inference_seconds(forward, protocol)
     return seconds + (COMPILE_SECONDS if train.compile else 0.0)
+
+
+def _multiply_adds(model: ModelConfig) -> float:
+    """Those of one image forward."""
+    if model.library:
+        return PIXEL_COST * math.prod(model.input_size(IMAGE_SIZE))
+    return multiply_adds(model, IMAGE_SIZE)
 
 
 def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> float:

@@ -10,14 +10,9 @@ Labels = dict[str, Label]
 
 UNOBSERVED = "unobserved"
 """Where compiled code keeps it to itself: autocast's state, or fused convolutions' formats."""
-KERNEL = (
-    "autocast",
-    "input_dtype",
-    "weight_dtype",
-    "input_channels_last",
-    "weight_channels_last",
-)
-"""What an inner convolution received."""
+LAYOUT = ("input_channels_last", "weight_channels_last")
+KERNEL = ("autocast", "input_dtype", "weight_dtype", *LAYOUT)
+"""What an inner convolution received; a linear layer, of a network without any, has no layout."""
 GROWTH_INTERVAL = 2000
 """Steps after which torch.amp.GradScaler by default tries a larger loss scale, which may skip one
 (https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling)."""
@@ -54,7 +49,7 @@ def unproven(cell: Cell, effective: Labels) -> list[str]:
     """
     names = ["input_dtype", "weight_dtype"]
     if cell.train.channels_last:
-        names += ["input_channels_last", "weight_channels_last"]
+        names += LAYOUT
     return [
         f"{name} of a convolution was not seen in the compiled code"
         for name in names
@@ -86,7 +81,8 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
 def _asked_of_kernel(train: TrainConfig, name: str, seen: Labels, *, compiled: bool) -> Labels:
     """What an inner convolution must receive in the precision of that name.
 
-    Without what compiled code keeps to itself.
+    Without what compiled code keeps to itself, and where a library's network lays its features out
+    as it likes, as those with LayerNorm do.
     """
     precision = PRECISIONS[name]
     emulated = seen.get("emulated", False)  # by fp32 kernels, see `cifar.emulation`
@@ -98,11 +94,13 @@ def _asked_of_kernel(train: TrainConfig, name: str, seen: Labels, *, compiled: b
         "input_channels_last": train.channels_last,
         "weight_channels_last": train.channels_last,
     }
-    if not compiled:
-        return asked
-    hidden = {name for name in KERNEL if seen.get(name) == UNOBSERVED}
-    if not train.channels_last:  # Inductor lays convolutions out as it likes
-        hidden |= {"input_channels_last", "weight_channels_last"}
+    hidden = {name for name in LAYOUT if seen.get(name) == UNOBSERVED}
+    if train.model.library:
+        hidden.add("input_channels_last")
+    if compiled:
+        hidden |= {name for name in KERNEL if seen.get(name) == UNOBSERVED}
+        if not train.channels_last:  # Inductor lays convolutions out as it likes
+            hidden |= set(LAYOUT)
     return {name: value for name, value in asked.items() if name not in hidden}
 
 

@@ -1,10 +1,10 @@
 """What real training steps ran with, observed next to a timed window.
 
-An eager step is observed by hooks, and by a dispatch mode around one convolution, which sees what
-the kernel receives below autocast. Both would change what torch.compile runs, so a compiled step is
-observed by a CPU profile of it; where that would replay a CUDA graph, by one of the steps in which
-the graph was recorded. In the window itself nothing is observed: Dynamo's counters and the
-trainer's own are read on either side of it.
+An eager step is observed by hooks, and by a dispatch mode around one convolution (or linear layer,
+of a network without), which sees what the kernel receives below autocast. Both would change what
+torch.compile runs, so a compiled step is observed by a CPU profile of it; where that would replay a
+CUDA graph, by one of the steps in which the graph was recorded. In the window itself nothing is
+observed: Dynamo's counters and the trainer's own are read on either side of it.
 """
 
 import contextlib
@@ -30,6 +30,8 @@ T = TypeVar("T")
 _CONVOLUTION = "aten::convolution"
 _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
 """What a dispatch mode sees of a layer: the second where nothing is recorded for a backward."""
+_PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.linear.default)
+"""The same of a linear layer, with a bias or without."""
 
 
 def _counters() -> Mapping[str, Counter[str]]:
@@ -114,7 +116,7 @@ class Witness:
 
 
 class _Received(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what a convolution's kernel receives."""
+    """Notes what the kernel of a convolution or of a linear layer receives."""
 
     def __init__(self, seen: Labels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -125,6 +127,9 @@ class _Received(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func in _CONVOLUTIONS:
             self._seen |= {"device": args[0].device.type, **_formats(*args[:2])}
+        elif func in _PRODUCTS:
+            image, weight = args[1:3] if func is torch.ops.aten.addmm.default else args[:2]
+            self._seen |= {"device": image.device.type, **_dtypes(image, weight)}
         return func(*args, **(kwargs or {}))
 
 
@@ -140,8 +145,8 @@ def observe_inference(module: nn.Module, run: Callable[[], object], *, compiled:
 
 
 def _observe_eager(module: nn.Module, act: Callable[[], object]) -> Labels:
-    """Have a network work with hooks on an inner convolution."""
-    inner = _middle(_spatial_convolutions(module))
+    """Have a network work with hooks on an inner convolution, or an inner linear layer."""
+    inner = _inner_layer(module)
     seen: Labels = dict.fromkeys(KERNEL, UNOBSERVED)
     mode = _Received(seen)
 
@@ -185,7 +190,7 @@ def _seen_in(profiled: profile, module: nn.Module) -> tuple[list[Any], Labels]:
     assert profiled.profiler.kineto_results is not None
     events = _in_order(profiled.profiler.kineto_results.experimental_event_tree())
     calls = [event.extra_fields.inputs[:2] for event in events if event.name == _CONVOLUTION]
-    spatial = [(image, weight) for image, weight in calls if max(weight.sizes[2:]) > 1]
+    spatial = [(image, weight) for image, weight in calls if _is_spatial(weight.sizes)]
     one_pass = spatial[: len(_spatial_convolutions(module))]
     if not one_pass:
         return events, {}
@@ -209,17 +214,20 @@ def _in_order(tree: Iterable[Any]) -> list[Any]:
 def _formats(image: Tensor, weight: Tensor) -> Labels:
     """Number formats and memory formats of what a convolution received."""
     return {
-        "input_dtype": _dtype_name(image.dtype),
-        "weight_dtype": _dtype_name(weight.dtype),
+        **_dtypes(image, weight),
         "input_channels_last": _is_channels_last(image),
         "weight_channels_last": _is_channels_last(weight),
     }
 
 
+def _dtypes(image: Tensor, weight: Tensor) -> Labels:
+    return {"input_dtype": _dtype_name(image.dtype), "weight_dtype": _dtype_name(weight.dtype)}
+
+
 def _settings(trainer: Trainer) -> Labels:
     """What switches, wrappers and parameters say."""
     model = getattr(trainer.model, "_orig_mod", trainer.model)
-    parameter = _middle(_spatial_convolutions(trainer.module)).weight
+    parameter = _inner_layer(trainer.module).weight
     precision = trainer.config.precision
     assert precision is not None, "a trainer has resolved it"
     scale: Labels = {} if trainer.scaler is None else {"loss_scale": trainer.scaler.get_scale()}
@@ -249,9 +257,25 @@ def _is_tf32(backend: Any) -> bool:
 
 
 def _spatial_convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """Those wider than 1x1: a 1x1 weight's strides are of both memory formats."""
+    """Those whose memory format can be told."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    return [layer for layer in layers if max(layer.kernel_size) > 1]
+    return [layer for layer in layers if _is_spatial(layer.weight.shape)]
+
+
+def _is_spatial(shape: Sequence[int]) -> bool:
+    """Whether a convolution is wider than 1x1 and of several channels.
+
+    The strides of a 1x1 weight, or of a depthwise one, are of both memory formats.
+    """
+    return shape[1] > 1 and max(shape[2:]) > 1
+
+
+def _inner_layer(module: nn.Module) -> nn.Conv2d | nn.Linear:
+    """A convolution in the middle of the network; a linear layer where it has none to tell of."""
+    spatial = _spatial_convolutions(module)
+    if spatial:
+        return _middle(spatial)
+    return _middle([layer for layer in module.modules() if isinstance(layer, nn.Linear)])
 
 
 def _middle(items: Sequence[T]) -> T:

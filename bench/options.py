@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from bench.launchers import environment_for, get_launcher
-from bench.present import present_environment
+from bench.present import check_model, present_environment
 from bench.protocol import Protocol
 from bench.record import Environment
 from bench.repeats import Fingerprints
@@ -222,14 +222,18 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
 
 
 def check(tasks: Sequence[Task]) -> Fingerprints:
-    """Refuse what no process needs to be started for; see `check_data` and `check_devices`.
+    """Refuse what no worker needs to be started for; see `check_data` and `check_devices`.
 
     Raises:
-        UserError: one of theirs, or a variable that no worker can start with.
+        UserError: one of theirs, a variable that no worker can start with, or a library's network
+            that is not there or does not take the images.
     """
     environment_for(1, os.environ)
     fingerprints = check_data(tasks)
     check_devices(tasks)
+    trained = (task.cell.train for task in tasks if task.cell.train.model.library)
+    for model, data in {(train.model.label, train.data) for train in trained}:
+        check_model(model, examine(data).size)
     return fingerprints
 
 

@@ -1,12 +1,13 @@
-"""What a worker would run on, here and now, asked of a short process that may import torch."""
+"""What a worker would run on, and whether it could, asked of a short process that imports torch."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from bench.launchers import environment_for
 from bench.record import Environment
-from cifar.errors import CifarError
+from cifar.errors import CifarError, ConfigError
 from cifar.serialize import from_json
 
 MODULE = "bench.environment"
@@ -19,10 +20,32 @@ def present_environment(num_processes: int) -> Environment:
     Raises:
         CifarError: the process failed; the message is its last line.
     """
+    done = _answer([sys.executable, "-m", MODULE], environment_for(num_processes, os.environ))
+    if done.returncode:
+        raise CifarError(f"environment: cannot be read: {_last_line(done)}")
+    return from_json(Environment, done.stdout, source=MODULE)
+
+
+def check_model(model: str, image_size: tuple[int, int]) -> None:
+    """Refuse a library's network that is not there, or does not take images of this size.
+
+    Raises:
+        ConfigError: as `cifar summary` says it.
+        CifarError: the process failed; the message is its last line.
+    """
+    size = str(min(image_size))
+    command = [sys.executable, "-m", "cifar", "summary", model, "--image-size", size]
+    done = _answer(command, environment_for(1, os.environ))
+    if done.returncode:
+        told = _last_line(done).removeprefix("cifar: ")
+        raise (ConfigError if done.returncode == ConfigError.exit_code else CifarError)(told)
+
+
+def _answer(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE],
-            env=environment_for(num_processes, os.environ),
+        return subprocess.run(
+            command,
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -31,7 +54,7 @@ def present_environment(num_processes: int) -> Environment:
         )
     except subprocess.TimeoutExpired:
         raise CifarError(f"environment: no answer within {_LIMIT_SECONDS} s") from None
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise CifarError(f"environment: cannot be read: {last}")
-    return from_json(Environment, done.stdout, source=MODULE)
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]

@@ -127,7 +127,8 @@ class Environment:
     cuda: str | None = None
     cudnn: str | None = None
     tools: dict[str, str] = field(default_factory=dict)
-    """Versions by name of the compilers and libraries that a backend may need: those installed."""
+    """Versions by name of the compilers and libraries that a backend or a network may need: those
+    installed."""
 
     code_digest: str
     """Over the sources of `bench`, `cifar` and `launch`."""

@@ -28,7 +28,8 @@ class Cell:
     """One point of the grid: a training configuration, its launcher and its process count.
 
     Raises:
-        ConfigError: no precision or an unknown one, no process, or a batch that does not divide.
+        ConfigError: no precision or an unknown one, no process, a batch that does not divide, or
+            steps of two kinds.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -45,8 +46,14 @@ class Cell:
             self.train.precision,
             f"choose one of {known}",
         )
+        patience = self.train.recipe.patience
+        remedy = "a cell trains for its whole budget; take a recipe without"
+        require(patience == 0, "patience", patience, remedy)
         require(self.num_processes >= 1, "num-processes", self.num_processes, "give 1 or more")
         self.train.per_device_batch_size(self.num_processes)
+        frozen = self.train.recipe.frozen_epochs
+        remedy = "its steps cost less than the later ones; name a --recipe without"
+        require(frozen == 0, "frozen-epochs", frozen, remedy)
 
     @property
     def digest(self) -> str:

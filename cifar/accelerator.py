@@ -2,11 +2,14 @@
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
+from torch import nn
 
 from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
@@ -54,6 +57,22 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     assert accelerator.mixed_precision == precision.mixed_precision
     check_processes(accelerator, run.num_processes)
     return accelerator, name
+
+
+def wrap_module(accelerator: Accelerator, module: nn.Module, precision: str) -> Any:
+    """A module in what Accelerate puts around it: autocast, and DDP for several processes.
+
+    It may have been wrapped before; that is undone.
+    """
+    if accelerator.num_processes == 1 and PRECISIONS[precision].autocast is None:
+        return module  # nothing; to find that out it would import sharded tensors for 1 s
+    accelerator._models.clear()  # of a wrapper before
+    for name in ("forward", "_original_forward"):  # Accelerate's, made anew
+        vars(module).pop(name, None)
+    with warnings.catch_warnings():
+        # torch 2.15 renames the option, Accelerate knows the old name alone
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+        return accelerator.prepare_model(module)
 
 
 def launched_on_cpu(environ: Mapping[str, str]) -> bool:

@@ -314,8 +314,10 @@ def load_into(module: torch.nn.Module, weights: Tensors, where: str) -> None:
     Raises:
         CheckpointError: they are of another model; names the first difference.
     """
-    check_same_shapes(module.state_dict(), weights, where)
-    module.load_state_dict(weights)
+    own = module.state_dict()
+    check_same_shapes(own, weights, where)
+    own.update(weights)  # which bears the versions of the module's parts as well
+    module.load_state_dict(own)
 
 
 def check_same_shapes(own: Tensors, weights: Tensors, where: str) -> None:
@@ -323,11 +325,18 @@ def check_same_shapes(own: Tensors, weights: Tensors, where: str) -> None:
 
     `where` says in the message what is read.
     """
+    if told := difference(own, weights):
+        raise CheckpointError(
+            f"checkpoint: {where}: weights of another model: {told}; use weights and configuration "
+            "of one run"
+        )
+
+
+def difference(own: Tensors, weights: Tensors) -> str:
+    """The first tensor that only one has or whose shape differs: `NAME is A, must be B`; or ""."""
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own or own[name].shape != weights[name].shape:
             have = list(weights[name].shape) if name in weights else "absent"
             need = list(own[name].shape) if name in own else "absent"
-            raise CheckpointError(
-                f"checkpoint: {where}: weights of another model: {name} is {have}, must be {need}; "
-                "use weights and configuration of one run"
-            )
+            return f"{name} is {have}, must be {need}"
+    return ""

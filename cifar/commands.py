@@ -86,13 +86,15 @@ class SummaryOptions:
     """Options of `cifar summary`."""
 
     name: tyro.conf.Positional[Annotated[str, arg(metavar="MODEL")]]
-    """An architecture, e.g. resnet18 or resnet18-w16."""
+    """An architecture, e.g. resnet18, resnet18-w16 or torchvision:resnet50."""
     width: int | None = None
     """Channels of the first stage."""
     dropout: float = 0.0
     """Probability of dropping a feature before the classifier."""
     squeeze_excitation: bool = False
     """Reweight the channels at the end of every block."""
+    resize: int | None = None
+    """Pixels each way that images are resized to first."""
     num_classes: int = 10
     """Classes to tell apart."""
     image_size: int = 32
@@ -113,6 +115,7 @@ def run_summary(argv: list[str]) -> int:
     size = fields.pop("image_size")
     require(1 <= size <= MOST_PIXELS, "image-size", size, f"give 1 to {MOST_PIXELS}")
     config = ModelConfig(**fields)
+    config.check_installed()
     from cifar.models.summary import print_summary
 
     print_summary(config, (size, size))

@@ -1,6 +1,7 @@
 """What a network costs, by arithmetic on its configuration alone: no torch, no network.
 
-The layers are those of `cifar.models`; tests hold the two together.
+The layers are those of this program's own networks in `cifar.models`; tests hold the two together.
+Of a library's, `cifar.models.meta` tells.
 """
 
 from collections.abc import Iterator
@@ -93,27 +94,31 @@ def _layers(config: ModelConfig) -> Iterator[Layer]:
     yield _linear(channels, config.num_classes)
 
 
-def _positions(layer: Layer, image_size: tuple[int, int]) -> int:
-    """Of the layer's output for one image."""
+def _positions(layer: Layer, input_size: tuple[int, int]) -> int:
+    """Of the layer's output for one image, which the first layer gets in this size."""
     if layer.halvings is None:
         return 1
-    return prod(-(-side // 2**layer.halvings) for side in image_size)
+    return prod(-(-side // 2**layer.halvings) for side in input_size)
 
 
 def check_batch(train: TrainConfig, image_size: tuple[int, int], num_processes: int) -> None:
     """Raise a ConfigError if some BatchNorm would get a single value per channel in training.
 
     That is so of one image per device whose last feature maps are one pixel; there is no variance
-    to divide by. Also if the batch does not divide, see `TrainConfig.per_device_batch_size`.
+    to divide by. Also if the batch does not divide, see `TrainConfig.per_device_batch_size`; that
+    is all that is checked of a library's network.
     """
+    size, per_device = train.recipe.global_batch_size, train.per_device_batch_size(num_processes)
+    if train.model.library:
+        return
+    input_size = train.model.input_size(image_size)
     least = min(
-        _positions(layer, image_size)
+        _positions(layer, input_size)
         for layer in _layers(train.model)
         if layer.halvings is not None
     )
-    size = train.recipe.global_batch_size
     require(
-        train.per_device_batch_size(num_processes) * least > 1,
+        per_device * least > 1,
         "batch-size",
         size,
         "is one image per device and micro-batch, whose last feature map is one pixel, which "
@@ -128,7 +133,8 @@ def param_count(config: ModelConfig) -> int:
 
 def _multiply_adds_by_layer(config: ModelConfig, image_size: tuple[int, int]) -> list[int]:
     """Those of one image, from the first convolution to the classifier."""
-    return [layer.weights * _positions(layer, image_size) for layer in _layers(config)]
+    input_size = config.input_size(image_size)
+    return [layer.weights * _positions(layer, input_size) for layer in _layers(config)]
 
 
 def multiply_adds(config: ModelConfig, image_size: tuple[int, int]) -> int:

@@ -25,15 +25,15 @@ def emulate_bf16(module: nn.Module) -> None:
     products, which fp32 holds exactly, are summed in fp32. That is what bf16 kernels do
     (https://uxlfoundation.github.io/oneDNN/dev_guide_data_types.html), but for the order of the
     sums. This happens under autocast, which rounds the results of the other layers; elsewhere the
-    module computes as ever. Compiled code rounds as well from here on, which Inductor leaves out
-    where it fuses otherwise.
+    module computes as ever, and so do layers with a `forward` of their own. Compiled code rounds as
+    well from here on, which Inductor leaves out where it fuses otherwise.
     """
     from torch._inductor import config as inductor  # takes as long to import as torch
 
     inductor.emulate_precision_casts = True
     for layer in module.modules():
         for kind, forward in _FORWARD.items():
-            if isinstance(layer, kind):
+            if isinstance(layer, kind) and type(layer).forward is kind.forward:
                 layer.forward = MethodType(forward, layer)
 
 

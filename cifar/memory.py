@@ -43,9 +43,10 @@ def explained(what: str, remedy: str) -> Iterator[None]:
 
 def explained_training(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
     """`explained` for a model in training."""
+    smaller = "--resize" if config.model.library else "--width"
     return explained(
         f"model {config.model.label} with batch size {config.recipe.global_batch_size}",
-        "choose a smaller --width or -b, or more --accumulation",
+        f"choose a smaller {smaller} or -b, or more --accumulation",
     )
 
 

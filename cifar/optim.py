@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Collection
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,9 +18,23 @@ _FIRST, _LAST = 25.0, 25e4
 """What the highest learning rate is divided by at one-cycle's beginning and end."""
 
 
-def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """All parameters in one group, or norms and biases in a second one without weight decay."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def parameter_groups(
+    module: nn.Module, recipe: Recipe, head: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """All parameters in one group, or norms and biases in a second one without weight decay.
+
+    Where the recipe gives those outside of the `head`, named here, a share of the learning rate,
+    they have groups of their own, whose `lr_share` it is.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if recipe.backbone_lr == 1:
+        return _by_decay([parameter for _, parameter in named], recipe)
+    backbone = _by_decay([parameter for name, parameter in named if name not in head], recipe)
+    rest = _by_decay([parameter for name, parameter in named if name in head], recipe)
+    return [{**group, "lr_share": recipe.backbone_lr} for group in backbone] + rest
+
+
+def _by_decay(parameters: list[nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
     if recipe.decay_norm_and_bias or recipe.weight_decay == 0:
         return [{"params": parameters, "weight_decay": recipe.weight_decay}]
     return [
@@ -48,9 +63,14 @@ _SGD, _Muon = eager(torch.optim.SGD), eager(Muon)
 _ADAMS = {"adam": eager(torch.optim.Adam), "adamw": eager(torch.optim.AdamW)}
 
 
-def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser, in the fused form that torch has for CPU and GPU alike."""
-    groups = parameter_groups(module, recipe)
+def build_optimizer(
+    module: nn.Module, recipe: Recipe, head: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser, in the fused form that torch has for CPU and GPU alike.
+
+    `head`: see `parameter_groups`.
+    """
+    groups = parameter_groups(module, recipe, head)
     if recipe.optimizer in _ADAMS:
         adam = _ADAMS[recipe.optimizer]
         return adam(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
@@ -82,6 +102,12 @@ def build_muon(groups: list[dict[str, Any]], recipe: Recipe) -> Muon:
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
     )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate of a step, or its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_share", 1.0)
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, recipe: Recipe) -> float:

@@ -76,7 +76,9 @@ def _train(
 ) -> Evaluation:
     with explained_training(config):
         dataset = load_dataset(config.data)
-        trainer = Trainer(config, run, dataset, compute_loss=compute_loss, update=update)
+        trainer = Trainer(
+            config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
+        )
         # Until here a signal ends the process, there is nothing to save.
         remedy = _resume_command(folder) if trainer.is_main else ""
         with StopSignals(remedy) as signals:

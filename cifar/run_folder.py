@@ -1,6 +1,7 @@
 """A training run on disk: `config.json`, `metrics.jsonl`, `checkpoints/` and `final/`."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -43,7 +44,8 @@ def created(config: TrainConfig, asked: str | None) -> Iterator[Path]:
         choices = iter([user_path(asked, "output-dir")])
     else:
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        choices = _names(f"{config.model.label}-{config.data.source}-{moment}")
+        model = config.model.label.replace(":", "-")  # which copying programs take for a machine
+        choices = _names(f"{model}-{config.data.source}-{moment}")
     with contextlib.ExitStack() as stack:
         yield _first_free(choices, stack)
 
@@ -167,13 +169,16 @@ def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None
 def _options(
     train: TrainConfig, run: RunConfig, fields: Callable[[TrainConfig], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What must not change of these fields, by the options' names; the images may have moved."""
-    flat = _flat({**fields(train), "data": train.data.source})
+    """What must not change of these fields, by the options' names; files may have moved."""
+    weights = train.model.pretrained
+    alone = dataclasses.replace(train, model=dataclasses.replace(train.model, pretrained=None))
+    flat = _flat({**fields(alone), "data": train.data.source})
     options = {
         OPTION_NAMES.get(name, OPTION_NAMES.get(last := name.rpartition(".")[2], last)): value
         for name, value in flat.items()
     }
     options |= {"recipe": train.recipe.name, "output-dir": run.output_dir}
+    options |= {"pretrained": weights and weights.identity}
     return {name.replace("_", "-"): value for name, value in options.items()}
 
 

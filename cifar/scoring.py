@@ -112,7 +112,8 @@ def score(
     on_device = DeviceImages(
         found.split, card.normalization, device, channels_last=card.config.channels_last
     )
-    batches = eval_batches(on_device, batch_size or eval_batch_size(on_device), Place())
+    size = batch_size or eval_batch_size(on_device, card.config.model)
+    batches = eval_batches(on_device, size, Place())
     classes = len(card.classes)
     probabilities = torch.zeros(len(found.split), classes, device=device)
     what = f"model {card.config.model.label} with batch size {batch_size or len(on_device)}"

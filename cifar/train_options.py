@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,11 @@ import tyro
 from cifar import run_folder
 from cifar.cli import parse
 from cifar.config import (
+    IMAGENET,
+    LIBRARIES,
     READ_BY,
     ModelConfig,
+    Pretrained,
     Recipe,
     RunConfig,
     TrainConfig,
@@ -41,6 +45,22 @@ class TrainOptions:
         return None if self.resume is None else user_path(self.resume, "resume")
 
 
+def _for_another(name: str, named: ModelConfig) -> ModelConfig:
+    """What of a recipe's own model is also for another one, of this name.
+
+    Of one library for that of another: to fine-tune its default weights on images of that size.
+    """
+    library = name.partition(":")[0] if ":" in name else ""
+    if not (named.library and library in LIBRARIES):
+        return ModelConfig(dropout=named.dropout)
+    return ModelConfig(
+        name=f"{library}:resnet18",  # until the name itself is read
+        dropout=named.dropout,
+        resize=None if re.search(r"-r\d+$", name) else named.resize,
+        pretrained=named.pretrained and Pretrained(name=IMAGENET),
+    )
+
+
 TYPICAL_LR = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001, "muon": 0.15}
 """Learning rates that train ResNets with BatchNorm, to begin with."""
 
@@ -54,8 +74,8 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     else:
         name = _value_of("--recipe", argv)
         train = get_config("default" if name is None else name)
-        if _value_of("--model", argv) is not None:  # what was for the recipe's own does not fit
-            train = dataclasses.replace(train, model=ModelConfig(dropout=train.model.dropout))
+        if (model := _value_of("--model", argv)) is not None:
+            train = dataclasses.replace(train, model=_for_another(model, train.model))
         start = TrainOptions(train=train, run=RunConfig())
     options = parse(
         TrainOptions,
@@ -69,6 +89,7 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     if resume is None:
         _check_changes(start.train.recipe, options.train.recipe, argv)
     _check_skips(options.train.precision, argv)
+    options.train.model.check_installed()
     return options
 
 

@@ -6,16 +6,15 @@ see `cifar.losses` and `cifar.updates`.
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cifar.accelerator import start_accelerator
+from cifar.accelerator import start_accelerator, wrap_module
 from cifar.checkpoint import Tensors
-from cifar.config import PRECISIONS, RunConfig, TrainConfig
+from cifar.config import RunConfig, TrainConfig
 from cifar.cost import check_batch
 from cifar.data.dataset import Dataset, Split
 from cifar.data.division import divide
@@ -33,10 +32,13 @@ from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.fine_tuning import Backbone
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
 from cifar.models import build_model
-from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum
+from cifar.models.meta import check_images, head_names
+from cifar.models.pretrained import expected_statistics, start_from_pretrained
+from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
 from cifar.updates import Update, build_update
 
 
@@ -45,10 +47,12 @@ class Trainer:
 
     `step` counts finished optimiser steps; the learning rate, the samples of a step and their
     augmentation follow from it, so a run that is resumed goes on as if it had never stopped.
-    `emulated` tells whether fp32 kernels compute its bf16, see `cifar.emulation`.
+    `emulated` tells whether fp32 kernels compute its bf16, see `cifar.emulation`. Pretrained
+    weights are read, or fetched, unless a state `is_resumed` that replaces them.
 
     Raises:
-        ConfigError: the configuration does not fit the data or the processes that were started.
+        ConfigError: the configuration does not fit the data or the processes that were started, or
+            there are no such weights to start from.
         UnsupportedError: the device or the stack cannot run it as asked.
     """
 
@@ -61,6 +65,7 @@ class Trainer:
         train_samples: int | None = None,
         compute_loss: ComputeLoss | None = None,
         update: Update | None = None,
+        is_resumed: bool = False,
     ) -> None:
         self.accelerator, precision = start_accelerator(config, run)
         self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
@@ -71,8 +76,13 @@ class Trainer:
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self.compute_loss = compute_loss or build_loss(config.recipe)
         self._update = update or build_update(config.recipe)
+        self.model_config = dataclasses.replace(
+            config.model,
+            num_classes=len(self.dataset.classes),
+            in_channels=self.dataset.train.images.shape[1],
+        )
         self._build_data()
-        self._build_model()
+        self._build_model(is_resumed)
         self.total_steps = self._plan_steps(train_samples)
         self.step = 0
         self.meter = Meter(self.device)
@@ -88,7 +98,12 @@ class Trainer:
         height, width = dataset.train.images.shape[2:]
         check_batch(self.config, (height, width), self.place.count)
         per_device = self.config.per_device_batch_size(self.place.count)
-        self.normalization = Normalization.of(dataset.train)
+        if self.model_config.library:
+            check_images(self.model_config, (height, width), per_device)
+        known = expected_statistics(self.model_config)
+        self.normalization = (
+            Normalization(mean=known[0], std=known[1]) if known else Normalization.of(dataset.train)
+        )
 
         def on_device(split: Split) -> DeviceImages:
             nhwc = self.config.channels_last
@@ -105,42 +120,40 @@ class Trainer:
         self.test_images = on_device(dataset.test)
         held_out = dataset.validation
         self.validation_images = None if held_out is None else on_device(held_out)
-        self._eval_batch_size = eval_batch_size(self.test_images)
+        self._eval_batch_size = eval_batch_size(self.test_images, self.model_config)
 
-    def _build_model(self) -> None:
-        config = self.config
-        self.model_config = dataclasses.replace(
-            config.model,
-            num_classes=len(self.dataset.classes),
-            in_channels=self.dataset.train.images.shape[1],
-        )
+    def _build_model(self, is_resumed: bool) -> None:
+        config, recipe = self.config, self.config.recipe
         torch.manual_seed(config.seed)
-        self.module = build_model(self.model_config).to(self.device)
+        self.module = build_model(self.model_config)
+        if not is_resumed:
+            start_from_pretrained(self.module, self.model_config)
+        self.module = self.module.to(self.device)
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
-        self.wrapped: Any = self._wrap()  # DDP has more methods than a module
-        wrapped: nn.Module = self.wrapped
-        self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
-        if config.compile:
-            wrapped = cast(nn.Module, torch.compile(wrapped, mode=config.compile_mode))
-        self.model: nn.Module = wrapped
+        tells_apart = recipe.frozen_epochs > 0 or recipe.backbone_lr != 1
+        head = head_names(self.model_config) if tells_apart else frozenset()
         # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
-        self.optimizer = build_optimizer(self.module, config.recipe)
+        self.optimizer = build_optimizer(self.module, recipe, head)
         self.scaler = self.accelerator.scaler
-        decay = config.recipe.ema_decay
+        self._backbone = Backbone(self.module, head) if recipe.frozen_epochs else None
+        if self._backbone:
+            self._backbone.freeze(True)
+        self._wrap_model()
+        decay = recipe.ema_decay
         self.average = WeightAverage(self.weights(), decay) if decay else None
 
-    def _wrap(self) -> nn.Module:
-        """The module in what Accelerate puts around it: autocast, and DDP for several processes."""
+    def _wrap_model(self) -> None:
         precision = self.config.precision
         assert precision is not None, "resolved"
-        if self.place.count == 1 and PRECISIONS[precision].autocast is None:
-            return self.module  # nothing; to find that out it would import sharded tensors for 1 s
-        with warnings.catch_warnings():
-            # torch 2.15 renames the option, Accelerate knows the old name alone
-            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
-            return self.accelerator.prepare_model(self.module)  # type: ignore[no-any-return]
+        # DDP has more methods than a module.
+        self.wrapped: Any = wrap_module(self.accelerator, self.module, precision)
+        wrapped: nn.Module = self.wrapped
+        self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+        if self.config.compile:
+            wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
+        self.model: nn.Module = wrapped
 
     def _default_interval(self) -> int:
         """Steps between checks: processes on CPUs agree at every one, for theirs are long."""
@@ -192,8 +205,9 @@ class Trainer:
 
         Reads nothing from the device, but whether a step of Muon overflowed in fp16.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_of(self.step)
+        if self._backbone:
+            self._set_phase(self._backbone)
+        set_lr(self.optimizer, self.lr_of(self.step))
         schedule_momentum(self.optimizer, self.step, self.total_steps, self.config.recipe)
         batches = self.batches_of(self.step)
         passes = iter(range(2**31))
@@ -202,8 +216,17 @@ class Trainer:
         if self.average:
             self.average.update()
 
+    def _set_phase(self, backbone: Backbone) -> None:
+        """Have the backbone frozen or not as is due in this step, whatever came before it."""
+        frozen = self.step < self.config.recipe.frozen_epochs * self.loader.steps_per_epoch
+        if frozen != backbone.is_frozen:
+            backbone.freeze(frozen)
+            if self.place.count > 1:  # DDP averages what needed a gradient when it was made
+                self._wrap_model()
+        backbone.set_norms()
+
     def _forward_backward(self, batches: list[TrainBatch], *, record: bool) -> None:
-        if self.model_config.dropout:
+        if self.model_config.is_random:
             # The generators' state then needs no saving, on any number of processes, and what an
             # update computes twice drops the same features.
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)

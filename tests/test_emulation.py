@@ -43,6 +43,21 @@ def test_operands_are_rounded_and_sums_exact(layer: nn.Module, shape: tuple[int,
     assert torch.equal(found.double(), exact(images.double() - NOISE))  # whole numbers below 256
 
 
+class Doubled(nn.Conv2d):
+    """Computes with other weights than it holds, as timm's standardised convolutions do."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, 2 * self.weight)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    layer = Doubled(1, 1, 1, bias=False)
+    layer.weight.data.fill_(3.0)
+    emulate_bf16(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(1, 1, 1, 1)).item() == 6.0
+
+
 def test_compiled_code_rounds_as_well() -> None:
     try:
         check_compiler("cpu")

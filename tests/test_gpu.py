@@ -17,11 +17,13 @@ from training import (
     make_trainer,
     metrics,
     start,
+    tiny_recipe,
 )
 
 from cifar.checkpoint import load_weights
-from cifar.config import AUGMENTATIONS, RunConfig
+from cifar.config import AUGMENTATIONS, ModelConfig, RunConfig
 from cifar.errors import TrainingError
+from cifar.models import build_model
 from cifar.recipes import get_recipe
 from cifar.trainer import Trainer
 from cifar.training_state import load_state, state_of
@@ -87,6 +89,37 @@ def test_the_first_loss_on_a_gpu_is_that_on_a_cpu() -> None:
     on_gpu, on_cpu = gpu.meter.train_metrics(), cpu.meter.train_metrics()
     assert on_gpu.samples == on_cpu.samples
     assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_resizing_network_is_fine_tuned_in_fp16(compiled: bool) -> None:
+    trainer = trained(
+        0,
+        recipe=tiny_recipe(frozen_epochs=1, epochs=4),
+        model=ModelConfig(name="resnet20", width=4, resize=24),
+        precision="fp16",
+        channels_last=True,
+        compile=compiled,
+    )
+    before = {name: tensor.clone() for name, tensor in trainer.weights().items()}
+    body = [name for name in before if not name.startswith("fc.")]
+    for steps, expected in ((3, True), (9, False)):
+        for _ in range(steps):
+            trainer.train_step()
+        now = trainer.weights()
+        assert {torch.equal(now[name], before[name]) for name in body} == {expected}
+    assert trainer.check() == 0
+
+
+def test_resizing_on_a_gpu_is_that_on_a_cpu() -> None:
+    module = build_model(ModelConfig(name="resnet20", width=4, resize=24)).eval()
+    images = torch.rand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    seen = []
+    module.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    module(images)
+    module.cuda()(images.cuda())
+    assert seen[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(seen[1].cpu(), seen[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_gpu_reads_its_counters_at_intervals() -> None:

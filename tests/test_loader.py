@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_dataset
 
-from cifar.config import AUGMENTATIONS, Recipe
+from cifar.config import AUGMENTATIONS, ModelConfig, Recipe
 from cifar.data.augment import alternating_flip, flip, get_augmentations, get_reader, reflect
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
@@ -210,7 +210,11 @@ def test_large_images_are_evaluated_fewer_at_once(height: int, width: int, expec
     images = np.zeros((1, 1, height, width), np.uint8)
     split = Split(images=images, labels=np.zeros(1, np.int64))
     normalization = Normalization(mean=(0.5,), std=(0.5,))
-    assert eval_batch_size(DeviceImages(split, normalization, CPU)) == expected
+    on_device = DeviceImages(split, normalization, CPU)
+    assert eval_batch_size(on_device, ModelConfig()) == expected
+    assert eval_batch_size(on_device, ModelConfig(resize=64)) == 125
+    library = ModelConfig(name="torchvision:resnet18", resize=64)
+    assert eval_batch_size(on_device, library) == 500
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

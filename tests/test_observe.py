@@ -495,8 +495,8 @@ from pathlib import Path
 import torch
 from bench import worker
 class Tampered(worker.Trainer):
-    def _build_model(self):
-        super()._build_model()
+    def _build_model(self, *words):
+        super()._build_model(*words)
         if os.environ["RANK"] == "1":
             self.module.to(memory_format=torch.channels_last)
 worker.Trainer = Tampered

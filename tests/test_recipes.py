@@ -1,6 +1,6 @@
 import pytest
 
-from cifar.config import Recipe
+from cifar.config import Pretrained, Recipe
 from cifar.cost import param_count
 from cifar.errors import ConfigError
 from cifar.recipes import RECIPES, get_recipe
@@ -47,6 +47,27 @@ def test_a_model_s_width_does_not_stay_behind_when_another_is_named() -> None:
     assert other.model.label == "resnet34-w29-d0.2"
     assert read_train_options([*words, "--model", "resnet18"]).train.model.width is None
     assert other.recipe.epochs == 300
+
+
+@pytest.mark.parametrize(
+    ("model", "label"),
+    [
+        ("torchvision:resnet18", "torchvision:resnet18-r224-d0.2-pretrained"),
+        ("timm:resnet18.a1_in1k-r160", "timm:resnet18.a1_in1k-r160-d0.2-pretrained"),
+        ("resnet20", "resnet20-d0.2"),
+    ],
+)
+def test_another_library_s_network_is_fine_tuned_from_its_default_weights(
+    model: str, label: str
+) -> None:
+    words = ["--recipe", "resnet50-finetune"]
+    own = read_train_options(words).train.model
+    assert own.label == "torchvision:resnet50-r224-d0.2-pretrained"
+    assert own.pretrained == Pretrained(name="IMAGENET1K_V1")
+    pytest.importorskip(model.partition(":")[0]) if ":" in model else None
+    other = read_train_options([*words, "--model", model]).train.model
+    assert other.label == label
+    assert other.pretrained == (Pretrained(name="imagenet") if ":" in model else None)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fake_worker import environment, record_of
 
 from bench import execution, present, runs
 from bench.job import Job
-from bench.options import runs_folder
+from bench.options import check, runs_folder
 from bench.progress import SuiteProgress, outcome
 from bench.protocol import Protocol
 from bench.record import DataFacts, Record
@@ -20,7 +21,7 @@ from bench.record_file import append_record, read_records
 from bench.rows import rows
 from bench.runs import Run
 from bench.save import save, uncommitted
-from bench.spec import Plan, Suite, Task, grid
+from bench.spec import Plan, Suite, Task, expand, grid
 from cifar.errors import CifarError, ConfigError, OutputError, UserError
 from cifar.serialize import to_json
 
@@ -319,6 +320,31 @@ def test_the_present_environment_is_asked_of_a_process(tmp_path: Path, monkeypat
     monkeypatch.setattr(present, "MODULE", "broken")
     with pytest.raises(CifarError, match=r"^environment: cannot be read: ValueError: no idea$"):
         present.present_environment(1)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "kind", "told"),
+    [
+        (2, "warning\ncifar: model: 'timm:x': no", ConfigError, r"^model: 'timm:x': no$"),
+        (1, "ValueError: no idea", CifarError, r"^ValueError: no idea$"),
+        (-9, "", CifarError, r"^exit code -9$"),
+    ],
+)
+def test_a_library_s_network_is_asked_for_in_a_process(
+    code: int, error: str, kind: type, told: str, monkeypatch
+) -> None:
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, code, "", error)
+
+    monkeypatch.setattr(present.subprocess, "run", run)
+    cells = grid(["timm:x-r64", "resnet20", "timm:x-r64"], ["fp32"], batch_sizes=(8, 16))
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=cells),))
+    with pytest.raises(kind, match=told):
+        check(expand(suite))
+    assert commands == [["-m", "cifar", "summary", "timm:x-r64", "--image-size", "32"]]
 
 
 # --- Progress ---

@@ -55,6 +55,11 @@ def test_digest_changes_with_the_contents(change):
     assert make_cell(**change).digest != make_cell().digest
 
 
+def test_a_recipe_that_stops_early_is_no_cell_s():
+    with pytest.raises(ConfigError, match=r"patience: 5: a cell trains for its whole budget"):
+        make_cell(recipe=Recipe(validation=0.1, patience=5))
+
+
 def test_digest_is_the_same_after_json():
     cell = make_cell(seed=3)
     again = from_json(Cell, to_json(cell))

@@ -15,6 +15,7 @@ from bench.record import Label, Measurement
 from cifar.config import PRECISIONS
 from cifar.cost import forward_flops, train_flops
 from cifar.distributed import barrier, least
+from cifar.models.meta import counted_flops
 
 CASE_SECONDS = 0.25
 """Aimed at for the repetitions of one case."""
@@ -34,17 +35,20 @@ CHANNELS_AND_SIDES = ((64, 32), (128, 16), (256, 8))
 def measure_flops(subject: Subject) -> Iterable[Measurement]:
     """FLOPs of one training image, forward and in both directions, by formula.
 
-    Convolutions and linear layers alone count, at two FLOPs per multiply-add, see `cifar.cost`;
-    augmentation, normalisation, activations and the optimiser do not. They are the model's, not a
-    process's: one value however many ranks there are. SAM goes both ways twice.
+    Convolutions and linear layers alone count, and attention in libraries' networks, at two FLOPs
+    per multiply-add, see `cifar.cost` and `cifar.models.meta`; augmentation, normalisation,
+    resizing, activations and the optimiser do not. They are the model's, not a process's: one value
+    however many ranks there are. SAM goes both ways twice.
     """
     trainer = subject.trainer
     _, _, height, width = trainer.dataset.train.images.shape
+    model, size = trainer.model_config, (height, width)
+    if model.library:
+        forward, both = counted_flops(model, size)
+    else:
+        forward, both = forward_flops(model, size), train_flops(model, size)
     passes = trainer.config.recipe.passes
-    for name, flops in (
-        ("forward_flops", forward_flops(trainer.model_config, (height, width))),
-        ("train_flops", passes * train_flops(trainer.model_config, (height, width))),
-    ):
+    for name, flops in (("forward_flops", forward), ("train_flops", passes * both)):
         yield Measurement(name=name, unit="FLOP/sample", better="lower", samples=((float(flops),),))
 
 

@@ -1,13 +1,16 @@
 """What is trained and how: model, recipe, data, precision and run. No torch in here."""
 
 from cifar.config.checks import OPTION_NAMES, option_name, require
-from cifar.config.model import MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, ModelConfig
+from cifar.config.model import LIBRARIES, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, ModelConfig
 from cifar.config.precision import PRECISIONS, Precision, PrecisionName
+from cifar.config.pretrained import IMAGENET, Pretrained, parse_pretrained
 from cifar.config.recipe import AUGMENTATIONS, READ_BY, Recipe
 from cifar.config.train import CompileMode, RunConfig, TrainConfig
 
 __all__ = [
     "AUGMENTATIONS",
+    "IMAGENET",
+    "LIBRARIES",
     "MOST_CHANNELS",
     "MOST_CLASSES",
     "MOST_PIXELS",
@@ -18,9 +21,11 @@ __all__ = [
     "ModelConfig",
     "Precision",
     "PrecisionName",
+    "Pretrained",
     "Recipe",
     "RunConfig",
     "TrainConfig",
     "option_name",
+    "parse_pretrained",
     "require",
 ]

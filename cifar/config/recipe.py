@@ -85,6 +85,11 @@ class Recipe:
     in a line."""
     warmup_epochs: float = 0.0
     """Linear warm-up from 0; one-cycle and triangle have their own."""
+    frozen_epochs: int = 0
+    """Epochs at the beginning in which the classifier alone is trained, on what the layers before
+    it make of the images."""
+    backbone_lr: float = 1.0
+    """Share of the learning rate for the layers before the classifier."""
     label_smoothing: float = 0.0
     """Probability mass spread over all classes."""
     ema_decay: float = 0.0
@@ -143,6 +148,11 @@ class Recipe:
             self.warmup_epochs,
             "give at most the epochs",
         )
+        frozen = self.frozen_epochs
+        remedy = "give 0 to the number of epochs"
+        require(0 <= frozen <= self.epochs, option_name("frozen_epochs"), frozen, remedy)
+        share = self.backbone_lr
+        require(0 < share <= 1, option_name("backbone_lr"), share, "give 0 < share <= 1")
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             mixes = value == 0 or LEAST_ALPHA <= value <= MOST_ALPHA

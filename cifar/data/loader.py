@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar.config import Recipe
+from cifar.config import ModelConfig, Recipe
 from cifar.data.augment import get_augmentations, get_reader
 from cifar.data.dataset import Split
 from cifar.data.draws import EpochDraws
@@ -220,10 +220,16 @@ class TrainLoader:
         return Batch(self._images.normalize(images), labels, samples)
 
 
-def eval_batch_size(images: DeviceImages) -> int:
-    """Images to evaluate at once: 500, or of large ones as many as have `EVAL_PIXELS`."""
-    height, width = images.images.shape[2:]
-    return max(1, min(_EVAL_IMAGES, EVAL_PIXELS // (height * width)))
+def eval_batch_size(images: DeviceImages, model: ModelConfig) -> int:
+    """Images to evaluate at once: 500, or of large ones as many as have `EVAL_PIXELS`.
+
+    That is of the size which the model gets. Libraries' networks, made for large images, begin with
+    a layer that leaves a quarter of the pixels or fewer.
+    """
+    first, second = images.images.shape[2:]
+    height, width = model.input_size((first, second))
+    pixels = height * width // (4 if model.library else 1)
+    return max(1, min(_EVAL_IMAGES, EVAL_PIXELS // max(1, pixels)))
 
 
 def eval_batches(images: DeviceImages, batch_size: int, place: Place) -> Iterator[Batch]:

@@ -6,13 +6,13 @@ It is computed on torch's meta device: no weights are allocated and nothing is c
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cifar.config import ModelConfig, require
-from cifar.models import build_model
+from cifar.models.meta import build_on_meta, check_images, counted_flops, multiply_adds_of
 from cifar.models.resnet import BasicBlock, Bottleneck, PaddingShortcut
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WHOLE_IMAGE = "all"
 """Shown for the receptive field of layers behind a global pooling."""
+UNKNOWN = "-"
+"""Shown for it in libraries' networks, whose paths nobody has told this program."""
 
 KINDS: dict[type[nn.Module], str] = {
     nn.BatchNorm2d: "batch norm",
@@ -27,6 +29,8 @@ KINDS: dict[type[nn.Module], str] = {
     nn.AdaptiveAvgPool2d: "global pool",
     nn.AdaptiveMaxPool2d: "global max-pool",
     nn.Dropout: "dropout",
+    nn.LayerNorm: "layer norm",
+    nn.MultiheadAttention: "attention",
     PaddingShortcut: "zero pad",
 }
 
@@ -37,7 +41,7 @@ class LayerSummary:
 
     `output_shape` is (channels, height, width) or (features,). `receptive_field` is the side in
     pixels of the square of input pixels that one output can depend on, None for the whole image; it
-    is not clipped to the image.
+    is not clipped to the image. In a library's network it is 0: unknown.
     """
 
     name: str
@@ -52,8 +56,8 @@ class LayerSummary:
 class ModelSummary:
     """The layers of a network in the order of execution, and their totals.
 
-    `multiply_adds` counts convolutions and linear layers, as is usual; `trainable_bytes` is the
-    size of the parameters in fp32.
+    `multiply_adds` counts convolutions and linear layers, as is usual, and the products of
+    attention, which are no layer's; `trainable_bytes` is the size of the parameters in fp32.
     """
 
     label: str
@@ -74,12 +78,16 @@ class ModelSummary:
                 "name": layer.name,
                 "kind": layer.kind,
                 "output_shape": _by(layer.output_shape),
-                "receptive_field": layer.receptive_field or WHOLE_IMAGE,
+                "receptive_field": _shown(layer.receptive_field),
                 "parameters": layer.parameters,
                 "multiply_adds": layer.multiply_adds,
             }
             for layer in self.layers
         ]
+
+
+def _shown(receptive_field: int | None) -> int | str:
+    return WHOLE_IMAGE if receptive_field is None else receptive_field or UNKNOWN
 
 
 class _Field(NamedTuple):
@@ -138,6 +146,48 @@ class _Recorder:
         return note
 
 
+class _LibraryRecorder:
+    """The same of any network: its layers, and the parameters of blocks beside their layers'.
+
+    Those are their own, and those of layers that never run, since a function computes with their
+    weights. A layer that runs again has another row, without parameters. Activations and the like,
+    which leave the shape alone, are left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[LayerSummary] = []
+        self._counted: set[nn.Parameter] = set()
+        for name, module in model.named_modules():
+            module.register_forward_hook(self._layer_hook(name))
+
+    def _layer_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+            is_leaf = not any(layer.children())
+            left = set(layer.parameters()) - self._counted  # by the layers in it, which have run
+            self._counted |= left
+            count = sum(parameter.numel() for parameter in left)
+            output = outputs[0] if isinstance(outputs, tuple) else outputs
+            if not isinstance(output, Tensor):
+                return
+            given = inputs[0] if inputs else None
+            same = isinstance(given, Tensor) and output.shape == given.shape
+            multiply_adds = _multiply_adds(layer, output)
+            if count == 0 and multiply_adds == 0 and (same or not is_leaf):
+                return
+            self.layers.append(
+                LayerSummary(
+                    name=name or "(network)",
+                    kind=_kind(layer),
+                    output_shape=tuple(output.shape[1:]),
+                    receptive_field=0,
+                    parameters=count,
+                    multiply_adds=multiply_adds,
+                )
+            )
+
+        return note
+
+
 def _kind(layer: nn.Module) -> str:
     if isinstance(layer, nn.Conv2d):
         stride = f" /{layer.stride[0]}" if layer.stride[0] > 1 else ""
@@ -156,10 +206,7 @@ def _param_count(module: nn.Module) -> int:
 
 
 def _multiply_adds(layer: nn.Module, output: Tensor) -> int:
-    """For one image: every output of a convolution or linear layer costs one row of weights."""
-    if isinstance(layer, nn.Conv2d | nn.Linear):
-        return output[0].numel() * layer.weight[0].numel()
-    return 0
+    return multiply_adds_of(layer, output) if isinstance(layer, nn.Conv2d | nn.Linear) else 0
 
 
 def summarize_model(config: ModelConfig, image_size: tuple[int, int] = (32, 32)) -> ModelSummary:
@@ -167,22 +214,28 @@ def summarize_model(config: ModelConfig, image_size: tuple[int, int] = (32, 32))
 
     The receptive field is the theoretical one, the larger of the two paths where a shortcut joins
     (https://distill.pub/2019/computing-receptive-fields/). Behind the classifier's pooling, and
-    behind the first squeeze-excitation gate, it is the whole image.
+    behind the first squeeze-excitation gate, it is the whole image. Where the network resizes
+    images first, it is in pixels of the resized ones.
 
     Raises:
-        ConfigError: a side of the image is not positive.
+        ConfigError: a side of the image is not positive, or a library has no such network, or it
+            does not take such images.
+        UnsupportedError: the library is not installed.
     """
     require(min(image_size) > 0, "image-size", image_size, "give 1 pixel or more each way")
-    with torch.device("meta"), torch.no_grad():
-        model = build_model(config).eval()
-        recorder = _Recorder(model)
-        model(torch.empty(1, config.in_channels, *image_size))
+    if config.library:
+        check_images(config, image_size, batch_size=2)
+    model = build_on_meta(config).eval()
+    recorder = (_LibraryRecorder if config.library else _Recorder)(model)
+    with torch.no_grad():
+        model(torch.empty(1, config.in_channels, *image_size, device="meta"))
+    in_layers = sum(layer.multiply_adds for layer in recorder.layers)
     return ModelSummary(
         label=config.label,
         input_shape=(config.in_channels, *image_size),
         layers=tuple(recorder.layers),
         param_count=_param_count(model),
-        multiply_adds=sum(layer.multiply_adds for layer in recorder.layers),
+        multiply_adds=counted_flops(config, image_size)[0] // 2 if config.library else in_layers,
     )
 
 
