@@ -126,7 +126,11 @@ class ShowOptions:
     recipe: tyro.conf.Positional[Annotated[str, arg(metavar="[RECIPE]")]] = "default"
     """A named recipe."""
     augment: tuple[str, ...] | None = None
-    """Augmentations to show instead of the recipe's, in order."""
+    """Augmentations to show instead of the recipe's, in order; `--augment` alone: none."""
+    mixup: float | None = None
+    """Mix the images in proportions from Beta(mixup, mixup), instead of as the recipe does."""
+    cutmix: float | None = None
+    """Paste parts of them into others, with shares from Beta(cutmix, cutmix)."""
     data: DataOption = field(default=DataConfig())
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     images: int = 8
@@ -149,12 +153,14 @@ def run_show(argv: list[str]) -> int:
         example="cifar show-augmentation sgd --augment crop flip trivial-augment",
     )
     recipe = get_recipe(options.recipe)
-    if options.augment is not None:
-        recipe = dataclasses.replace(recipe, augment=options.augment)
+    for name in ("augment", "mixup", "cutmix"):
+        if (value := getattr(options, name)) is not None:
+            recipe = dataclasses.replace(recipe, **{name: value})
     for name in ("images", "epochs"):
         value = getattr(options, name)
         require(1 <= value <= MOST_SHOWN, name, value, f"give 1 to {MOST_SHOWN}")
-    path = user_path(options.output or f"augmentation-{recipe.name}.png", "output")
+    default = f"augmentation-{recipe.name}.png"
+    path = user_path(default if options.output is None else options.output, "output")
     from cifar.data.gallery import gallery
     from cifar.data.sources import load_dataset
 

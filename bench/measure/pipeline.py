@@ -271,7 +271,7 @@ def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[
         "flip": transforms.RandomHorizontalFlip(),
         "alternating-flip": transforms.RandomHorizontalFlip(),
         "rotate": transforms.RandomRotation(recipe.rotate_degrees),
-        "color-jitter": transforms.ColorJitter(*[recipe.jitter] * 3),
+        "color-jitter": transforms.ColorJitter(*[recipe.jitter] * 3, recipe.hue),
         "auto-augment": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
         "rand-augment": transforms.RandAugment(recipe.rand_operations, recipe.rand_magnitude),
         "trivial-augment": transforms.TrivialAugmentWide(),
