@@ -20,8 +20,8 @@ FURTHER_SECONDS = 15.0
 """Of each further metric, roughly."""
 TRAINING_COST = 3
 """Forward and backward pass in forward passes: the backward pass has two products per layer."""
-IMAGE_SIZE = (32, 32)
-"""Height and width of shapes and CIFAR in pixels; assumed of other images."""
+IMAGE_SIZES = {"tiny-imagenet": (64, 64)}
+"""Height and width in pixels by data source; those of shapes and CIFAR, 32x32, for the others."""
 TEST_SAMPLES = {"shapes": 2_000}
 """By data source; CIFAR's 10,000 for the others."""
 
@@ -61,7 +61,8 @@ def estimate_seconds(
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
-    forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
+    size = IMAGE_SIZES.get(train.data.source, (32, 32))
+    forward = 2 * multiply_adds(train.model, size) / ASSUMED_FLOPS
     seconds = _training_seconds(
         train.recipe.passes * forward, train.recipe.global_batch_size, protocol
     )

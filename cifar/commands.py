@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
 from cifar.config import MOST_PIXELS, ModelConfig, require
-from cifar.data.config import DataConfig, DataOption
+from cifar.data.config import DATA_HELP, DataConfig, DataOption, Published
 from cifar.errors import ConfigError
 from cifar.evaluate_options import run_evaluate
 from cifar.files import user_path
@@ -131,8 +131,7 @@ class ShowOptions:
     """Mix the images in proportions from Beta(mixup, mixup), instead of as the recipe does."""
     cutmix: float | None = None
     """Paste parts of them into others, with shares from Beta(cutmix, cutmix)."""
-    data: DataOption = field(default=DataConfig())
-    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    data: Annotated[DataOption, arg(help=DATA_HELP)] = field(default=DataConfig())
     images: int = 8
     """Rows: the first training images."""
     epochs: int = 10
@@ -183,10 +182,10 @@ MOST_SHOWN = 100
 class DownloadOptions:
     """Options of `cifar download`."""
 
-    name: tyro.conf.Positional[Literal["cifar10", "cifar100"]]
+    name: tyro.conf.Positional[Published]
     """Data set."""
     directory: str | None = None
-    """Where to put it; the default folder is where --data cifar10 looks."""
+    """Where to put it; the default folder is where --data cifar10 and the others look."""
 
 
 def run_download(argv: list[str]) -> int:
@@ -212,7 +211,7 @@ COMMANDS = {
     "evaluate": Command(help="score saved weights on a test split", run=run_evaluate),
     "summary": Command(help="print the layer table of a model", run=run_summary),
     "show-augmentation": Command(help="picture what a recipe makes of images", run=run_show),
-    "download": Command(help="fetch CIFAR-10 or CIFAR-100", run=run_download),
+    "download": Command(help="fetch CIFAR-10, CIFAR-100 or Tiny ImageNet", run=run_download),
 }
 
 

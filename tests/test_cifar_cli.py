@@ -112,7 +112,7 @@ LONG = "x" * 300
         (("show-augmentation", "--output", ""), r"output: '': is no path in UTF-8; give another"),
         (("show-augmentation", "--mixup", "-1"), r"mixup: -1\.0: give 0 or more"),
         (("show-augmentation", "--output", "absent/x.png"), r"output: .*cannot be written \(No su"),
-        (("download",), r"cifar: data set: none given: choose one of cifar10, cifar100"),
+        (("download",), r"set: none given: choose one of cifar10, cifar100, tiny-im"),
         (("train", "--modle", "resnet20"), r"cifar: --modle: no such option; did you mean --model"),
         (("train", "resnet20"), r"cifar: 'resnet20': belongs to no option; leave it out"),
         (("train", "--compile=maybe"), r"cifar: compile: 'maybe': takes no value; leave that out"),

@@ -27,7 +27,7 @@ FREE_NAMES = """
     bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
     cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.model
     cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
-    cifar.data.images
+    cifar.data.archives cifar.data.images cifar.data.tiny_imagenet
     cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
     cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
     cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
