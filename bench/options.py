@@ -109,7 +109,7 @@ class RunOptions:
     inference_backends: CommaList = ()
     """Further ways to run inference: compiled, exported, onnxruntime."""
     metrics: CommaList = ()
-    """Further metrics: anatomy, pipeline, utilization, cold."""
+    """Further metrics: anatomy, pipeline, augmentations, utilization, cold."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
     """Seconds after which a cell is ended; with --resume for what is missing."""
     dry_run: Flag = False
