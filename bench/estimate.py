@@ -25,8 +25,8 @@ PIXEL_COST = 5e4
 ResNet-50 has 82,000, ResNet-18 36,000."""
 TRAINING_COST = 3
 """Forward and backward pass in forward passes: the backward pass has two products per layer."""
-IMAGE_SIZE = (32, 32)
-"""Height and width of shapes and CIFAR in pixels; assumed of other images."""
+IMAGE_SIZES = {"tiny-imagenet": (64, 64)}
+"""Height and width in pixels by data source; those of shapes and CIFAR, 32x32, for the others."""
 TEST_SAMPLES = {"shapes": 2_000}
 """By data source; CIFAR's 10,000 for the others."""
 
@@ -66,7 +66,8 @@ def estimate_seconds(
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
-    forward = 2 * _multiply_adds(train.model) / ASSUMED_FLOPS
+    size = IMAGE_SIZES.get(train.data.source, (32, 32))
+    forward = 2 * _multiply_adds(train.model, size) / ASSUMED_FLOPS
     seconds = _training_seconds(
         train.recipe.passes * forward, train.recipe.global_batch_size, protocol
     )
@@ -77,11 +78,11 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     return seconds + (COMPILE_SECONDS if train.compile else 0.0)
 
 
-def _multiply_adds(model: ModelConfig) -> float:
-    """Those of one image forward."""
+def _multiply_adds(model: ModelConfig, size: tuple[int, int]) -> float:
+    """Those of one image of this height and width forward."""
     if model.library:
-        return PIXEL_COST * math.prod(model.input_size(IMAGE_SIZE))
-    return multiply_adds(model, IMAGE_SIZE)
+        return PIXEL_COST * math.prod(model.input_size(size))
+    return multiply_adds(model, size)
 
 
 def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> float:

@@ -32,7 +32,7 @@ from bench.spec import RECIPE, Plan, Suite, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import require
-from cifar.data.config import DataConfig, parse_data
+from cifar.data.config import DATA_HELP, DataConfig, parse_data
 from cifar.errors import UserError
 from cifar.progress import format_duration
 from cifar.recipes import get_recipe
@@ -66,8 +66,7 @@ class FrontierOptions:
     """Models whose largest batch is searched, e.g. resnet18,resnet18-w16."""
     precisions: CommaList = ()
     """Their precisions: fp32, tf32, bf16, fp16; fp32 when not given."""
-    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
-    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]", help=DATA_HELP)] = None
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
     """Recipe to train by, whose optimiser state needs memory too; sgd when not given."""
     channels_last: Flag = False

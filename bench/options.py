@@ -17,7 +17,7 @@ from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import P99_BATCHES, get_suite, override
 from cifar.config import CompileMode, option_name, require
 from cifar.cost import check_batch
-from cifar.data.config import DataConfig, parse_data
+from cifar.data.config import DATA_HELP, DataConfig, parse_data
 from cifar.errors import ConfigError, UserError
 from cifar.files import is_file, user_path
 from cifar.recipes import get_recipe
@@ -73,8 +73,7 @@ class RunOptions:
     """Models to measure without a suite, e.g. resnet18,resnet18-w16."""
     precisions: CommaList = ()
     """Their precisions: fp32, tf32, bf16, fp16; fp32 when not given."""
-    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
-    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]", help=DATA_HELP)] = None
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
     """Recipe to train by; without a suite sgd when not given."""
     batch_size: Annotated[int | None, arg(aliases=("-b",), metavar="N")] = None
@@ -110,7 +109,7 @@ class RunOptions:
     inference_backends: CommaList = ()
     """Further ways to run inference: compiled, exported, onnxruntime."""
     metrics: CommaList = ()
-    """Further metrics: anatomy, pipeline, utilization, cold."""
+    """Further metrics: anatomy, pipeline, augmentations, utilization, cold."""
     timeout: Annotated[float | None, arg(metavar="SECONDS")] = None
     """Seconds after which a cell is ended; with --resume for what is missing."""
     dry_run: Flag = False

@@ -7,7 +7,7 @@ from bench.stats import FEWEST
 from cifar.config import option_name, require
 from cifar.serialize import NOT_IN_DIGEST, STRICT, digest
 
-METRICS = ("anatomy", "pipeline", "utilization", "cold")
+METRICS = ("anatomy", "pipeline", "augmentations", "utilization", "cold")
 """What a protocol may ask for besides the basic metrics: the keys of `bench.measure.FURTHER`."""
 BACKENDS = ("compiled", "exported", "onnxruntime")
 """Ways to run a model for inference, see `bench.measure.backends`."""

@@ -306,8 +306,9 @@ def _metric_key(measurement: Measurement) -> str:
     size = labels.get("batch_size") if measurement.unit == "s/sample" else None
     kind = labels.get("kind") if measurement.unit == "FLOP/s" else None
     source = labels.get("source") if measurement.unit == "samples/s" else None
-    parts = (measurement.name, size and f"b{size}", labels.get("backend"), kind, source)
-    return "_".join(str(part) for part in parts if part is not None)
+    own = (labels.get("backend"), labels.get("augmentation"))
+    parts = (measurement.name, size and f"b{size}", *own, kind, source)
+    return "_".join(str(part) for part in parts if part is not None).replace("-", "_")
 
 
 def _summary(key: str, measurements: Sequence[Measurement]) -> Row:

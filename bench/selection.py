@@ -22,6 +22,8 @@ ALIASES = {
 """Short names of columns, for `--sort` and `--filter`; every column of the CSV works as well."""
 
 LARGE = (
+    "augmentation_headroom",
+    "augmentation_throughput",
     "inference_throughput",
     "input_throughput",
     "model_flops_utilization",

@@ -9,14 +9,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from cifar import run_folder
 from cifar.cli import Command, parse, run_program
 from cifar.config import MOST_PIXELS, ModelConfig, require
-from cifar.data.config import DataConfig, DataOption
+from cifar.data.config import DATA_HELP, DataConfig, DataOption, Published
 from cifar.errors import ConfigError
 from cifar.evaluate_options import run_evaluate
 from cifar.files import user_path
@@ -129,9 +129,12 @@ class ShowOptions:
     recipe: tyro.conf.Positional[Annotated[str, arg(metavar="[RECIPE]")]] = "default"
     """A named recipe."""
     augment: tuple[str, ...] | None = None
-    """Augmentations to show instead of the recipe's, in order."""
-    data: DataOption = field(default=DataConfig())
-    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    """Augmentations to show instead of the recipe's, in order; `--augment` alone: none."""
+    mixup: float | None = None
+    """Mix the images in proportions from Beta(mixup, mixup), instead of as the recipe does."""
+    cutmix: float | None = None
+    """Paste parts of them into others, with shares from Beta(cutmix, cutmix)."""
+    data: Annotated[DataOption, arg(help=DATA_HELP)] = field(default=DataConfig())
     images: int = 8
     """Rows: the first training images."""
     epochs: int = 10
@@ -152,12 +155,14 @@ def run_show(argv: list[str]) -> int:
         example="cifar show-augmentation sgd --augment crop flip trivial-augment",
     )
     recipe = get_recipe(options.recipe)
-    if options.augment is not None:
-        recipe = dataclasses.replace(recipe, augment=options.augment)
+    for name in ("augment", "mixup", "cutmix"):
+        if (value := getattr(options, name)) is not None:
+            recipe = dataclasses.replace(recipe, **{name: value})
     for name in ("images", "epochs"):
         value = getattr(options, name)
         require(1 <= value <= MOST_SHOWN, name, value, f"give 1 to {MOST_SHOWN}")
-    path = user_path(options.output or f"augmentation-{recipe.name}.png", "output")
+    default = f"augmentation-{recipe.name}.png"
+    path = user_path(default if options.output is None else options.output, "output")
     from cifar.data.gallery import gallery
     from cifar.data.sources import load_dataset
 
@@ -180,10 +185,10 @@ MOST_SHOWN = 100
 class DownloadOptions:
     """Options of `cifar download`."""
 
-    name: tyro.conf.Positional[Literal["cifar10", "cifar100"]]
+    name: tyro.conf.Positional[Published]
     """Data set."""
     directory: str | None = None
-    """Where to put it; the default folder is where --data cifar10 looks."""
+    """Where to put it; the default folder is where --data cifar10 and the others look."""
 
 
 def run_download(argv: list[str]) -> int:
@@ -209,7 +214,7 @@ COMMANDS = {
     "evaluate": Command(help="score saved weights on a test split", run=run_evaluate),
     "summary": Command(help="print the layer table of a model", run=run_summary),
     "show-augmentation": Command(help="picture what a recipe makes of images", run=run_show),
-    "download": Command(help="fetch CIFAR-10 or CIFAR-100", run=run_download),
+    "download": Command(help="fetch CIFAR-10, CIFAR-100 or Tiny ImageNet", run=run_download),
 }
 
 

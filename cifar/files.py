@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar.errors import ConfigError, UserError
+from cifar.errors import ConfigError, DataError, UserError
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -52,6 +52,13 @@ def is_file(path: Path, name: str) -> bool:
         return False
     except OSError as error:
         raise UserError(f"{name}: {str(path)!r}: {error.strerror}; give another path") from None
+
+
+def check_data_file(path: Path, remedy: str) -> None:
+    """Raise a DataError if there is no file of a data set at `path`, but nothing or a folder."""
+    if not path.is_file():
+        what = "is no file" if path.exists() else "no such file"
+        raise DataError(f"data: {path}: {what}; {remedy}")
 
 
 def subfolders(folder: Path, name: str) -> list[str]:

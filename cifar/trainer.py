@@ -195,10 +195,7 @@ class Trainer:
 
     def batches_of(self, step: int) -> list[TrainBatch]:
         """This process's augmented micro-batches of the 0-based optimiser step `step`."""
-        epoch, position = divmod(step, self.loader.steps_per_epoch)
-        if epoch != self.loader.epoch:
-            self.loader.set_epoch(epoch)
-        return list(self.loader.micro_batches(position))
+        return self.loader.batches_of(step)
 
     def train_step(self) -> None:
         """Load the next global batch and take one optimiser step.

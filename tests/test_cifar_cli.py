@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from conftest import make_dataset
+from PIL import Image
 from training import TINY_OPTIONS, cifar, finish, start, train
 
 from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
@@ -35,7 +36,10 @@ LONG = "x" * 300
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
         (("train", "--recipe", ""), r"recipe: '': choose one of default"),
-        (("train", "--data", "mnist"), r"data: 'mnist': write shapes, cifar10"),
+        (
+            ("train", "--data", "mnist"),
+            r"data: 'mnist': write shapes, cifar10.*, tiny-imagenet\[:DIR",
+        ),
         (("train", "--data", "cifar10:"), r"data: 'cifar10:': no path after the colon; write"),
         (("train", "--data", "shapes:"), r"data: 'shapes:': no path after the colon; write"),
         (("train", "--data", "npz:absent.npz"), r"data: /.*/absent\.npz: no such file"),
@@ -54,6 +58,8 @@ LONG = "x" * 300
         (("train", "--augment", "flip", "flip"), r"augment: 'flip flip': name each .* once"),
         (("train", "--augment", "flip", "alternating-flip"), r"augment: .*choose one"),
         (("train", "--augment", "flip", "--crop-padding", "3"), r"crop-padding: 3: .*add crop"),
+        (("train", "--augment", "flip", "--hue", "0.1"), r"hue: 0\.1: .*add color-jitter"),
+        (("train", "--augment", "color-jitter", "--hue", "0.6"), r"hue: 0\.6: give 0 to 0\.5"),
         (("train", "--augment", "flip", "crop"), r"augment: 'flip crop': name crop first"),
         (("train", "--augment", "--crop_fill", "black"), r"crop-fill: 'black': .*add crop"),
         (("train", "--optimizer", "adamw"), r"optimizer: 'adamw': .* such as --lr 0\.001"),
@@ -103,8 +109,10 @@ LONG = "x" * 300
         (("show-augmentation", "slow"), r"recipe: 'slow': choose one of default"),
         (("show-augmentation", "--augment", "melt"), r"augment: 'melt': choose from crop, flip"),
         (("show-augmentation", "--images", "0"), r"images: 0: give 1 to 100"),
+        (("show-augmentation", "--output", ""), r"output: '': is no path in UTF-8; give another"),
+        (("show-augmentation", "--mixup", "-1"), r"mixup: -1\.0: give 0 or more"),
         (("show-augmentation", "--output", "absent/x.png"), r"output: .*cannot be written \(No su"),
-        (("download",), r"cifar: data set: none given: choose one of cifar10, cifar100"),
+        (("download",), r"set: none given: choose one of cifar10, cifar100, tiny-im"),
         (("train", "--modle", "resnet20"), r"cifar: --modle: no such option; did you mean --model"),
         (("train", "--mode", "resnet20"), r"cifar: --mode: no such option; did you mean --model\?"),
         (("train", "--batchsize", "3"), r"--batchsize: no such option; did you mean --batch-size"),
@@ -200,6 +208,20 @@ def test_an_npz_of_the_wrong_form_is_one_line(
     np.savez(npz, **{**np.load(npz), **changed})
     assert train(npz, tmp_path / "run") == 2
     assert named in only_line(capsys)
+
+
+def test_a_picture_of_no_augmentation_and_of_mixing(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rows of an image and three epochs; `--augment` alone is none."""
+    monkeypatch.chdir(tmp_path)
+    words = ("show-augmentation", "sgd", "--data", f"npz:{npz}", "--images", "2", "--epochs", "3")
+    for mixing in ((), ("--mixup", "1"), ("--cutmix", "1")):
+        assert cifar(*words, "--augment", *mixing) == 0
+        assert capsys.readouterr().out == "augmentation-sgd.png\n"
+        sheet = np.array(Image.open(tmp_path / "augmentation-sgd.png"))
+        original, *epochs = np.split(sheet, 4, axis=1)
+        assert [np.array_equal(each, original) for each in epochs] == [not mixing] * 3
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(

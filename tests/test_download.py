@@ -1,5 +1,6 @@
 """Downloads from a local server: whole, resumed, refused, and what is unpacked."""
 
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -7,16 +8,20 @@ import re
 import socket
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
+from cifar.data import archives, tiny_imagenet
 from cifar.data import download as module
-from cifar.data.download import ARCHIVES, Archive, download
+from cifar.data.archives import ARCHIVES
+from cifar.data.config import Published
+from cifar.data.download import download
 from cifar.data.sources import CIFAR_LAYOUTS
 from cifar.errors import DataError
 
@@ -99,14 +104,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     thread.join()
 
 
-def expect(monkeypatch: pytest.MonkeyPatch, raw: bytes, url: str) -> None:
+def expect(monkeypatch: pytest.MonkeyPatch, raw: bytes, url: str, name: str = "cifar100") -> None:
     md5 = hashlib.md5(raw).hexdigest()
-    monkeypatch.setitem(module.ARCHIVES, "cifar100", Archive(url=url, md5=md5))
+    changed = dataclasses.replace(ARCHIVES[name], url=url, md5=md5)
+    monkeypatch.setitem(module.ARCHIVES, name, changed)
 
 
-def refusal(directory: Path, **options: Any) -> str:
+def refusal(directory: Path, name: str = "cifar100", **options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        download("cifar100", directory, progress=False, **options)
+        download(name, directory, progress=False, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -126,11 +132,13 @@ def part_of(directory: Path, raw: bytes) -> Path:
 
 
 def test_table_of_archives() -> None:
-    assert set(ARCHIVES) == set(CIFAR_LAYOUTS)
+    assert tuple(ARCHIVES) == get_args(Published)
     for name, archive in ARCHIVES.items():
         assert re.fullmatch(r"[0-9a-f]{32}", archive.md5)
-        number = name.removeprefix("cifar")
-        assert archive.url == f"https://www.cs.toronto.edu/~kriz/cifar-{number}-python.tar.gz"
+        assert archive.url.endswith(f".{archive.kind}")
+        if name in CIFAR_LAYOUTS:
+            number = name.removeprefix("cifar")
+            assert archive.url == f"https://www.cs.toronto.edu/~kriz/cifar-{number}-python.tar.gz"
 
 
 def test_download_makes_the_folder(server: Server, tmp_path: Path) -> None:
@@ -328,7 +336,7 @@ def test_member_missing_or_too_large(
 ) -> None:
     large = {**MEMBERS, f"{LAYOUT.folder}/test": bytes(200_000)}
     lacking = {name: raw for name, raw in MEMBERS.items() if not name.endswith("/test")}
-    monkeypatch.setattr(module, "MAX_FILE_BYTES", 199_999)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 199_999)
     for number, members in enumerate((large, lacking)):
         serve(server, monkeypatch, make_archive(members))
         directory = tmp_path / str(number)
@@ -356,9 +364,10 @@ def test_plain_lines_off_a_terminal(
 ) -> None:
     monkeypatch.setattr(module, "PLAIN_LINE_BYTES", 100_000)
     download("cifar100", tmp_path)
-    lines = capsys.readouterr().err.splitlines()
+    *lines, last = capsys.readouterr().err.splitlines()
     assert 3 <= len(lines) <= 6
     assert all(re.fullmatch(r"cifar100: \d+ of \d+ MiB", line) for line in lines)
+    assert last == "cifar100: unpacking"
 
 
 def test_bar_on_a_terminal(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,3 +380,123 @@ def test_bar_on_a_terminal(server: Server, tmp_path: Path, monkeypatch: pytest.M
     check_unpacked(tmp_path)
     assert "cifar100" in screen.getvalue()
     assert "\x1b[" in screen.getvalue()
+
+
+# Tiny ImageNet's archive is a zip of many files.
+
+TINY = {
+    "wnids.txt": b"n00000001",
+    "words.txt": b"n00000001\ta",
+    "val/val_annotations.txt": b"val_0.JPEG\tn00000001",
+    "val/images/val_0.JPEG": b"v",
+    "train/n00000001/n00000001_boxes.txt": b"n00000001_12.JPEG",
+    "train/n00000001/images/n00000001_12.JPEG": b"t",
+}
+"""What is unpacked of it, below its folder."""
+STRANGE = (
+    "../wnids.txt",
+    "../../tiny-imagenet-200/wnids.txt",
+    "/tiny-imagenet-200/words.txt",
+    "wnids.txt",
+    *(
+        f"tiny-imagenet-200/{name}"
+        for name in (
+            "../wnids.txt",
+            "train/../wnids.txt",
+            "train/n00000001/images/../../../../wnids.txt",
+            "train/n00000001/images/n00000002_0.JPEG",
+            "train/n00000001/images/n00000001_0.jpeg.exe",
+            "train/n00000001/n00000002_boxes.txt",
+            "train/n0000000\N{ARABIC-INDIC DIGIT ONE}/n0000000\N{ARABIC-INDIC DIGIT ONE}_boxes.txt",
+            "val/images/val_0.JPEG\n",
+            "val/images/sub/val_0.JPEG",
+            "test/images/test_0.JPEG",
+            "val/images/",
+            "",
+        )
+    ),
+)
+"""What is not."""
+
+
+def make_zip(members: dict[str, bytes], strange: tuple[str, ...] = STRANGE) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in strange:
+            archive.writestr(name, b"strange")
+        for name, raw in members.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", raw)
+    return file.getvalue()
+
+
+def offer_zip(monkeypatch: pytest.MonkeyPatch, directory: Path, raw: bytes) -> Path:
+    """The archive, as if it had been fetched already."""
+    expect(monkeypatch, raw, "http://127.0.0.1:1/never-asked.zip", "tiny-imagenet")
+    directory.mkdir()
+    part = directory / "tiny-imagenet.zip.part"
+    part.write_bytes(raw)
+    return part
+
+
+def test_a_zip_s_known_files_alone_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "cache"
+    offer_zip(monkeypatch, directory, make_zip(TINY))
+    folder = download("tiny-imagenet", directory, progress=False)
+    assert folder == directory / "tiny-imagenet-200"
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert found == TINY
+    assert list(directory.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_a_zip_s_link_is_a_plain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO(make_zip({name: raw for name, raw in TINY.items() if name != "words.txt"}))
+    with zipfile.ZipFile(raw, "a") as archive:
+        link = zipfile.ZipInfo("tiny-imagenet-200/words.txt")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        archive.writestr(link, b"/etc/hostname")
+    offer_zip(monkeypatch, tmp_path / "cache", raw.getvalue())
+    words = download("tiny-imagenet", tmp_path / "cache", progress=False) / "words.txt"
+    assert not words.is_symlink()
+    assert words.read_bytes() == b"/etc/hostname"
+
+
+@pytest.mark.parametrize("name", tiny_imagenet.NEEDED)
+def test_a_zip_that_lacks_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    without = {each: raw for each, raw in TINY.items() if each != name}
+    part = offer_zip(monkeypatch, tmp_path / "cache", make_zip(without))
+    message = refusal(tmp_path / "cache", "tiny-imagenet")
+    assert message == f"download: {part}: lacks the files tiny-imagenet-200/{name}; remove it"
+    assert list(part.parent.iterdir()) == [part]
+
+
+def test_a_zip_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = make_zip({**TINY, "val/images/val_1.JPEG": bytes(10**6)})
+    assert len(bomb) < 10_000
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 10**6)
+    part = offer_zip(monkeypatch, tmp_path / "cache", bomb)
+    message = refusal(tmp_path / "cache", "tiny-imagenet")
+    assert message == f"download: {part}: more than 1,000,000 bytes unpacked; remove it"
+    assert list(part.parent.iterdir()) == [part]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_zip_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    raw = bytearray(make_zip({**TINY, "val/images/val_1.JPEG": bytes(range(256))}, ()))
+    if damage == "cut":
+        del raw[len(raw) // 2 :]
+    else:
+        raw[raw.index(bytes(range(20, 40)))] ^= 1
+    part = offer_zip(monkeypatch, tmp_path / "cache", bytes(raw))
+    assert f"{part}: damaged: " in refusal(tmp_path / "cache", "tiny-imagenet")
+    assert list(part.parent.iterdir()) == [part]

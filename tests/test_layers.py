@@ -27,26 +27,26 @@ FREE_NAMES = """
     bench.suites bench.table bench.unfinished bench.validity cifar cifar.__main__
     cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers cifar.config
     cifar.config.checks cifar.config.model cifar.config.precision cifar.config.pretrained
-    cifar.config.recipe cifar.config.train cifar.cost cifar.data cifar.data.arrays cifar.data.config
-    cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.shapes
-    cifar.data.sources cifar.data.test_set cifar.data.unpickle cifar.errors cifar.evaluate_options
-    cifar.figures cifar.files cifar.memory cifar.predictions cifar.process cifar.progress
-    cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals cifar.train_options
-    launch
+    cifar.config.recipe cifar.config.train cifar.cost cifar.data cifar.data.archives
+    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
+    cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources cifar.data.test_set
+    cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
+    cifar.files cifar.memory cifar.predictions cifar.process cifar.progress cifar.ranks
+    cifar.recipes cifar.run_folder cifar.serialize cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
-    bench.measure.backends bench.measure.clock bench.measure.cold bench.measure.comparison
-    bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory
-    bench.measure.monitor bench.measure.outcome bench.measure.pipeline bench.measure.subject
-    bench.measure.training bench.measure.utilization bench.observe bench.worker cifar.accelerator
-    cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
-    cifar.data.mixing cifar.data.operations cifar.data.policies cifar.device_memory
-    cifar.distributed cifar.emulation cifar.evaluation cifar.fine_tuning cifar.latency cifar.losses
-    cifar.meter cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
-    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
-    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.trainer
-    cifar.training_state cifar.updates
+    bench.measure.augmentation_cost bench.measure.backends bench.measure.clock bench.measure.cold
+    bench.measure.comparison bench.measure.compilation bench.measure.energy bench.measure.inference
+    bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
+    bench.measure.subject bench.measure.training bench.measure.utilization bench.observe
+    bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws
+    cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations cifar.data.policies
+    cifar.device_memory cifar.distributed cifar.emulation cifar.evaluation cifar.fine_tuning
+    cifar.latency cifar.losses cifar.meter cifar.models cifar.models.libraries cifar.models.meta
+    cifar.models.pretrained cifar.models.resnet cifar.models.resnet9 cifar.models.summary
+    cifar.models.weights cifar.muon cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring
+    cifar.selection cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 

@@ -118,13 +118,18 @@ def test_a_constant_channel_does_not_divide_by_zero() -> None:
 
 
 def make_loader(
-    place: Place = Place(), accumulation: int = 1, global_batch: int = 96, seed: int = 3, **options
+    place: Place = Place(),
+    accumulation: int = 1,
+    global_batch: int = 96,
+    seed: int = 3,
+    recipe: Recipe = Recipe(),
+    **options,
 ) -> TrainLoader:
     train = make_dataset(train=200).train
     images = DeviceImages(train, Normalization.of(train), CPU, **options)
     return TrainLoader(
         images,
-        Recipe(),
+        recipe,
         per_device_batch_size=global_batch // place.count // accumulation,
         accumulation_steps=accumulation,
         place=place,
@@ -182,8 +187,9 @@ def test_the_last_incomplete_batch_is_dropped_and_no_sample_repeats() -> None:
     assert len(set(seen.tolist())) == 192
 
 
-def test_a_sample_looks_the_same_in_any_batch_but_not_in_another_epoch() -> None:
-    loader = make_loader()
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_sample_looks_the_same_in_any_batch_but_not_in_another_epoch(name: str) -> None:
+    loader = make_loader(recipe=Recipe(augment=(name,), cutout_size=6))
     alone = loader.load(torch.tensor([17])).images
     among = loader.load(torch.tensor([3, 17, 5])).images
     assert torch.equal(alone[0], among[1])
@@ -192,6 +198,14 @@ def test_a_sample_looks_the_same_in_any_batch_but_not_in_another_epoch() -> None
         loader.set_epoch(epoch)
         looks.append(loader.load(torch.tensor([17])).images)
     assert any(not torch.equal(looks[0], other) for other in looks[1:])
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_what_images_get_depends_on_the_seed(name: str) -> None:
+    recipe, samples = Recipe(augment=(name,), cutout_size=6), torch.arange(50)
+    first, other, again = (make_loader(seed=seed, recipe=recipe) for seed in (3, 4, 3))
+    assert not torch.equal(first.load(samples).images, other.load(samples).images)
+    assert torch.equal(first.load(samples).images, again.load(samples).images)
 
 
 def test_channels_last_batches_hold_the_same_numbers() -> None:

@@ -2,15 +2,23 @@
 
 import io
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandAugment, TrivialAugmentWide
+from torchvision.transforms import (
+    AutoAugment,
+    AutoAugmentPolicy,
+    ColorJitter,
+    RandAugment,
+    RandomRotation,
+    TrivialAugmentWide,
+)
 from torchvision.transforms.autoaugment import _apply_op
-from torchvision.transforms.functional import InterpolationMode
+from torchvision.transforms.functional import InterpolationMode, adjust_hue
 
 from cifar.config import Recipe
 from cifar.data.augment import cutout, get_augmentations, get_reader
@@ -69,9 +77,19 @@ def theirs(image: Tensor, operation: Operation) -> Tensor:
     strength = operation.value
     if operation.name in ("brightness", "color", "contrast", "sharpness"):
         strength -= 1.0
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    done = _apply_op(picture, NAMES[operation.name], strength, InterpolationMode.NEAREST, None)
-    return torch.from_numpy(np.array(done)).permute(2, 0, 1)
+    picture = as_picture(image)
+    if operation.name == "hue":
+        return as_tensor(adjust_hue(picture, strength))
+    name = NAMES[operation.name]
+    return as_tensor(_apply_op(picture, name, strength, InterpolationMode.NEAREST, None))
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 MOVING = [
@@ -91,11 +109,12 @@ TONAL = [
     *(Operation("color", by) for by in (0.01, 0.37, 1.0, 1.9)),
     *(Operation("sharpness", by) for by in (0.01, 0.37, 1.0, 1.9)),
 ]
+TURNS = [Operation("hue", by) for by in (-0.5, -0.07, 0.0, 0.1, 1 / 3, 0.5)]
 
 
 def ours(images: Tensor, operation: Operation) -> Tensor:
     """In a menu with all others, so that what is not ordered must not show."""
-    menu = [*MOVING, *TONAL]
+    menu = [*MOVING, *TONAL, *TURNS]
     serve = Operations(menu, *images.shape[2:], CPU)
     return serve(images, torch.full((len(images),), menu.index(operation)))
 
@@ -107,6 +126,33 @@ def test_tones_are_pillow_s(operation: Operation) -> None:
     difference = (ours(images, operation).int() - expected.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("operation", TURNS, ids=str)
+def test_turned_colours_are_pillow_s(operation: Operation) -> None:
+    """A hue that Pillow's floats round to the one below may change a channel by 6."""
+    images = pictures(30)
+    expected = torch.stack([theirs(image, operation) for image in images])
+    difference = (ours(images, operation).int() - expected.int()).abs()
+    assert difference.max() <= 6
+    assert (difference > 0).float().mean() < 0.01
+
+
+def test_turned_colours_by_hand() -> None:
+    """Red, yellow, green, cyan, blue, magenta, grey and black, a third of the way around.
+
+    Pillow's circle has 255 steps, of which yellow's place is between two, and wraps after 256: a
+    step and a half are 9 of 255.
+    """
+    colours = [(255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255)]
+    images = torch.tensor([*colours, (90, 90, 90), (0, 0, 0)], dtype=torch.uint8).T[
+        None, :, :, None
+    ]
+    turned = ours(images, Operation("hue", 1 / 3))[0, :, :, 0].T.tolist()
+    assert turned[0:6:2] == [[0, 255, 0], [0, 0, 255], [255, 0, 0]]
+    for found, exact in zip(turned[1:6:2], [[0, 255, 255], [255, 0, 255], [255, 255, 0]]):
+        assert max(abs(a - b) for a, b in zip(found, exact)) <= 9
+    assert turned[6:] == [[90, 90, 90], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("operation", MOVING, ids=str)
@@ -134,14 +180,15 @@ def test_every_sample_gets_its_own_order() -> None:
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_than_three_channels_have_no_colours(channels: int) -> None:
     images = pictures(channels=channels)
-    assert torch.equal(ours(images, Operation("color", 0.01)), images)
+    for operation in (Operation("color", 0.01), Operation("hue", 0.1)):
+        assert torch.equal(ours(images, operation), images)
     assert ours(images, Operation("contrast", 0.37)).shape == images.shape
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (1, 40)])
 def test_small_images_are_served(size: tuple[int, int]) -> None:
     images = pictures(count=4, height=size[0], width=size[1])
-    for operation in (*MOVING, *TONAL):
+    for operation in (*MOVING, *TONAL, *TURNS):
         assert ours(images, operation).shape == images.shape
 
 
@@ -245,25 +292,129 @@ def test_colours_are_jittered_in_any_order_by_any_factor() -> None:
     assert factors.mean(0) == pytest.approx([1.0] * 3, abs=0.02)
 
 
-def test_jittered_colours_are_torchvision_s_in_the_order_drawn() -> None:
-    images = pictures(24)
-    policy = color_jitter(0.4)
-    draws = EpochDraws(0, 0, 24, CPU).of(torch.arange(24))
-    found = ByPolicy("x", lambda *_: policy)(images, draws)
-    expected = images
-    for number in range(3):
-        places = policy.choose(EpochDraws(0, 0, 24, CPU), number).tolist()
-        expected = torch.stack(
-            [theirs(image, policy.menu[place]) for image, place in zip(expected, places)]
-        )
-    assert (found.int() - expected.int()).abs().max() <= 3, "one of rounding in each step"
+# Whole policies: torchvision's own transform of every picture, given the numbers that we draw
+
+COUNT = 300
+
+
+def epoch() -> EpochDraws:
+    return EpochDraws(7, 2, COUNT, CPU)
+
+
+def drawn(name: str, high: int) -> list[int]:
+    return epoch().integers(name, high).tolist()
+
+
+def check_like_theirs(name: str, recipe: Recipe, theirs: list[Tensor], images: Tensor) -> None:
+    """The same but for rounding: a few pixels at ties, and steps of one that later ones enlarge."""
+    found = ByPolicy(name, get_policy(name, recipe))(images, epoch().of(torch.arange(COUNT)))
+    for number, (mine, other) in enumerate(zip(found, theirs, strict=True)):
+        difference = (mine.int() - other.int()).abs()
+        elsewhere = (difference > 8).any(0).float().mean()
+        assert elsewhere < 0.03, f"picture {number}: {elsewhere:.1%} of the pixels differ"
+
+
+@pytest.fixture(scope="module")
+def many() -> Tensor:
+    """Pictures in many colours, each another one."""
+    random = np.random.default_rng(1)
+    rows, columns = np.mgrid[0:24, 0:32] / 24
+    waves = random.uniform(-6, 6, (COUNT, 3, 3, 1, 1))
+    made = np.sin(waves[:, :, 0] * rows + waves[:, :, 1] * columns + waves[:, :, 2])
+    return torch.from_numpy((128 + 100 * made).astype(np.uint8))
+
+
+def test_rotation_is_torchvision_s(many: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    angles = torch.linspace(-15, 15, 121)[drawn("rotate.angle", 121)].tolist()
+    transform, results = RandomRotation(15), []
+    for image, angle in zip(many, angles):
+        monkeypatch.setattr(transform, "get_params", lambda _, angle=angle: angle)
+        results.append(as_tensor(transform(as_picture(image))))
+    check_like_theirs("rotate", Recipe(), results, many)
+
+
+@pytest.mark.parametrize("hue", [0.0, 0.2])
+def test_colour_jitter_is_torchvision_s(
+    many: Tensor, monkeypatch: pytest.MonkeyPatch, hue: float
+) -> None:
+    names = ("brightness", "contrast", "color", "hue")
+    orders = list(itertools.permutations(range(4 if hue else 3)))
+    picked = [orders[number] for number in drawn("color-jitter.order", len(orders))]
+    steps = dict.fromkeys(names, torch.linspace(0.6, 1.4, 41))
+    steps["hue"] = torch.linspace(-hue, hue, 41)
+    values = [steps[name][drawn(f"color-jitter.{name}", 41)].tolist() for name in names]
+    transform, results = ColorJitter(0.4, 0.4, 0.4, hue), []
+    for image, order, *factors, turn in zip(many, picked, *values):
+        params = (order, *factors, turn if hue else None)
+        monkeypatch.setattr(transform, "get_params", lambda *_, params=params: params)
+        results.append(as_tensor(transform(as_picture(image))))
+    check_like_theirs("color-jitter", Recipe(jitter=0.4, hue=hue), results, many)
+
+
+def test_auto_augment_is_torchvision_s(many: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = drawn("auto-augment.pair", 25)
+    signs, tenths = (
+        list(zip(*(drawn(f"auto-augment.{number}.{what}", high) for number in (0, 1))))
+        for what, high in (("sign", 2), ("probability", 10))
+    )
+    transform, results = AutoAugment(AutoAugmentPolicy.CIFAR10), []
+    for image, pair, sign, tenth in zip(many, pairs, signs, tenths):
+        params = (pair, [(each + 0.5) / 10 for each in tenth], [1 - each for each in sign])
+        monkeypatch.setattr(transform, "get_params", lambda _, params=params: params)
+        results.append(as_tensor(transform(as_picture(image))))
+    assert set(pairs) == set(range(25))
+    check_like_theirs("auto-augment", Recipe(), results, many)
+
+
+def dealt(numbers: list[dict[int, int]]) -> Callable[..., Tensor]:
+    """`torch.randint` that gives the numbers of a round by their bound; 14 begins another one."""
+    rounds = iter(numbers)
+    here: dict[int, int] = {}
+
+    def randint(high: int, size: tuple[int, ...], **_: object) -> Tensor:
+        if high == 14:
+            here.update(next(rounds))
+        return torch.full(size, here[high])
+
+    return randint
+
+
+@pytest.mark.parametrize(("operations", "magnitude"), [(2, 9), (1, 30), (3, 17)])
+def test_rand_augment_is_torchvision_s(
+    many: Tensor, monkeypatch: pytest.MonkeyPatch, operations: int, magnitude: int
+) -> None:
+    rounds = []
+    for number in range(operations):
+        which = drawn(f"rand-augment.{number}.operation", 14)
+        signs = drawn(f"rand-augment.{number}.sign", 2)
+        rounds.append([{14: each, 2: sign} for each, sign in zip(which, signs)])
+    transform, results = RandAugment(operations, magnitude), []
+    for image, *numbers in zip(many, *rounds):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", dealt(numbers))
+            results.append(as_tensor(transform(as_picture(image))))
+    recipe = Recipe(rand_operations=operations, rand_magnitude=magnitude)
+    check_like_theirs("rand-augment", recipe, results, many)
+
+
+def test_trivial_augment_is_torchvision_s(many: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {14: "operation", 31: "level", 2: "sign"}
+    columns = [drawn(f"trivial-augment.{name}", high) for high, name in names.items()]
+    transform, results = TrivialAugmentWide(), []
+    for image, *numbers in zip(many, *columns):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", dealt([dict(zip(names, numbers))]))
+            results.append(as_tensor(transform(as_picture(image))))
+    check_like_theirs("trivial-augment", Recipe(), results, many)
 
 
 def test_a_recipe_s_strengths_are_those_of_its_policies() -> None:
-    recipe = Recipe(rotate_degrees=3.0, jitter=0.1, rand_operations=3, rand_magnitude=0)
+    recipe = Recipe(rotate_degrees=3.0, jitter=0.1, hue=0.3, rand_operations=3, rand_magnitude=0)
     made = {name: get_policy(name, recipe)(32, 32) for name in POLICIES}
     assert max(each.value for each in made["rotate"].menu) == 3.0
     assert max(each.value for each in made["color-jitter"].menu) == pytest.approx(1.1)
+    turns = [each.value for each in made["color-jitter"].menu if each.name == "hue"]
+    assert (min(turns), max(turns)) == pytest.approx((-0.3, 0.3))
     assert made["rand-augment"].rounds == 3
     assert Operation("rotate", 0.0) in made["rand-augment"].menu
 
@@ -292,7 +443,8 @@ def test_a_menu_of_tones_moves_nothing_and_holds_one_move() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", POLICIES)
 def test_gpu_pictures_equal_cpu_pictures(name: str) -> None:
-    images, gpu, make = pictures(64), torch.device("cuda"), get_policy(name, Recipe())
+    images, gpu = pictures(64), torch.device("cuda")
+    make = get_policy(name, Recipe(hue=0.2))
     expected = ByPolicy("x", make)(images, EpochDraws(3, 1, 64, CPU).of(torch.arange(64)))
     draws = EpochDraws(3, 1, 64, gpu).of(torch.arange(64, device=gpu))
     assert torch.equal(ByPolicy("x", make)(images.to(gpu), draws).cpu(), expected)

@@ -197,8 +197,12 @@ def test_the_workers_give_every_image_once_and_then_end() -> None:
     assert multiprocessing.active_children() == []
 
 
+def pil_images(trainer: Trainer, count: int) -> pipeline.PilImages:
+    return pipeline.pil_images(trainer, trainer.config.recipe, count)
+
+
 def indices_of(trainer: Trainer, count: int) -> list[int]:
-    data = pipeline._pil_images(trainer, count)
+    data = pil_images(trainer, count)
     true = trainer.dataset.train.images.transpose(0, 2, 3, 1).reshape(96, -1).astype(int)
     seen = (data[index][0].mul(255).round().permute(1, 2, 0) for index in range(len(data)))
     return [int(np.abs(true - image.numpy().reshape(-1)).sum(1).argmin()) for image in seen]
@@ -212,24 +216,38 @@ def test_no_image_comes_again_before_all_have_come() -> None:
         assert sorted(chosen[start:end]) == list(range(96))
     assert chosen[:96] != sorted(chosen[:96])
     assert len(chosen) == 202
-    images = pipeline._pil_images(trainer, 202)._images
+    images = pil_images(trainer, 202)._images
     assert len(images) == 96, "each image travels to a worker once"
-    assert len(pipeline._pil_images(trainer, 5)._images) == 5
+    assert len(pil_images(trainer, 5)._images) == 5
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmentations_are_those_of_the_recipe(channels: int) -> None:
     data = make_dataset(channels=channels)
     torch.manual_seed(0)
-    still = pipeline._pil_images(make_trainer(tiny_recipe(augment=()), data=data), 8)
-    moved = pipeline._pil_images(make_trainer(data=data), 8)
+    still = pil_images(make_trainer(tiny_recipe(augment=()), data=data), 8)
+    moved = pil_images(make_trainer(data=data), 8)
     assert still[0][0].shape == moved[0][0].shape == (channels, 16, 16)
     assert torch.equal(still[0][0], still[0][0])
     assert any(not torch.equal(moved[i][0], moved[i][0]) for i in range(8))
-    flipped = pipeline._pil_images(make_trainer(tiny_recipe(augment=("flip",)), data=data), 8)
+    flipped = pil_images(make_trainer(tiny_recipe(augment=("flip",)), data=data), 8)
     ways = [{flipped[0][0].numpy().tobytes() for _ in range(20)}, set()]
     ways[1] = {still[0][0].numpy().tobytes(), still[0][0].flip(-1).numpy().tobytes()}
     assert ways[0] == ways[1]
+
+
+def test_cutout_is_torchvision_s_erasing_of_the_finished_tensor(loader: FakeLoader) -> None:
+    """It is no transform of PIL images, and yet no reason to compare with nothing."""
+    cut = make_trainer(tiny_recipe(augment=("cutout",), cutout_size=4))
+    assert measure(cut)["dataloader"].status == "ok"
+    still = make_trainer(tiny_recipe(augment=()))
+    for trainer in (cut, still):
+        trainer.normalization = Normalization(mean=(0.0,) * 3, std=(1.0,) * 3)
+    image, whole = (pil_images(trainer, 1)[0][0] for trainer in (cut, still))
+    rows, columns = ((image != whole).any(0).any(dim).nonzero().view(-1) for dim in (1, 0))
+    square = image[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert square.shape == (3, 4, 4)
+    assert (square == 0).all()
 
 
 def test_the_two_sources_have_columns_of_their_own() -> None:

@@ -472,6 +472,17 @@ def test_folder_without_classes_or_images(images: Path) -> None:
     assert f"{images}/train: no classes" in refusal(f"folder:{images}")
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_folder_images_beside_the_classes(images: Path, split: str) -> None:
+    loose = images / split / "loose.JPG"
+    write_image(loose)
+    expected = f"data: {loose}: an image beside the classes; move it into one of them or remove it"
+    assert refusal(f"folder:{images}") == expected
+    loose.rename(images / split / "notes.txt")
+    (images / split / ".hidden.jpg").touch()
+    load(f"folder:{images}")
+
+
 def test_folder_class_of_test_alone(images: Path) -> None:
     write_image(images / "test" / "cow" / "0.png")
     assert f"{images}/test/cow: no such class" in refusal(f"folder:{images}")
@@ -489,7 +500,7 @@ def test_folder_differing_sizes(images: Path, split: str) -> None:
     write_image(images / split / "dog" / "odd.png", size=(5, 6))
     message = refusal(f"folder:{images}")
     assert f"{images}/{split}/dog/odd.png: 5x6 pixels" in message
-    assert "6x5" in message
+    assert "must be 6x5 like the others" in message
 
 
 def test_folder_unreadable_images(images: Path) -> None:

@@ -202,6 +202,15 @@ def test_estimate_grows_with_depth_budget_and_compilation():
     assert estimate(small, speed) < estimate(compiled, speed)
 
 
+def test_estimate_knows_images_of_four_times_the_pixels():
+    protocol = Protocol(train_samples=12_800, inference_batch_sizes=())
+    seconds = []
+    for source in ("cifar100", "tiny-imagenet"):
+        (cell,) = grid(["resnet18"], ["fp32"], data=DataConfig(source=source))
+        seconds.append(estimate(cell, protocol) - START_SECONDS)
+    assert seconds[1] == pytest.approx(4 * seconds[0], rel=0.01)
+
+
 def test_estimate_counts_timing_and_building_of_every_backend():
     (cell,) = grid(["resnet20"], ["fp32"])
     own = Protocol(inference_batch_sizes=(1, 8), inference_iterations=1, inference_warmup=0)

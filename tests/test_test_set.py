@@ -82,6 +82,12 @@ def another_class(folder: Path) -> Path:
     return path
 
 
+def loose_image(folder: Path) -> Path:
+    path = write_folder(folder, in_classes=True)
+    (path / "class3" / "03.png").rename(path / "loose.png")
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -99,6 +105,10 @@ def another_class(folder: Path) -> Path:
             r"labels: .*mine.npz: 14: the model has 10",
         ),
         (lambda f: write_npz(f, images=IMAGES.astype(float)), r"images: float64 .*: must be uint8"),
+        (
+            loose_image,
+            r"images: .*loose\.png: an image beside the classes; move it into one of them",
+        ),
         (another_class, r"images: .*dog: no class of the model, which are class0, class1"),
     ],
 )

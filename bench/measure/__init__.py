@@ -5,6 +5,7 @@ direction, so nothing else has to know of a new one.
 """
 
 from bench.measure.anatomy import measure_anatomy
+from bench.measure.augmentation_cost import measure_augmentations
 from bench.measure.cold import measure_cold
 from bench.measure.compilation import measure_compilation
 from bench.measure.inference import measure_inference
@@ -25,6 +26,7 @@ BASIC: dict[str, Metric] = {
 FURTHER: dict[str, Metric] = {
     "anatomy": measure_anatomy,
     "pipeline": measure_pipeline,
+    "augmentations": measure_augmentations,
     "utilization": measure_utilization,
     "cold": measure_cold,
 }

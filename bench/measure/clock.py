@@ -1,6 +1,7 @@
 """Clocks that mark moments in a device's work without waiting for it."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -53,6 +54,15 @@ class CudaClock:
 def make_clock(device: torch.device) -> Clock:
     """The clock for a device."""
     return CudaClock() if device.type == "cuda" else HostClock()
+
+
+def timed(clock: Clock, work: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of so many times that some work is done, with nothing between them."""
+    clock.mark()
+    for _ in range(count):
+        work()
+        clock.mark()
+    return clock.seconds()
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.measure.clock import make_clock, synchronize
+from bench.measure.clock import make_clock, synchronize, timed
 from bench.measure.subject import Subject
 from bench.record import Label, Measurement
 from cifar.config import Recipe
@@ -64,12 +64,7 @@ def _warm_up(subject: Subject, load: Callable[[], None], steps: int) -> None:
 
 def _timed(subject: Subject, load: Callable[[], None], steps: int) -> list[float]:
     """Seconds of each of so many steps, in which `load` is all there is to do."""
-    clock = make_clock(subject.device)
-    clock.mark()
-    for _ in range(steps):
-        load()
-        clock.mark()
-    return clock.seconds()
+    return timed(make_clock(subject.device), load, steps)
 
 
 def _measurement(subject: Subject, seconds: list[float], **labels: Label) -> Measurement:
@@ -96,7 +91,7 @@ def _measure_dataloader(subject: Subject) -> Measurement:
             reason=reason,
         )
 
-    if reason := _why_not(trainer):
+    if reason := why_not(trainer, trainer.config.recipe):
         return without("absent", reason)
     try:
         return _measurement(subject, _dataloader_seconds(subject, workers), **labels)
@@ -104,15 +99,14 @@ def _measure_dataloader(subject: Subject) -> Measurement:
         return without("failed", str(error))
 
 
-def _why_not(trainer: Trainer) -> str:
-    """Why there is no DataLoader to compare with, or nothing."""
+def why_not(trainer: Trainer, recipe: Recipe) -> str:
+    """Why torchvision cannot do to a trainer's images what a recipe says, or nothing."""
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
     _, channels, height, width = trainer.dataset.train.images.shape
     if channels not in (1, 3):
         return f"PIL has no images of {channels} channels"
-    recipe = trainer.config.recipe
-    unknown = set(recipe.augment) - _counterparts(recipe, (height, width)).keys()
+    unknown = set(recipe.augment) - {CUTOUT, *_counterparts(recipe, (height, width))}
     return f"torchvision's part has no {', '.join(sorted(unknown))}" if unknown else ""
 
 
@@ -179,7 +173,7 @@ def make_dataloader(trainer: Trainer, count: int, workers: int) -> DataLoader[An
     """
     size = trainer.config.per_device_batch_size(trainer.place.count)
     return DataLoader(
-        _pil_images(trainer, count * size),
+        pil_images(trainer, trainer.config.recipe, count * size),
         batch_size=size,
         num_workers=workers,
         prefetch_factor=PREFETCH,
@@ -217,10 +211,11 @@ class PilImages(Dataset[tuple[Tensor, int]]):
         return self._transform(Image.fromarray(self._images[place])), int(self._labels[place])
 
 
-def _pil_images(trainer: Trainer, count: int) -> PilImages:
+def pil_images(trainer: Trainer, recipe: Recipe, count: int) -> PilImages:
     """`count` training images in random order, all of them once before any comes again.
 
-    Only these travel to the workers, each of them once, and not the whole split.
+    They are augmented as the recipe says. Only these travel to the workers, each of them once, and
+    not the whole split.
     """
     from torchvision import transforms
 
@@ -230,13 +225,12 @@ def _pil_images(trainer: Trainer, count: int) -> PilImages:
     images = split.images[chosen].transpose(0, 2, 3, 1)
     if images.shape[-1] == 1:
         images = images[..., 0]
-    counterparts = _counterparts(trainer.config.recipe, images.shape[1:3])
-    augment = trainer.config.recipe.augment
+    counterparts = _counterparts(recipe, images.shape[1:3])
     transform = transforms.Compose(
         [
-            *(counterparts[name] for name in augment if name != CUTOUT),
+            *(counterparts[name] for name in recipe.augment if name != CUTOUT),
             transforms.ToTensor(),
-            *([_erasing(trainer.config.recipe, images.shape[1:3])] if CUTOUT in augment else []),
+            *([_erasing(recipe, images.shape[1:3])] if CUTOUT in recipe.augment else []),
             transforms.Normalize(trainer.normalization.mean, trainer.normalization.std),
         ]
     )
@@ -271,7 +265,7 @@ def _counterparts(recipe: Recipe, size: tuple[int, int]) -> dict[str, Callable[[
         "flip": transforms.RandomHorizontalFlip(),
         "alternating-flip": transforms.RandomHorizontalFlip(),
         "rotate": transforms.RandomRotation(recipe.rotate_degrees),
-        "color-jitter": transforms.ColorJitter(*[recipe.jitter] * 3),
+        "color-jitter": transforms.ColorJitter(*[recipe.jitter] * 3, recipe.hue),
         "auto-augment": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
         "rand-augment": transforms.RandAugment(recipe.rand_operations, recipe.rand_magnitude),
         "trivial-augment": transforms.TrivialAugmentWide(),

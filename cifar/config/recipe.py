@@ -43,6 +43,7 @@ READ_BY = {
     "cutout_size": "cutout",
     "rotate_degrees": "rotate",
     "jitter": "color-jitter",
+    "hue": "color-jitter",
     "rand_operations": "rand-augment",
     "rand_magnitude": "rand-augment",
 }
@@ -115,6 +116,9 @@ class Recipe:
     """Greatest angle of `rotate`, either way."""
     jitter: float = field(default=0.2, metadata=_by("color-jitter"))
     """Greatest change of brightness, contrast and saturation by `color-jitter`, as a fraction."""
+    hue: float = field(default=0.0, metadata=_by("color-jitter"))
+    """Greatest turn of the hue by `color-jitter`, either way, as a fraction of the circle of
+    colours; 0: off."""
     rand_operations: int = field(default=2, metadata=_by("rand-augment"))
     """Operations that `rand-augment` does to an image."""
     rand_magnitude: int = field(default=9, metadata=_by("rand-augment"))
@@ -202,6 +206,7 @@ class Recipe:
             ("cutout_size", 1, MOST_CUTOUT),
             ("rotate_degrees", 0, 180),
             ("jitter", 0, 1),
+            ("hue", 0, 0.5),
             ("rand_operations", 1, MOST_OPERATIONS),
             ("rand_magnitude", 0, 30),
         ):

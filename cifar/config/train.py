@@ -9,7 +9,7 @@ from cifar.config.checks import option_name, require
 from cifar.config.model import ModelConfig
 from cifar.config.precision import PrecisionName
 from cifar.config.recipe import Recipe
-from cifar.data.config import DataConfig, DataOption
+from cifar.data.config import DATA_HELP, DataConfig, DataOption
 from cifar.errors import ConfigError
 from cifar.serialize import STRICT
 
@@ -29,8 +29,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default=ModelConfig())
     recipe: Recipe = field(default=Recipe())
-    data: DataOption = field(default=DataConfig())
-    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    data: Annotated[DataOption, arg(help=DATA_HELP)] = field(default=DataConfig())
     limit_train: int | None = None
     """Training images to use, of every class in proportion; all of them when not given."""
     precision: PrecisionName | None = None

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from cifar.errors import DataError
+from cifar.files import check_data_file
 
 _MALFORMED = (
     EOFError,
@@ -35,12 +36,6 @@ _MALFORMED = (
 )
 
 
-def _check_file(path: Path, remedy: str) -> None:
-    if not path.is_file():
-        what = "is no file" if path.exists() else "no such file"
-        raise DataError(f"data: {path}: {what}; {remedy}")
-
-
 def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
     """Every array of the file by its name, writable.
 
@@ -51,7 +46,7 @@ def read_npz(path: Path, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
         DataError: missing, damaged, more than `max_bytes` when unpacked, an array of objects, or
             one whose declared shape is not the size of its data; names the file and the array.
     """
-    _check_file(path, "write npz:FILE")
+    check_data_file(path, "write npz:FILE")
     with _refused_if_malformed(path, ".npz"), zipfile.ZipFile(path) as archive:
         total = sum(member.file_size for member in archive.infolist())
         if total > max_bytes:
@@ -91,7 +86,7 @@ def read_npy(path: Path, max_bytes: int) -> npt.NDArray[Any]:
     Raises:
         DataError: as `read_npz` does.
     """
-    _check_file(path, "give another one")
+    check_data_file(path, "give another one")
     size = path.stat().st_size
     if size > max_bytes:
         raise DataError(

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
@@ -10,18 +10,28 @@ from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.serialize import NOT_IN_DIGEST, STRICT
 
+Published = Literal["cifar10", "cifar100", "tiny-imagenet"]
+"""What `cifar download` gets; users need not say where their copy lies."""
+Own = Literal["folder", "npz"]
+"""What users have of their own, which is known by its path."""
+Source = Literal["shapes", Published, Own]
+GRAMMAR = "shapes, cifar10[:DIR], cifar100[:DIR], tiny-imagenet[:DIR], folder:DIR or npz:FILE"
+"""How data sets are written."""
+DATA_HELP = f"Images: {GRAMMAR}; shapes are embedded."
+"""Of the option `--data`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """A data set, written `shapes | cifar10[:DIR] | cifar100[:DIR] | folder:DIR | npz:FILE`.
+    """A data set, as `GRAMMAR` says.
 
-    `path` is what a folder or an npz file is known by; `root` only says where CIFAR lies, so it
-    does not enter the digest (the fingerprint in a record tells two copies apart).
+    `path` is what a folder or an npz file is known by; `root` only says where a copy of a known
+    data set lies, so it does not enter the digest (the fingerprint in a record tells two apart).
     """
 
     __pydantic_config__: ClassVar = STRICT
 
-    source: Literal["shapes", "cifar10", "cifar100", "folder", "npz"] = "shapes"
+    source: Source = "shapes"
     path: str | None = None
     root: str | None = field(default=None, metadata=NOT_IN_DIGEST)
 
@@ -37,20 +47,19 @@ def parse_data(text: str) -> DataConfig:
             exist.
     """
     source, colon, path = text.partition(":")
-    grammar = "write shapes, cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE"
     if colon and not path:
-        raise ConfigError(f"data: {text!r}: no path after the colon; {grammar}")
+        raise ConfigError(f"data: {text!r}: no path after the colon; write {GRAMMAR}")
     if source == "shapes" and not path:
         return DataConfig()
-    if source == "cifar10":
-        return DataConfig(source="cifar10", root=_absolute(path))
-    if source == "cifar100":
-        return DataConfig(source="cifar100", root=_absolute(path))
-    if source == "folder" and path:
-        return DataConfig(source="folder", path=_absolute(path))
-    if source == "npz" and path:
-        return DataConfig(source="npz", path=_absolute(path))
-    raise ConfigError(f"data: {text!r}: {grammar}")
+    published: tuple[Published, ...] = get_args(Published)
+    for name in published:
+        if source == name:
+            return DataConfig(source=name, root=_absolute(path))
+    own: tuple[Own, ...] = get_args(Own)
+    for kind in own:
+        if source == kind and path:
+            return DataConfig(source=kind, path=_absolute(path))
+    raise ConfigError(f"data: {text!r}: write {GRAMMAR}")
 
 
 def _absolute(path: str) -> str | None:

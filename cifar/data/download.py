@@ -1,25 +1,18 @@
-"""Download of CIFAR-10 and CIFAR-100: resumable, checked before anything is unpacked."""
+"""Download of published data sets: resumable, checked before anything is unpacked."""
 
 import hashlib
 import http.client
-import shutil
 import sys
-import tarfile
-import tempfile
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from cifar.data.sources import CIFAR_LAYOUTS, CifarLayout
-from cifar.data.unpickle import MAX_FILE_BYTES
+from cifar.data.archives import ARCHIVES, Archive, extract
 from cifar.errors import DataError
 from cifar.files import made
 
@@ -34,35 +27,8 @@ Report = Callable[[int, int | None], None]
 """Called with the bytes that are there and the bytes in all, None where the server does not say."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Archive:
-    """Where an archive lies and what it must hash to."""
-
-    url: str
-    md5: str
-
-
-ARCHIVES = {
-    "cifar10": Archive(
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-        md5="c58f30108f718f92721af3b95e74349a",
-    ),
-    "cifar100": Archive(
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-        md5="eb9058c3a382ffc7106e4002c42a8d85",
-    ),
-}
-"""Source of the addresses and checksums: https://www.cs.toronto.edu/~kriz/cifar.html."""
-
-
-def download(
-    name: Literal["cifar10", "cifar100"],
-    directory: Path,
-    *,
-    url: str | None = None,
-    progress: bool = True,
-) -> Path:
-    """Fetch and unpack a CIFAR into `directory`; the folder that holds its files.
+def download(name: str, directory: Path, *, url: str | None = None, progress: bool = True) -> Path:
+    """Fetch and unpack a data set of `ARCHIVES` into `directory`; the folder that holds its files.
 
     What was fetched before an interruption stays in `directory` as a `.part` file, and the next
     call goes on from there. `url` is another place for the same archive. Progress goes to stderr.
@@ -71,11 +37,11 @@ def download(
         DataError: the server, the network or the disk failed, the checksum differs, or the folder
             is there but not complete; names the address or path and the remedy.
     """
-    layout, archive = CIFAR_LAYOUTS[name], ARCHIVES[name]
-    folder, part = directory / layout.folder, directory / f"{name}.tar.gz.part"
+    archive = ARCHIVES[name]
+    folder, part = directory / archive.folder, directory / f"{name}.{archive.kind}.part"
     try:
         if folder.exists():
-            _check_complete(folder, layout)
+            _check_complete(folder, archive)
             if progress:
                 print(f"{folder}: already there", file=sys.stderr)
             return folder
@@ -83,7 +49,9 @@ def download(
             if not part.exists() or _md5(part) != archive.md5:
                 _fetch(name, url or archive.url, part, progress)
                 _check_md5(name, url or archive.url, part)
-            _extract(part, folder, layout)
+            if progress:
+                print(f"{name}: unpacking", file=sys.stderr, flush=True)
+            extract(part, folder, archive)
             part.unlink()
     except OSError as error:
         where, reason = error.filename or directory, error.strerror or error
@@ -95,8 +63,8 @@ def _remedy(name: str) -> str:
     return f"run again to resume, or use your own copy: --data {name}:DIR"
 
 
-def _check_complete(folder: Path, layout: CifarLayout) -> None:
-    missing = [file for file in layout.files if not (folder / file).is_file()]
+def _check_complete(folder: Path, archive: Archive) -> None:
+    missing = [file for file in archive.needed if not (folder / file).is_file()]
     if missing:
         raise DataError(f"download: {folder}: lacks {', '.join(missing)}; remove it and run again")
 
@@ -201,37 +169,3 @@ def _plain_lines(name: str) -> Report:
             next_line = done + PLAIN_LINE_BYTES
 
     return report
-
-
-def _extract(part: Path, folder: Path, layout: CifarLayout) -> None:
-    """Write the known files of the archive beside `folder`, then rename: all of them or none.
-
-    Not `extractall`, whose filter can be escaped in Python 3.11 before 3.11.13 (CVE-2025-4517).
-    """
-    wanted = {f"{layout.folder}/{file}" for file in layout.files}
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary,
-            tarfile.open(part, "r:gz") as archive,
-        ):
-            staging = Path(temporary) / folder.name
-            staging.mkdir()
-            for member in archive:
-                name = member.name.removeprefix("./")
-                if name in wanted and member.isreg() and member.size <= MAX_FILE_BYTES:
-                    _write_member(archive, member, staging / Path(name).name)
-                    wanted.remove(name)
-            if wanted:
-                raise DataError(
-                    f"download: {part}: lacks the files {', '.join(sorted(wanted))}; remove it"
-                )
-            staging.rename(folder)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"download: {part}: damaged: {error}; remove it and run again") from None
-
-
-def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    source = archive.extractfile(member)
-    assert source is not None, "extractfile gives None for folders and devices only"
-    with source, path.open("wb") as target:
-        shutil.copyfileobj(source, target)

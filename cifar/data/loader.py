@@ -170,6 +170,17 @@ class TrainLoader:
         self.steps_per_epoch = len(images) // self.global_batch_size
         self.set_epoch(0)
 
+    def with_recipe(self, recipe: Recipe) -> "TrainLoader":
+        """Another loader of the same batches, augmented as this recipe says."""
+        return TrainLoader(
+            self._images,
+            recipe,
+            per_device_batch_size=self._per_device_batch_size,
+            accumulation_steps=self._accumulation_steps,
+            place=self._place,
+            seed=self._seed,
+        )
+
     def set_epoch(self, epoch: int) -> None:
         """Draw the order and the augmentations of this epoch."""
         self.epoch = epoch
@@ -186,6 +197,14 @@ class TrainLoader:
     def samples(self, step: int) -> Tensor:
         """Indices of this process's samples in step `step` of the epoch, `[accumulation, B]`."""
         return self._samples[step]
+
+    def batches_of(self, step: int) -> list[TrainBatch]:
+        """This process's augmented micro-batches of step `step` of the training, all its epochs
+        counted through."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.set_epoch(epoch)
+        return list(self.micro_batches(position))
 
     def micro_batches(self, step: int) -> Iterator[TrainBatch]:
         """The augmented micro-batches of this process in step `step` of the epoch."""

@@ -33,6 +33,7 @@ class Operation:
     | shear-x, shear-y | pixels sideways per pixel |
     | translate-x, translate-y | pixels |
     | brightness, contrast, color, sharpness | factor, 1: unchanged |
+    | hue | part of the circle of colours to go on by, 1 or -1: once around |
     | posterize | bits to keep |
     | solarize | smallest pixel value that is inverted |
     """
@@ -119,6 +120,7 @@ class Operations:
             "sharpness": _smooth,
         }
         self._blends = [(other, factors(name)) for name, other in blended.items() if name in names]
+        self._turns = Turns(menu, device) if "hue" in names else None
 
     def __call__(self, images: Tensor, orders: Tensor) -> Tensor:
         """Serve uint8 images `[B, C, H, W]`; `orders` `[B]` int64 are places in the menu."""
@@ -129,7 +131,7 @@ class Operations:
             factor = factors.index_select(0, orders).view(-1, 1, 1, 1)
             pixels = images.int()
             images = _blend(other(pixels), pixels, factor).to(torch.uint8)
-        return images
+        return images if self._turns is None else self._turns(images, orders)
 
     def _move(self, images: Tensor, orders: Tensor) -> Tensor:
         flat = images.flatten(2)
@@ -164,6 +166,63 @@ class Operations:
         grays = self._grays(images.int()).flatten(1)
         count = grays.shape[1]
         return ((2 * grays.sum(1) + count) // (2 * count)).int()
+
+
+class Turns:
+    """The turns of the hue in a menu, by way of hue, saturation and value of 8 bits each.
+
+    As Pillow converts to HSV and back, so that a turn by 0 rounds the colours too. Source: Smith
+    1978, "Color gamut transform pairs".
+    """
+
+    def __init__(self, menu: Sequence[Operation], device: torch.device) -> None:
+        shifts = [int(each.value * 255) & 255 if each.name == "hue" else 0 for each in menu]
+        self._shifts = torch.tensor(shifts, dtype=torch.int32, device=device)
+        self._asked = torch.tensor([each.name == "hue" for each in menu], device=device)
+        self._places = torch.tensor(_SECTORS, device=device)
+
+    def __call__(self, images: Tensor, orders: Tensor) -> Tensor:
+        """Serve uint8 images `[B, C, H, W]`; in other than three channels they have no hue."""
+        if images.shape[1] != len(_GRAY):
+            return images
+        shifts = self._shifts.index_select(0, orders).view(-1, 1, 1)
+        turned = self._turned(images.int(), shifts).to(torch.uint8)
+        return torch.where(self._asked.index_select(0, orders).view(-1, 1, 1, 1), turned, images)
+
+    def _turned(self, pixels: Tensor, shifts: Tensor) -> Tensor:
+        """Pixels `[B, 3, H, W]` int32 whose hue goes on by `[B, 1, 1]` of 256 parts."""
+        value, chroma, hue = _value_chroma_hue(pixels)
+        saturation = chroma * 255 // value.clamp(min=1)
+        sixths = ((hue + shifts) & 255) * 6
+        part = sixths % 255
+
+        def darkened(by: Tensor | int) -> Tensor:
+            """The value, less so many parts in 255 of the saturation; rounded."""
+            kept = value * (255 * 255 - saturation * by)
+            return (2 * kept + 255 * 255) // (2 * 255 * 255)
+
+        levels = torch.stack((value, darkened(255 - part), darkened(part), darkened(255)), 1)
+        places = self._places.index_select(0, (sixths // 255 % 6).view(-1))
+        return levels.gather(1, places.view(*part.shape, 3).permute(0, 3, 1, 2))
+
+
+_SECTORS = ((0, 1, 3), (2, 0, 3), (3, 0, 1), (3, 2, 0), (1, 3, 0), (0, 3, 2))
+"""In each sixth of the circle, from red by way of green and blue, the level of every channel: 0 the
+highest, 1 a rising, 2 a falling, 3 the lowest."""
+
+
+def _value_chroma_hue(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `[B, 3, H, W]` int32 the largest channel, what it is above the least, and the hue.
+
+    Each `[B, H, W]` int32 in 0 to 255; where nothing is above the least the hue is 0.
+    """
+    red, green, blue = pixels.unbind(1)
+    value = pixels.amax(1)
+    chroma = value - pixels.amin(1)
+    around = torch.where(green == value, 2 * chroma + blue - red, 4 * chroma + red - green)
+    around = torch.where(red == value, green - blue, around)
+    circle = 6 * chroma.clamp(min=1)
+    return value, chroma, around % circle * 255 // circle
 
 
 def _moving(operation: Operation) -> Operation:

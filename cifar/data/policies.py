@@ -244,14 +244,18 @@ def rotation(most: float) -> Policy:
     return Policy(menu, lambda epoch, _: epoch.integers("rotate.angle", count))
 
 
-def color_jitter(most: float, levels: int = 41) -> Policy:
+def color_jitter(most: float, hue: float = 0.0, levels: int = 41) -> Policy:
     """Change brightness, contrast and saturation in a random order, by factors of 1 +- `most`.
 
-    As torchvision's `ColorJitter(most, most, most)`: the hue stays.
+    The hue too, unless `hue` is 0: by +- so much of the circle of colours. As torchvision's
+    `ColorJitter(most, most, most, hue)`.
     """
-    names = ("brightness", "contrast", "color")
     factors = torch.linspace(1 - most, 1 + most, levels).tolist()
-    menu = tuple(Operation(name, factor) for name in names for factor in factors)
+    values = dict.fromkeys(("brightness", "contrast", "color"), factors)
+    if hue:
+        values["hue"] = torch.linspace(-hue, hue, levels).tolist()
+    names = tuple(values)
+    menu = tuple(Operation(name, value) for name in names for value in values[name])
     orders = Table(torch.tensor(list(itertools.permutations(range(len(names))))))
 
     def choose(epoch: EpochDraws, number: int) -> Tensor:
@@ -267,7 +271,7 @@ def get_policy(name: str, recipe: Recipe) -> Callable[[int, int], Policy]:
     """A recipe's policy of that name, for images of a height and a width."""
     return {
         "rotate": lambda _height, _width: rotation(recipe.rotate_degrees),
-        "color-jitter": lambda _height, _width: color_jitter(recipe.jitter),
+        "color-jitter": lambda _height, _width: color_jitter(recipe.jitter, recipe.hue),
         "auto-augment": auto_augment,
         "rand-augment": lambda height, width: rand_augment(
             height, width, recipe.rand_operations, recipe.rand_magnitude

@@ -18,6 +18,7 @@ from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset, Split
 from cifar.data.folder import read_folder
 from cifar.data.shapes import load_shapes
+from cifar.data.tiny_imagenet import CLASSES_FILE, FOLDER, read_tiny_imagenet
 from cifar.data.unpickle import unpickle
 from cifar.errors import DataError
 from cifar.files import user_path
@@ -107,7 +108,7 @@ def load_cifar(config: DataConfig) -> Dataset:
     `config.root` is the folder of the layout or the one that contains it.
     """
     layout = CIFAR_LAYOUTS[config.source]
-    folder = _cifar_folder(layout, config.root)
+    folder = _folder_of(layout.name, config.root, layout.folder, layout.meta)
     return Dataset(
         name=layout.name,
         classes=_cifar_classes(folder / layout.meta, layout),
@@ -116,14 +117,15 @@ def load_cifar(config: DataConfig) -> Dataset:
     )
 
 
-def _cifar_folder(layout: CifarLayout, root: str | None) -> Path:
+def _folder_of(name: str, root: str | None, folder_name: str, file: str) -> Path:
+    """Where a data set lies that can be downloaded: the folder with this file in it."""
     base = Path(root) if root else default_data_dir()
-    for folder in (base / layout.folder, base):
-        if (folder / layout.meta).exists():
+    for folder in (base / folder_name, base):
+        if (folder / file).exists():
             return folder
     raise DataError(
-        f"data: {base}: no {layout.folder} with {layout.meta} in it; run `cifar download "
-        f"{layout.name}` or give the folder of your copy: --data {layout.name}:DIR"
+        f"data: {base}: no {folder_name} with {file} in it; run `cifar download {name}` or give "
+        f"the folder of your copy: --data {name}:DIR"
     )
 
 
@@ -174,6 +176,16 @@ def _cifar_batch(
                 f"must be an integer in 0..{layout.num_classes - 1}; replace the file"
             )
     return pixels.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
+
+
+def load_tiny_imagenet(config: DataConfig) -> Dataset:
+    """Tiny ImageNet, images `[N, 3, 64, 64]`, its `val` as the test split.
+
+    `config.root` is the folder of the layout or the one that contains it.
+    """
+    folder = _folder_of(config.source, config.root, FOLDER, CLASSES_FILE)
+    classes, train, test = read_tiny_imagenet(folder, MAX_DATASET_BYTES)
+    return Dataset(name=config.source, classes=classes, train=train, test=test)
 
 
 def load_folder(config: DataConfig) -> Dataset:
@@ -275,6 +287,7 @@ SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
     "shapes": lambda _: load_shapes(),
     "cifar10": load_cifar,
     "cifar100": load_cifar,
+    "tiny-imagenet": load_tiny_imagenet,
     "folder": load_folder,
     "npz": load_npz,
 }

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar.errors import DataError
+from cifar.files import check_data_file
 
 MAX_FILE_BYTES = 256 * 2**20
 """No file of CIFAR is larger; the largest, CIFAR-100's `train`, has 155,249,918 bytes."""
@@ -133,9 +134,7 @@ def unpickle(path: Path) -> dict[str, Any]:
         DataError: missing, too large, truncated, damaged, or naming anything but arrays; names
             the file.
     """
-    if not path.is_file():
-        what = "is no file" if path.exists() else "no such file"
-        raise DataError(f"data: {path}: {what}; get a fresh copy")
+    check_data_file(path, "get a fresh copy")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise DataError(f"data: {path}: {size:,} bytes: must be at most {MAX_FILE_BYTES:,}")
     raw = path.read_bytes()
