@@ -16,6 +16,7 @@ from cifar.errors import ConfigError, DataError
 from cifar.files import user_path
 from cifar.process import ensure_environment
 from cifar.ranks import world_size
+from cifar.weights import find_weights
 
 if TYPE_CHECKING:
     from cifar.scoring import Scored
@@ -72,6 +73,7 @@ def run_evaluate(argv: list[str]) -> int:
     started = world_size(os.environ)
     remedy = "evaluate runs in one process; start it without a launcher"
     require(started == 1, "processes", started, remedy)
+    file = find_weights(user_path(options.checkpoint, "checkpoint"))
     _check_places(options)
     ensure_environment()
     from cifar.scoring import Images, render, score
@@ -83,7 +85,7 @@ def run_evaluate(argv: list[str]) -> int:
         labels=_path(options.labels, "labels"),
     )
     scored = score(
-        user_path(options.checkpoint, "checkpoint"),
+        file,
         images,
         batch_size=options.batch_size,
         precision=options.precision,

@@ -388,6 +388,15 @@ sys.exit(code)
 """
 
 
+def test_weights_that_are_not_there_are_told_before_torch_is_imported(
+    tmp_path: Path,
+) -> None:
+    code, out, err = finish(start("-c", HELP, "evaluate", "absent", module=False, cwd=tmp_path))
+    assert (code, out) == (2, "heavy: []\n")
+    assert len(err.splitlines()) == 1 and "absent: no weights there; give a run" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "command", ["", "train", "evaluate", "summary", "show-augmentation", "download"]
 )

@@ -31,7 +31,7 @@ FREE_NAMES = """
     cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
     cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
     cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
-    cifar.signals cifar.train_options launch
+    cifar.signals cifar.train_options cifar.weights launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -42,8 +42,8 @@ TORCH_NAMES = """
     cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
     cifar.data.mixing cifar.data.operations cifar.data.policies cifar.distributed cifar.emulation
     cifar.evaluation cifar.losses cifar.meter cifar.models cifar.models.resnet cifar.models.resnet9
-    cifar.models.summary cifar.muon cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring
-    cifar.selection cifar.trainer cifar.training_state cifar.updates
+    cifar.models.summary cifar.muon cifar.network cifar.optim cifar.outcome cifar.report cifar.run
+    cifar.scoring cifar.selection cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -67,6 +67,8 @@ CHAINS = (
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",
+    "cifar.weights cifar.config cifar.checkpoint cifar.network",
+    "cifar.network cifar.scoring",
     "cifar.config cifar.evaluation bench.measure",
     "bench.record bench.environment bench.worker",
 )

@@ -75,13 +75,13 @@ sys.exit(main())
 
 RESUMED = """
 import os, sys
-from cifar import checkpoint
+from cifar import run
 from cifar.commands import main
-list_checkpoints = checkpoint.list_checkpoints
+list_checkpoints = run.list_checkpoints
 def stale(root):
     found = list_checkpoints(root)
     return found if os.environ["RANK"] == "0" else found[:-1]
-checkpoint.list_checkpoints = stale
+run.list_checkpoints = stale
 sys.exit(main())
 """
 """The second process's view of the folder lags behind, as on a network file system."""
