@@ -87,7 +87,13 @@ class Scored:
 
 
 def score(
-    path: Path, images: Images, *, batch_size: int | None, precision: str | None, cpu: bool
+    path: Path,
+    images: Images,
+    *,
+    needs_labels: bool,
+    batch_size: int | None,
+    precision: str | None,
+    cpu: bool,
 ) -> Scored:
     """Evaluate a checkpoint with the normalisation it was trained with.
 
@@ -96,13 +102,19 @@ def score(
 
     Raises:
         CheckpointError: no weights there, or damaged, or the loss is not finite.
-        DataError: the images' classes, channels or size are not the model's.
+        DataError: the images' classes, channels or size are not the model's, or they have no labels
+            although an accuracy is asked for.
         UnsupportedError: the device cannot run the precision.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     network = load_network(path, precision=precision, device=device)
     card = network.card
     found = _find(images, card)
+    if needs_labels and not found.is_labelled:
+        raise DataError(
+            f"images: {images.path}: have no labels, so no accuracy; to write what is predicted "
+            "give --predictions FILE or --report FOLDER, without --json"
+        )
     if found.note:  # after the last check: an error is one line on stderr, not a second one
         print(found.note, file=sys.stderr)
     on_device = DeviceImages(
