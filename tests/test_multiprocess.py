@@ -6,13 +6,30 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from training import ROOT, TINY_OPTIONS, cifar, complaints, finish, metrics, start
+from conftest import make_dataset
+from safetensors.torch import load_file
+from torch import Tensor
+from training import (
+    ROOT,
+    TINY,
+    TINY_OPTIONS,
+    cifar,
+    complaints,
+    finish,
+    metrics,
+    reset_accelerate,
+    start,
+    tiny_recipe,
+)
 
 from cifar.checkpoint import list_checkpoints, load_weights
+from cifar.config import RunConfig, TrainConfig
+from cifar.trainer import Trainer
 
 pytestmark = pytest.mark.multiprocess
 
@@ -131,6 +148,73 @@ def test_three_processes_share_a_batch_and_evaluate_every_sample_once(
     assert code == 0, err
     assert metrics(tmp_path / "a")[-1]["samples_seen"] == 66
     assert_evaluates_alike(tmp_path / "a", toy, capsys)
+
+
+ALIKE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sam": {"sam_rho": 0.5},
+    "clip": {"clip_norm": 0.5},
+    "sam, clip": {"sam_rho": 0.5, "clip_norm": 0.5},
+    "mixup": {"mixup": 0.4},
+    "cutmix": {"cutmix": 1.0, "label_smoothing": 0.1},
+    "muon": {"optimizer": "muon"},
+    "ema": {"ema_decay": 0.5},
+}
+"""Recipes whose steps should not depend on how a batch is shared out."""
+
+
+def learned(name: str, *, parts: int) -> dict[str, Tensor]:
+    """The parameters to publish after three steps of a recipe, in so many parts of a batch each."""
+    config = TrainConfig(
+        model=TINY,
+        recipe=tiny_recipe(**ALIKE[name]),
+        accumulation_steps=parts,
+    )
+    trainer = Trainer(config, RunConfig(cpu=True), make_dataset())
+    for _ in range(3):
+        trainer.train_step()
+    names = [name for name, _ in trainer.module.named_parameters()]
+    return {name: trainer.eval_weights()[name].detach() for name in names}
+
+
+LEARNING = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from cifar.distributed import leave
+from test_multiprocess import ALIKE, learned
+folder = Path(sys.argv[1])
+for name in ALIKE:
+    weights = learned(name, parts=1)
+    save_file(weights, folder / f"{name}-{os.environ['RANK']}.safetensors")
+leave()
+"""
+
+
+def test_two_processes_learn_what_one_does_from_the_two_halves_of_every_batch(
+    tmp_path: Path,
+) -> None:
+    """One by accumulation, so that BatchNorm normalises by the same halves.
+
+    Every recipe must learn something else than the plain one, or it would not be seen to work.
+    """
+    (tmp_path / "learning.py").write_text(LEARNING)
+    process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                    tmp_path / "learning.py", tmp_path,
+                    environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})  # fmt: skip
+    code, _, err = finish(process)
+    assert code == 0, err
+    reset_accelerate()
+    plain = learned("plain", parts=2)
+    for name in ALIKE:
+        expected = learned(name, parts=2)
+        first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[each], second[each]) for each in expected), name
+        torch.testing.assert_close(
+            first, expected, rtol=1e-3, atol=1e-4, msg=f"{name}: {{}}".format
+        )
+        apart = max((expected[each] - plain[each]).abs().max() for each in plain)
+        assert apart > 1e-2 or name == "plain", name
 
 
 def wait_for_epoch(folder: Path, process: subprocess.Popen[str]) -> None:
