@@ -59,7 +59,10 @@ def estimate_seconds(
 
 
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
-    """Seconds at the assumed rate, start-up left out; inference within its time limit."""
+    """Seconds at the assumed rate, start-up left out; inference within its time limit.
+
+    A teacher's answers are left out too: a cell does not tell how large it is.
+    """
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
     seconds = _training_seconds(

@@ -159,7 +159,8 @@ class Session:
         return (
             f"{trainer.model_config.label} on {dataset.name} "
             f"({len(dataset.train):,} train, {held_out}{len(dataset.test):,} test images), "
-            f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
+            + (f"taught by {trainer.teacher.model_config.label}, " if trainer.teacher else "")
+            + f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
             f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
             + (f", in {self.root}" if self.root else "")
         )

@@ -1,5 +1,6 @@
-"""Where trained weights lie on disk. No torch in here."""
+"""Where trained weights lie on disk, and the sum that they are known by. No torch in here."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +56,18 @@ def _folders_of_weights(path: Path, name: str) -> Iterator[Path]:
     yield path
     yield path / "final"
     yield from reversed(list_checkpoints(path / "checkpoints", name))
+
+
+def sha256_of(file: Path, name: str) -> str:
+    """The SHA-256 sum of a file of weights, 64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: it cannot be read; calls what it is for `name`.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"{name}: {file}: cannot be read ({error.strerror}); give other weights"
+        ) from None

@@ -25,13 +25,13 @@ FREE_NAMES = """
     bench.protocol bench.record bench.record_file bench.repeats bench.rows bench.runs bench.save
     bench.search bench.selection bench.selfcheck bench.spec bench.stats bench.suites bench.table
     bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
-    cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.model
-    cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
-    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
-    cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
-    cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
-    cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
-    cifar.signals cifar.train_options cifar.weights launch
+    cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.distillation
+    cifar.config.model cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost
+    cifar.data cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division
+    cifar.data.download cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set
+    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory
+    cifar.predictions cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder
+    cifar.serialize cifar.signals cifar.train_options cifar.weights launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -43,7 +43,7 @@ TORCH_NAMES = """
     cifar.data.mixing cifar.data.operations cifar.data.policies cifar.distributed cifar.emulation
     cifar.evaluation cifar.losses cifar.meter cifar.models cifar.models.resnet cifar.models.resnet9
     cifar.models.summary cifar.muon cifar.network cifar.optim cifar.outcome cifar.report cifar.run
-    cifar.scoring cifar.selection cifar.trainer cifar.training_state cifar.updates
+    cifar.scoring cifar.selection cifar.teacher cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -67,7 +67,7 @@ CHAINS = (
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",
-    "cifar.weights cifar.config cifar.checkpoint cifar.network",
+    "cifar.weights cifar.config cifar.checkpoint cifar.network cifar.teacher cifar.trainer",
     "cifar.network cifar.scoring",
     "cifar.config cifar.evaluation bench.measure",
     "bench.record bench.environment bench.worker",

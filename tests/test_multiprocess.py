@@ -21,14 +21,17 @@ from training import (
     cifar,
     complaints,
     finish,
+    make_trainer,
     metrics,
     reset_accelerate,
+    save_weights,
     start,
+    taught_by,
     tiny_recipe,
 )
 
 from cifar.checkpoint import list_checkpoints, load_weights
-from cifar.config import RunConfig, TrainConfig
+from cifar.config import Distillation, RunConfig, TrainConfig
 from cifar.trainer import Trainer
 
 pytestmark = pytest.mark.multiprocess
@@ -159,15 +162,18 @@ ALIKE: dict[str, dict[str, Any]] = {
     "cutmix": {"cutmix": 1.0, "label_smoothing": 0.1},
     "muon": {"optimizer": "muon"},
     "ema": {"ema_decay": 0.5},
+    "teacher": {},
 }
 """Recipes whose steps should not depend on how a batch is shared out."""
 
 
-def learned(name: str, *, parts: int) -> dict[str, Tensor]:
+def learned(name: str, teacher: Path, *, parts: int) -> dict[str, Tensor]:
     """The parameters to publish after three steps of a recipe, in so many parts of a batch each."""
+    chosen = taught_by(teacher) if name == "teacher" else Distillation()
     config = TrainConfig(
         model=TINY,
         recipe=tiny_recipe(**ALIKE[name]),
+        distillation=chosen,
         accumulation_steps=parts,
     )
     trainer = Trainer(config, RunConfig(cpu=True), make_dataset())
@@ -185,7 +191,7 @@ from cifar.distributed import leave
 from test_multiprocess import ALIKE, learned
 folder = Path(sys.argv[1])
 for name in ALIKE:
-    weights = learned(name, parts=1)
+    weights = learned(name, folder / "teacher", parts=1)
     save_file(weights, folder / f"{name}-{os.environ['RANK']}.safetensors")
 leave()
 """
@@ -198,6 +204,7 @@ def test_two_processes_learn_what_one_does_from_the_two_halves_of_every_batch(
 
     Every recipe must learn something else than the plain one, or it would not be seen to work.
     """
+    teacher = save_weights(tmp_path / "teacher", make_trainer(seed=1))
     (tmp_path / "learning.py").write_text(LEARNING)
     process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                     tmp_path / "learning.py", tmp_path,
@@ -205,9 +212,9 @@ def test_two_processes_learn_what_one_does_from_the_two_halves_of_every_batch(
     code, _, err = finish(process)
     assert code == 0, err
     reset_accelerate()
-    plain = learned("plain", parts=2)
+    plain = learned("plain", teacher, parts=2)
     for name in ALIKE:
-        expected = learned(name, parts=2)
+        expected = learned(name, teacher, parts=2)
         first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[each], second[each]) for each in expected), name
         torch.testing.assert_close(

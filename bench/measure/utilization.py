@@ -36,14 +36,18 @@ def measure_flops(subject: Subject) -> Iterable[Measurement]:
 
     Convolutions and linear layers alone count, at two FLOPs per multiply-add, see `cifar.cost`;
     augmentation, normalisation, activations and the optimiser do not. They are the model's, not a
-    process's: one value however many ranks there are. SAM goes both ways twice.
+    process's: one value however many ranks there are. In training a teacher's forward pass counts
+    as well. SAM goes both ways twice.
     """
     trainer = subject.trainer
     _, _, height, width = trainer.dataset.train.images.shape
-    passes = trainer.config.recipe.passes
+    model, teacher = trainer.model_config, trainer.teacher
+    one_pass = train_flops(model, (height, width))
+    if teacher is not None:
+        one_pass += forward_flops(teacher.model_config, (height, width))
     for name, flops in (
-        ("forward_flops", forward_flops(trainer.model_config, (height, width))),
-        ("train_flops", passes * train_flops(trainer.model_config, (height, width))),
+        ("forward_flops", forward_flops(model, (height, width))),
+        ("train_flops", trainer.config.recipe.passes * one_pass),
     ):
         yield Measurement(name=name, unit="FLOP/sample", better="lower", samples=((float(flops),),))
 

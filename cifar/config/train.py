@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from cifar.config.checks import option_name, require
+from cifar.config.distillation import Distillation
 from cifar.config.model import ModelConfig
 from cifar.config.precision import PrecisionName
 from cifar.config.recipe import Recipe
@@ -29,6 +30,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default=ModelConfig())
     recipe: Recipe = field(default=Recipe())
+    distillation: Distillation = field(default=Distillation())
     data: DataOption = field(default=DataConfig())
     """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
     limit_train: int | None = None
