@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cifar.scoring import load_network
+from cifar.network import load_network
 
 STARTED = "BENCH_COLD_STARTED"
 """The environment variable that tells when the process was started, by `time.monotonic`."""

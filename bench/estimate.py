@@ -64,7 +64,10 @@ def estimate_seconds(
 
 
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
-    """Seconds at the assumed rate, start-up left out; inference within its time limit."""
+    """Seconds at the assumed rate, start-up left out; inference within its time limit.
+
+    A teacher's answers are left out too: a cell does not tell how large it is.
+    """
     train = cell.train
     size = IMAGE_SIZES.get(train.data.source, (32, 32))
     forward = 2 * _multiply_adds(train.model, size) / ASSUMED_FLOPS

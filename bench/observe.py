@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.judge import KERNEL, UNOBSERVED, Labels, changes
 from cifar.accelerator import is_native
 from cifar.distributed import gather_text
+from cifar.teacher import EVENT
 from cifar.trainer import Trainer
 
 T = TypeVar("T")
@@ -202,12 +203,13 @@ def _seen_in(profiled: profile, module: nn.Module) -> tuple[list[Any], Labels]:
 
 
 def _in_order(tree: Iterable[Any]) -> list[Any]:
-    """The events of a profile's tree as they began."""
+    """The events of a profile's tree as they began; a teacher's are not the network's."""
     found, waiting = [], list(tree)
     while waiting:
         event = waiting.pop()
-        found.append(event)
-        waiting.extend(event.children)
+        if event.name != EVENT:
+            found.append(event)
+            waiting.extend(event.children)
     return sorted(found, key=lambda event: event.start_time_ns)
 
 

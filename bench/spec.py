@@ -85,6 +85,7 @@ class Cell:
         train = self.train
         parts = (
             train.model.label,
+            "distilled" if train.distillation.teacher else "",
             self.precision,
             self.layout if train.channels_last else "",
             self.compiled if train.compile else "",

@@ -8,9 +8,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -23,20 +22,17 @@ from torch import Tensor
 from cifar.config import TrainConfig, require
 from cifar.data.loader import Normalization
 from cifar.errors import CheckpointError, ConfigError
-from cifar.files import is_file, subfolders, sync_folder
+from cifar.files import sync_folder
 from cifar.meter import MeterState
 from cifar.serialize import STRICT, from_json, to_json
+from cifar.weights import MANIFEST, STEP_PREFIX, find_weights, list_checkpoints
 
 Tensors = dict[str, Tensor]
 T = TypeVar("T")
 
-MANIFEST = "manifest.json"
 _CARD = "model.json"
 _STATE = "state.json"
-_WEIGHTS = "model.safetensors"
-_AVERAGE = "ema.safetensors"
 _TEMPORARY = ".writing-"
-_PREFIX = "step-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,17 +211,7 @@ def read_tensors(files: dict[str, bytes], group: str, where: Path) -> Tensors:
 
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies under a run's `checkpoints` folder."""
-    return root / f"{_PREFIX}{step:09d}"
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoints, oldest first.
-
-    Raises:
-        UserError: the folder cannot be read.
-    """
-    names = subfolders(root, "checkpoint")
-    return [root / name for name in names if re.fullmatch(f"{_PREFIX}[0-9]{{9}}", name)]
+    return root / f"{STEP_PREFIX}{step:09d}"
 
 
 def step_of(folder: Path) -> int:
@@ -234,7 +220,7 @@ def step_of(folder: Path) -> int:
 
 
 def _number(folder: Path) -> str:
-    return folder.name.removeprefix(_PREFIX)
+    return folder.name.removeprefix(STEP_PREFIX)
 
 
 def newest_whole(
@@ -265,40 +251,8 @@ def prune(newest: Path, keep: int) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
 
 
-def find_weights(path: Path) -> Path:
-    """The file of weights that `path` means.
-
-    A file is taken as named. Of a run its final weights are meant, or else its newest checkpoint;
-    in a folder an average of the weights takes precedence over the weights.
-
-    Raises:
-        CheckpointError: nothing there, or a file that holds no weights.
-        UserError: nobody can tell, for a folder may not be searched or a name is too long.
-    """
-    is_named = path.name in (_AVERAGE, _WEIGHTS)
-    if path.suffix == ".safetensors" and not is_named and is_file(path, "checkpoint"):
-        raise CheckpointError(
-            f"checkpoint: {path}: no weights of a model; name {_WEIGHTS} or {_AVERAGE}"
-        )
-    candidates = iter([path.parent]) if is_named else _folders_of_weights(path)
-    found = next((each for each in candidates if is_file(each / MANIFEST, "checkpoint")), None)
-    if found is None:
-        raise CheckpointError(
-            f"checkpoint: {path}: no weights there; give a run, a checkpoint or {_WEIGHTS} in one"
-        )
-    if is_named:
-        return path
-    return found / (_AVERAGE if is_file(found / _AVERAGE, "checkpoint") else _WEIGHTS)
-
-
-def _folders_of_weights(path: Path) -> Iterator[Path]:
-    yield path
-    yield path / "final"
-    yield from reversed(list_checkpoints(path / "checkpoints"))
-
-
 def load_weights(path: Path) -> tuple[ModelCard, Tensors]:
-    """Read the weights that `path` means (see `find_weights`), and what they are.
+    """Read the weights that `path` means (see `cifar.weights`), and what they are.
 
     Raises:
         CheckpointError: nothing there, it is damaged, or its card is of another version.

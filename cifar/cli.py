@@ -95,7 +95,7 @@ def _options(read: Callable[[Sequence[str]], object]) -> list[str]:
 def _own_words(stop: SystemExit) -> str:
     """What a dataclass said of its fields, in whose frame tyro would break long words; or ""."""
     error: BaseException | None = stop
-    while error is not None and not isinstance(error, ConfigError):
+    while error is not None and not isinstance(error, UserError):
         error = error.__context__
     return "" if error is None else str(error)
 

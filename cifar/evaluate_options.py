@@ -12,10 +12,11 @@ import tyro
 from cifar.cli import parse
 from cifar.config import PrecisionName, require
 from cifar.data.config import DataOption
-from cifar.errors import ConfigError, DataError
+from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.process import ensure_environment
 from cifar.ranks import world_size
+from cifar.weights import find_weights
 
 if TYPE_CHECKING:
     from cifar.scoring import Scored
@@ -72,6 +73,7 @@ def run_evaluate(argv: list[str]) -> int:
     started = world_size(os.environ)
     remedy = "evaluate runs in one process; start it without a launcher"
     require(started == 1, "processes", started, remedy)
+    file = find_weights(user_path(options.checkpoint, "checkpoint"))
     _check_places(options)
     ensure_environment()
     from cifar.scoring import Images, render, score
@@ -83,17 +85,17 @@ def run_evaluate(argv: list[str]) -> int:
         labels=_path(options.labels, "labels"),
     )
     scored = score(
-        user_path(options.checkpoint, "checkpoint"),
+        file,
         images,
+        needs_labels=options.json or (options.predictions is None and options.report is None),
         batch_size=options.batch_size,
         precision=options.precision,
         cpu=options.cpu,
     )
-    _check_labels(scored, options)
     _write(scored, options)
-    if options.json and scored.evaluation is not None:
+    if options.json:
         print(json.dumps(scored.to_dict(), allow_nan=False))
-    elif not options.json:
+    else:
         render(scored)
     return 0
 
@@ -116,16 +118,6 @@ def _check_places(options: EvaluateOptions) -> None:
         good = there.is_dir() and os.access(there, os.W_OK) and (is_folder or not path.is_dir())
         remedy = f"cannot be written; give another {'folder' if is_folder else 'file'}"
         require(good, name, text, remedy)
-
-
-def _check_labels(scored: "Scored", options: EvaluateOptions) -> None:
-    """Raise a DataError if an accuracy is asked for that nobody can know."""
-    wants_scores = options.json or (options.predictions is None and options.report is None)
-    if scored.evaluation is None and wants_scores:
-        raise DataError(
-            f"images: {options.images}: have no labels, so no accuracy; to write what is predicted "
-            "give --predictions FILE or --report FOLDER, without --json"
-        )
 
 
 def _write(scored: "Scored", options: EvaluateOptions) -> None:

@@ -19,8 +19,8 @@ from cifar.device_memory import peak_memory
 from cifar.errors import TrainingError
 from cifar.evaluation import Evaluation
 from cifar.latency import latency
+from cifar.network import load_network
 from cifar.predictions import Predictions
-from cifar.scoring import load_network
 from cifar.selection import Selection
 from cifar.trainer import Trainer
 from cifar.training_state import card_of

@@ -31,6 +31,7 @@ from cifar.signals import StopSignals
 from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, state_of, tensor_groups
 from cifar.updates import Update
+from cifar.weights import list_checkpoints
 
 
 def train(
@@ -159,7 +160,7 @@ class Session:
     def _saved(self) -> str:
         if self.folder is None:
             return "what was saved stays"
-        found = checkpoint.list_checkpoints(self.folder / "checkpoints")
+        found = list_checkpoints(self.folder / "checkpoints")
         if not found:
             return "nothing was saved yet"
         return f"continue from step {checkpoint.step_of(found[-1])} with --resume"
@@ -186,7 +187,8 @@ class Session:
         return (
             f"{trainer.model_config.label} on {dataset.name} "
             f"({len(dataset.train):,} train, {held_out}{len(dataset.test):,} test images), "
-            f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
+            + (f"taught by {trainer.teacher.model_config.label}, " if trainer.teacher else "")
+            + f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
             f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
             + (f", in {self.root}" if self.root else "")
         )
@@ -329,7 +331,7 @@ class Session:
         """Chosen by the first process, for the others may see the folder differently."""
         chosen: tuple[Path, dict[str, bytes]] | None = None
         if self.trainer.is_main:
-            found = checkpoint.list_checkpoints(root)
+            found = list_checkpoints(root)
             chosen = checkpoint.newest_whole(found, warn=self._progress.say)
         step = torch.tensor(
             -1 if chosen is None else checkpoint.step_of(chosen[0]), device=self.trainer.device

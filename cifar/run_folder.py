@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cifar.config import OPTION_NAMES, RunConfig, TrainConfig
+from cifar.config import OPTION_NAMES, RunConfig, TrainConfig, check_same_teacher
 from cifar.errors import CheckpointError, CifarError, ConfigError
 from cifar.files import LOCK, locked, made, user_path, write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_dict, to_json
@@ -152,7 +152,11 @@ def write_config(folder: Path, train: TrainConfig, run: RunConfig) -> None:
 
 
 def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None:
-    """Raise a ConfigError that names the first option that a resumed run cannot change."""
+    """Raise a UserError that names the first option that a resumed run cannot change.
+
+    Its teacher must be found as well, with the same weights.
+    """
+    check_same_teacher(train.distillation.teacher, stored.train.distillation.teacher)
     compared = [
         (_options(each.train, each.run, contents), _options(each.train, each.run, to_dict))
         for each in (stored, StoredConfig(train=train, run=run))

@@ -10,22 +10,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from cifar.accelerator import allow_tf32, check_supported
-from cifar.checkpoint import ModelCard, Tensors, find_weights, load_into, load_weights
-from cifar.config import PRECISIONS
+from cifar.checkpoint import ModelCard
 from cifar.data.config import DataConfig
 from cifar.data.dataset import Dataset, Split
 from cifar.data.division import divide
 from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
 from cifar.data.test_set import read_test_set
-from cifar.emulation import emulate_if_needed
 from cifar.errors import CheckpointError, DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.memory import explained
-from cifar.models import build_model
+from cifar.network import few, load_network
 from cifar.predictions import Predictions, calibrate, calibration_error
 
 
@@ -91,7 +87,13 @@ class Scored:
 
 
 def score(
-    path: Path, images: Images, *, batch_size: int | None, precision: str | None, cpu: bool
+    path: Path,
+    images: Images,
+    *,
+    needs_labels: bool,
+    batch_size: int | None,
+    precision: str | None,
+    cpu: bool,
 ) -> Scored:
     """Evaluate a checkpoint with the normalisation it was trained with.
 
@@ -100,13 +102,19 @@ def score(
 
     Raises:
         CheckpointError: no weights there, or damaged, or the loss is not finite.
-        DataError: the images' classes, channels or size are not the model's.
+        DataError: the images' classes, channels or size are not the model's, or they have no labels
+            although an accuracy is asked for.
         UnsupportedError: the device cannot run the precision.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     network = load_network(path, precision=precision, device=device)
     card = network.card
     found = _find(images, card)
+    if needs_labels and not found.is_labelled:
+        raise DataError(
+            f"images: {images.path}: have no labels, so no accuracy; to write what is predicted "
+            "give --predictions FILE or --report FOLDER, without --json"
+        )
     if found.note:  # after the last check: an error is one line on stderr, not a second one
         print(found.note, file=sys.stderr)
     on_device = DeviceImages(
@@ -137,50 +145,6 @@ def score(
         predictions=Predictions(probabilities=probabilities.cpu().numpy(), labels=labels),
         evaluation=result if found.is_labelled else None,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Network:
-    """Saved weights that are ready to infer on a device, in a precision."""
-
-    file: Path
-    card: ModelCard
-    precision: str
-    module: nn.Module
-    device: torch.device
-
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Of normalised images `[B, C, H, W]` on the device: `[B, K]`, under autocast as due."""
-        name = PRECISIONS[self.precision].autocast
-        dtype = getattr(torch, name) if name else torch.float32
-        with torch.autocast(self.device.type, dtype, enabled=name is not None):
-            logits: torch.Tensor = self.module(images)
-        return logits
-
-
-def load_network(path: Path, *, precision: str | None, device: torch.device) -> Network:
-    """The network of a checkpoint, in the precision it was trained in where None.
-
-    Raises:
-        CheckpointError: no weights there, or damaged.
-        UnsupportedError: the device cannot run the precision.
-    """
-    file = find_weights(path)
-    card, weights = load_weights(file)
-    name = precision or card.config.precision
-    assert name is not None, "a card's is resolved"
-    check_supported(name, device)
-    allow_tf32(PRECISIONS[name].tf32)
-    module = _module(card, weights, str(file)).to(device)
-    emulate_if_needed(module, name, device)
-    return Network(file=file, card=card, precision=name, module=module, device=device)
-
-
-def _module(card: ModelCard, weights: Tensors, source: str) -> nn.Module:
-    """The network with these weights, in the memory format that it was trained in."""
-    module = build_model(card.config.model).eval()
-    load_into(module, weights, source)
-    return module.to(memory_format=torch.channels_last) if card.config.channels_last else module
 
 
 def _find(images: Images, card: ModelCard) -> _Found:
@@ -234,10 +198,11 @@ def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
         raise DataError(
             f"{error} (the weights were trained on it; or name another --data)"
         ) from None
-    if dataset.classes != card.classes:
+    own, asked = dataset.classes, card.classes
+    if own != asked:
         raise DataError(
-            f"data: {dataset.name}: its classes ({_few(dataset.classes)}) are not those of the "
-            f"checkpoint, {card.dataset} ({_few(card.classes)}); choose other images with --data"
+            f"data: {dataset.name}: its classes ({few(own, asked)}) are not those of the "
+            f"checkpoint, {card.dataset} ({few(asked, own)}); choose other images with --data"
         )
     channels = dataset.train.images.shape[1]
     if channels != card.config.model.in_channels:
@@ -246,10 +211,6 @@ def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
             f"{card.config.model.in_channels}; choose other images with --data"
         )
     return dataset
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f", ... {len(names)} in all" if len(names) > 3 else "")
 
 
 MATRIX_CLASSES = 12

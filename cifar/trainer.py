@@ -39,6 +39,7 @@ from cifar.models import build_model
 from cifar.models.meta import check_images, head_names
 from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
 
 
@@ -53,6 +54,7 @@ class Trainer:
     Raises:
         ConfigError: the configuration does not fit the data or the processes that were started, or
             there are no such weights to start from.
+        CheckpointError: its teacher is missing, not the one it was, or of other classes.
         UnsupportedError: the device or the stack cannot run it as asked.
     """
 
@@ -74,7 +76,6 @@ class Trainer:
         self.dataset = divide(dataset, config.limit_train, config.recipe.validation)
         self.device: torch.device = self.accelerator.device
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        self.compute_loss = compute_loss or build_loss(config.recipe)
         self._update = update or build_update(config.recipe)
         self.model_config = dataclasses.replace(
             config.model,
@@ -83,6 +84,11 @@ class Trainer:
         )
         self._build_data()
         self._build_model(is_resumed)
+        self.teacher = load_teacher(self.config, self.dataset, self.normalization, self.device)
+        assert self.teacher is None or compute_loss is None, (
+            "a teacher is for the recipe's own loss"
+        )
+        self.compute_loss = compute_loss or build_loss(config, self.teacher)
         self.total_steps = self._plan_steps(train_samples)
         self.step = 0
         self.meter = Meter(self.device)

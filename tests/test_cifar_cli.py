@@ -73,6 +73,14 @@ LONG = "x" * 300
             r"muon-step: 0\.01: is for muon, not for sgd",
         ),
         (("train", "--muon-step", "1.5"), r"muon-step: 1\.5: give 0 < value < 1"),
+        (("train", "--teacher", "absent"), r"teacher: absent: no weights there; give a run, a che"),
+        (("train", "--teacher", LONG), r"teacher: 'x+.*': File name too long; give another path"),
+        (("train", "--teacher", "~no-such-user-anywhere/x"), r"teacher: .*: no such user"),
+        (("train", "--distillation-weight", "0.5"), r"distillation-weight: 0\.5: needs --teacher"),
+        (
+            ("train", "--distillation-temperature", "0"),
+            r"distillation-temperature: 0\.0: give 0\.01",
+        ),
         (("train", "--output-dir", "~no-such-user-anywhere/x"), r"output-dir: .*no such user"),
         (("download", "cifar10", "--directory=~no-such-user-anywhere/x"), r"directory: .*no such"),
         (
@@ -415,6 +423,16 @@ except SystemExit as stop:
 print("heavy:", sorted({"torch", "accelerate", "pandas"} & sys.modules.keys()))
 sys.exit(code)
 """
+
+
+@pytest.mark.parametrize("words", [("evaluate", "absent"), ("train", "--teacher", "absent")])
+def test_weights_that_are_not_there_are_told_before_torch_is_imported(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    code, out, err = finish(start("-c", HELP, *words, module=False, cwd=tmp_path))
+    assert (code, out) == (2, "heavy: []\n")
+    assert len(err.splitlines()) == 1 and "absent: no weights there; give a run" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

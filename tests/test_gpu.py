@@ -16,7 +16,10 @@ from training import (
     kill,
     make_trainer,
     metrics,
+    rescaled,
+    save_weights,
     start,
+    taught_by,
     tiny_recipe,
 )
 
@@ -154,6 +157,25 @@ def test_a_step_never_waits_for_the_gpu(
             trainer.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_teacher_answers_on_the_gpu_without_waiting(tmp_path: Path, precision: str) -> None:
+    if not supports(precision):
+        pytest.skip(f"this GPU has no {precision}")
+    teacher = save_weights(tmp_path / "teacher", trained(1))
+    trainer = trained(
+        2, precision=precision, channels_last=True, distillation=taught_by(teacher), data=rescaled()
+    )
+    parameters = [*trainer.teacher.network.module.parameters()]
+    assert {each.device.type for each in parameters} == {"cuda"}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.check() == 0
 
 
 def test_fp16_scales_the_loss_and_counts_skipped_steps() -> None:

@@ -26,13 +26,14 @@ FREE_NAMES = """
     bench.runs bench.save bench.search bench.selection bench.selfcheck bench.spec bench.stats
     bench.suites bench.table bench.unfinished bench.validity cifar cifar.__main__
     cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers cifar.config
-    cifar.config.checks cifar.config.model cifar.config.precision cifar.config.pretrained
-    cifar.config.recipe cifar.config.train cifar.cost cifar.data cifar.data.archives
-    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
-    cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources cifar.data.test_set
-    cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
-    cifar.files cifar.memory cifar.predictions cifar.process cifar.progress cifar.ranks
-    cifar.recipes cifar.run_folder cifar.serialize cifar.signals cifar.train_options launch
+    cifar.config.checks cifar.config.distillation cifar.config.model cifar.config.precision
+    cifar.config.pretrained cifar.config.recipe cifar.config.train cifar.cost cifar.data
+    cifar.data.archives cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division
+    cifar.data.download cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources
+    cifar.data.test_set cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors
+    cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions cifar.process
+    cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals
+    cifar.train_options cifar.weights launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -45,8 +46,8 @@ TORCH_NAMES = """
     cifar.device_memory cifar.distributed cifar.emulation cifar.evaluation cifar.fine_tuning
     cifar.latency cifar.losses cifar.meter cifar.models cifar.models.libraries cifar.models.meta
     cifar.models.pretrained cifar.models.resnet cifar.models.resnet9 cifar.models.summary
-    cifar.models.weights cifar.muon cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring
-    cifar.selection cifar.trainer cifar.training_state cifar.updates
+    cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome cifar.report cifar.run
+    cifar.scoring cifar.selection cifar.teacher cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -72,6 +73,8 @@ CHAINS = (
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",
+    "cifar.weights cifar.config cifar.checkpoint cifar.network cifar.teacher cifar.trainer",
+    "cifar.network cifar.scoring",
     "cifar.config cifar.evaluation bench.measure",
     "bench.record bench.environment bench.worker",
 )

@@ -6,13 +6,33 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from training import ROOT, TINY_OPTIONS, cifar, complaints, finish, metrics, start
+from conftest import make_dataset
+from safetensors.torch import load_file
+from torch import Tensor
+from training import (
+    ROOT,
+    TINY,
+    TINY_OPTIONS,
+    cifar,
+    complaints,
+    finish,
+    make_trainer,
+    metrics,
+    reset_accelerate,
+    save_weights,
+    start,
+    taught_by,
+    tiny_recipe,
+)
 
 from cifar.checkpoint import list_checkpoints, load_weights
+from cifar.config import Distillation, RunConfig, TrainConfig
+from cifar.trainer import Trainer
 
 pytestmark = pytest.mark.multiprocess
 
@@ -75,13 +95,13 @@ sys.exit(main())
 
 RESUMED = """
 import os, sys
-from cifar import checkpoint
+from cifar import run
 from cifar.commands import main
-list_checkpoints = checkpoint.list_checkpoints
+list_checkpoints = run.list_checkpoints
 def stale(root):
     found = list_checkpoints(root)
     return found if os.environ["RANK"] == "0" else found[:-1]
-checkpoint.list_checkpoints = stale
+run.list_checkpoints = stale
 sys.exit(main())
 """
 """The second process's view of the folder lags behind, as on a network file system."""
@@ -131,6 +151,77 @@ def test_three_processes_share_a_batch_and_evaluate_every_sample_once(
     assert code == 0, err
     assert metrics(tmp_path / "a")[-1]["samples_seen"] == 66
     assert_evaluates_alike(tmp_path / "a", toy, capsys)
+
+
+ALIKE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sam": {"sam_rho": 0.5},
+    "clip": {"clip_norm": 0.5},
+    "sam, clip": {"sam_rho": 0.5, "clip_norm": 0.5},
+    "mixup": {"mixup": 0.4},
+    "cutmix": {"cutmix": 1.0, "label_smoothing": 0.1},
+    "muon": {"optimizer": "muon"},
+    "ema": {"ema_decay": 0.5},
+    "teacher": {},
+}
+"""Recipes whose steps should not depend on how a batch is shared out."""
+
+
+def learned(name: str, teacher: Path, *, parts: int) -> dict[str, Tensor]:
+    """The parameters to publish after three steps of a recipe, in so many parts of a batch each."""
+    chosen = taught_by(teacher) if name == "teacher" else Distillation()
+    config = TrainConfig(
+        model=TINY,
+        recipe=tiny_recipe(**ALIKE[name]),
+        distillation=chosen,
+        accumulation_steps=parts,
+    )
+    trainer = Trainer(config, RunConfig(cpu=True), make_dataset())
+    for _ in range(3):
+        trainer.train_step()
+    names = [name for name, _ in trainer.module.named_parameters()]
+    return {name: trainer.eval_weights()[name].detach() for name in names}
+
+
+LEARNING = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from cifar.distributed import leave
+from test_multiprocess import ALIKE, learned
+folder = Path(sys.argv[1])
+for name in ALIKE:
+    weights = learned(name, folder / "teacher", parts=1)
+    save_file(weights, folder / f"{name}-{os.environ['RANK']}.safetensors")
+leave()
+"""
+
+
+def test_two_processes_learn_what_one_does_from_the_two_halves_of_every_batch(
+    tmp_path: Path,
+) -> None:
+    """One by accumulation, so that BatchNorm normalises by the same halves.
+
+    Every recipe must learn something else than the plain one, or it would not be seen to work.
+    """
+    teacher = save_weights(tmp_path / "teacher", make_trainer(seed=1))
+    (tmp_path / "learning.py").write_text(LEARNING)
+    process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                    tmp_path / "learning.py", tmp_path,
+                    environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})  # fmt: skip
+    code, _, err = finish(process)
+    assert code == 0, err
+    reset_accelerate()
+    plain = learned("plain", teacher, parts=2)
+    for name in ALIKE:
+        expected = learned(name, teacher, parts=2)
+        first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[each], second[each]) for each in expected), name
+        torch.testing.assert_close(
+            first, expected, rtol=1e-3, atol=1e-4, msg=f"{name}: {{}}".format
+        )
+        apart = max((expected[each] - plain[each]).abs().max() for each in plain)
+        assert apart > 1e-2 or name == "plain", name
 
 
 def wait_for_epoch(folder: Path, process: subprocess.Popen[str]) -> None:

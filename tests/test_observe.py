@@ -12,7 +12,7 @@ from conftest import make_dataset
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from training import finish, reset_accelerate, start
+from training import finish, reset_accelerate, save_weights, start, taught_by
 
 from bench import observe
 from bench.job import CELL_FILE, RECORD_FILE, Job
@@ -366,6 +366,19 @@ def test_formats_in_compiled_code_are_observed() -> None:
 def test_layouts_that_the_compiler_chose_are_no_mismatch() -> None:
     """Inductor turns wide convolutions of contiguous nets to channels-last by itself."""
     assert told(make_cell(compile=(True,)), to_nhwc) == []
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_teacher_s_formats_are_not_taken_for_the_student_s(tmp_path: Path) -> None:
+    other = make_subject(make_cell()).trainer
+    distillation = taught_by(save_weights(tmp_path / "teacher", other))
+    cell = make_cell(compile=(True,))
+
+    def in_bf16(trainer: Trainer) -> None:
+        trainer.teacher.network = replace(trainer.teacher.network, precision="bf16")
+
+    taught = replace(cell, train=replace(cell.train, distillation=distillation))
+    assert told(taught, in_bf16) == []
 
 
 @pytest.mark.usefixtures("quick_compiler")

@@ -230,11 +230,16 @@ def test_singular_vectors_stay_and_singular_values_come_near_one() -> None:
     assert torch.equal(orthogonalized(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
 
 
-def test_a_matrix_of_one_row_becomes_a_direction() -> None:
-    """Its only singular value is its length: 1 after the division, then four quintics."""
-    value = 1.0
+def quintics(value: float) -> float:
+    """What becomes of a singular value."""
     for _ in range(4):
         value = 3.4445 * value - 4.7750 * value**3 + 2.0315 * value**5
+    return value
+
+
+def test_a_matrix_of_one_row_becomes_a_direction() -> None:
+    """Its only singular value is its length: 1 after the division."""
+    value = quintics(1.0)
     found = orthogonalized(torch.tensor([[[3.0, 4.0]]]))
     assert found.flatten().tolist() == pytest.approx([0.6 * value, 0.8 * value], rel=1e-4)
 
@@ -271,6 +276,22 @@ def test_muon_by_hand_on_one_direction() -> None:
         module.weight.grad = gradient.view(1, 2, 1, 1)
         optimizer.step()
     assert module.weight.detach().flatten().tolist() == pytest.approx(weight.tolist(), rel=1e-4)
+
+
+def test_muon_by_hand_on_two_directions() -> None:
+    """Of a gradient four times as long in one of them the step is about as long in both."""
+    module = nn.Conv2d(2, 2, 1, bias=False)
+    weight = torch.tensor([[1.0, 2.0], [0.0, -2.0]])  # of length 3
+    with torch.no_grad():
+        module.weight.copy_(weight.view(2, 2, 1, 1))
+    module.weight.grad = torch.tensor([[0.4, 0.0], [0.0, 0.1]]).view(2, 2, 1, 1)
+    build_optimizer(module, Recipe(**MUON)).step()
+    one, other = (quintics(value / math.sqrt(17)) for value in (4.0, 1.0))
+    assert 0.5 < one / other < 2
+    step = torch.tensor([[one, 0.0], [0.0, other]]) * 0.05 * 3 / math.hypot(one, other)
+    moved = weight - step
+    expected = 3 * moved / moved.norm()
+    torch.testing.assert_close(module.weight.detach().view(2, 2), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decays", [True, False])

@@ -9,10 +9,12 @@ import pytest
 from bench.protocol import Protocol
 from bench.repeats import interleaved
 from bench.spec import Cell, Plan, Suite, Task, expand, grid, seeded
-from cifar.config import ModelConfig, Recipe, TrainConfig
+from cifar.config import Distillation, ModelConfig, Recipe, Teacher, TrainConfig
 from cifar.errors import ConfigError
 from cifar.recipes import get_recipe
 from cifar.serialize import from_json, to_json
+
+TAUGHT = Distillation(teacher=Teacher(sha256="0" * 64, path="/teacher"))
 
 
 def make_cell(**changes):
@@ -39,6 +41,7 @@ def test_label_says_all_that_differs():
     cell = Cell(train=train, num_processes=2, launcher="fsdp")
     assert cell.label == "resnet18-w16 bf16 channels-last compile-max-autotune b128 x2 fsdp seed1"
     assert make_cell(accumulation_steps=4).label == "resnet18 fp32 b128 acc4"
+    assert make_cell(distillation=TAUGHT).label == "resnet18 distilled fp32 b128"
     assert re.fullmatch(r"[A-Za-z0-9._-]+", cell.slug)
 
 
@@ -49,6 +52,7 @@ def test_label_says_all_that_differs():
         {"channels_last": True},
         {"recipe": Recipe(lr=0.2)},
         {"model": ModelConfig(name="resnet34")},
+        {"distillation": TAUGHT},
     ],
 )
 def test_digest_changes_with_the_contents(change):
@@ -61,7 +65,7 @@ def test_a_recipe_that_stops_early_is_no_cell_s():
 
 
 def test_digest_is_the_same_after_json():
-    cell = make_cell(seed=3)
+    cell = make_cell(seed=3, distillation=TAUGHT)
     again = from_json(Cell, to_json(cell))
     assert again == cell
     assert again.digest == cell.digest

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -109,6 +110,48 @@ def test_a_first_gradient_that_overflows_leaves_the_weights_where_they_were() ->
         assert torch.equal(weight, before[name]), name
     for name, buffer in trainer.module.named_buffers():
         assert buffer.isfinite().all(), name
+
+
+def give_scaler(trainer: Trainer, scale: float) -> None:
+    """Let a trainer on a CPU scale its loss, as one in fp16 on a GPU does."""
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"sam_rho": RHO}, {"clip_norm": 0.1}, {"sam_rho": RHO, "clip_norm": 0.1, "optimizer": "muon"}],
+)
+def test_a_scale_of_the_loss_changes_no_step(fields: dict[str, object]) -> None:
+    plain, scaled = (make_trainer(tiny_recipe(**PLAIN, **fields)) for _ in range(2))
+    give_scaler(scaled, 1024.0)
+    for trainer in (plain, scaled):
+        for _ in range(2):
+            trainer.train_step()
+    assert scaled.meter.skipped_steps == 0
+    for name, weight in plain.module.named_parameters():
+        other = scaled.module.get_parameter(name)
+        torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("overflowing", [0, 1])
+def test_sam_skips_a_step_whose_gradient_overflows_in_either_pass(
+    overflowing: int, optimizer: str
+) -> None:
+    trainer = make_trainer(tiny_recipe(sam_rho=RHO, optimizer=optimizer))
+    give_scaler(trainer, 1024.0)
+    backward, passes = trainer.backward, itertools.count()
+    trainer.backward = lambda loss: backward(loss * (1e38 if next(passes) == overflowing else 1))
+    before = {name: each.clone() for name, each in trainer.weights().items()}
+    trainer.train_step()
+    assert next(passes) == 2
+    for name, weight in trainer.module.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    assert all(each.isfinite().all() for each in trainer.module.buffers())
+    assert trainer.meter.skipped_steps == 1 and trainer.scaler.get_scale() == 512.0
+    trainer.train_step()
+    assert trainer.meter.skipped_steps == 1
+    assert not torch.equal(trainer.module.fc.weight, before["fc.weight"])
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])

@@ -1,6 +1,7 @@
 """FLOPs, peaks and utilisation, with rates and processes made up by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import make_dataset
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from training import TINY, make_trainer, reset_accelerate, tiny_recipe
+from training import TINY, make_trainer, reset_accelerate, save_weights, taught_by, tiny_recipe
 
 from bench import worker
 from bench.job import Job
@@ -25,10 +26,11 @@ from bench.record import Measurement
 from bench.record_file import parse_record
 from bench.rows import rows
 from bench.spec import Task, grid
-from cifar.config import RunConfig
+from cifar.config import ModelConfig, RunConfig
 from cifar.cost import forward_flops, train_flops
 from cifar.data.config import parse_data
 from cifar.data.loader import Place
+from cifar.data.sources import load_dataset
 from cifar.serialize import to_json
 
 CASES = {
@@ -70,6 +72,23 @@ def test_flops_are_those_of_the_net_that_is_trained_on_its_images() -> None:
         "forward_flops": (forward_flops(config, (12, 12)), "FLOP/sample"),
         "train_flops": (train_flops(config, (12, 12)), "FLOP/sample"),
     }
+
+
+@pytest.mark.parametrize(("rho", "passes"), [(0.0, 1), (0.1, 2)])
+def test_flops_of_training_are_also_the_teacher_s_forward_ones(
+    tmp_path: Path, rho: float, passes: int
+) -> None:
+    other = make_trainer(model=ModelConfig(name="resnet20", width=6))
+    distillation = taught_by(save_weights(tmp_path / "teacher", other))
+    trainer = make_trainer(tiny_recipe(sam_rho=rho), distillation=distillation)
+    found = {each.name: each.value for each in measure_flops(Subject(trainer, Protocol()))}
+    student, teacher = trainer.model_config, other.model_config
+    assert found["forward_flops"] == forward_flops(student, (16, 16))
+    one_pass = train_flops(student, (16, 16)) + forward_flops(teacher, (16, 16))
+    assert found["train_flops"] == passes * one_pass
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step()
+    assert counter.get_total_flops() == 32 * found["train_flops"]
 
 
 @pytest.mark.parametrize(("num_processes", "fraction"), [(1, 0.6), (2, 0.3), (4, 0.15)])
@@ -246,3 +265,29 @@ def test_a_gpu_reaches_its_peak_on_saturating_shapes(
     monkeypatch.setattr(utilization, "IMAGES", {"cuda": 1})
     for large, small in zip(saturated[:2], measure_utilization(chosen), strict=False):
         assert large.value > 2 * small.value
+
+
+def test_a_cell_is_measured_with_its_teacher_or_fails_for_want_of_it(
+    npz: Path, tmp_path: Path
+) -> None:
+    data = parse_data(f"npz:{npz}")
+    teacher = save_weights(tmp_path / "teacher", make_trainer(data=load_dataset(data)))
+    (cell,) = grid([TINY.label], ["fp32"], batch_sizes=(16,), data=data)
+    cell = replace(cell, train=replace(cell.train, distillation=taught_by(teacher)))
+    protocol = Protocol(
+        warmup_steps=0, timed_steps=1, min_timed_seconds=0.0, inference_batch_sizes=()
+    )
+    (tmp_path / "cell.json").write_text(to_json(Job(task=Task(cell=cell, protocol=protocol))))
+    reset_accelerate()
+    assert worker.main(tmp_path) == 0
+    record = parse_record((tmp_path / "record.json").read_text())
+    assert record.cell == cell and record.status == "ok"
+    assert record.value("train_flops") == train_flops(TINY, (16, 16)) + forward_flops(
+        TINY, (16, 16)
+    )
+    save_weights(teacher, make_trainer(data=load_dataset(data), seed=1))
+    reset_accelerate()
+    assert worker.main(tmp_path) != 0
+    record = parse_record((tmp_path / "record.json").read_text())
+    assert record.status == "failed" and "teacher: " in record.reason
+    assert "other weights than those that were learnt from" in record.reason

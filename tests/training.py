@@ -11,20 +11,24 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import make_dataset
 from torch import Tensor, nn
 
+from cifar.checkpoint import write_checkpoint
 from cifar.cli import run_program
 from cifar.commands import COMMANDS, SUMMARY
-from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
-from cifar.data.dataset import Dataset
+from cifar.config import Distillation, ModelConfig, Recipe, RunConfig, TrainConfig
+from cifar.config.distillation import find_teacher
+from cifar.data.dataset import Dataset, Split
 from cifar.data.loader import TrainBatch
 from cifar.losses import cross_entropy
 from cifar.process import worker_environment
 from cifar.trainer import Trainer
+from cifar.training_state import card_of
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(name="resnet20", width=4)
@@ -64,6 +68,27 @@ def make_trainer(
     reset_accelerate()
     chosen = TrainConfig(**{"model": TINY, "recipe": recipe or tiny_recipe(), **config})
     return Trainer(chosen, run, data or make_dataset(), **(trainer or {}))
+
+
+def rescaled() -> Dataset:
+    """The toy images darker and of less contrast, in every channel by another factor."""
+    factors = np.array([0.5, 0.3, 0.7])[:, None, None]
+
+    def darker(split: Split) -> Split:
+        return dataclasses.replace(split, images=(split.images * factors).astype(np.uint8))
+
+    dataset = make_dataset()
+    return dataclasses.replace(dataset, train=darker(dataset.train), test=darker(dataset.test))
+
+
+def save_weights(folder: Path, trainer: Trainer) -> Path:
+    """A checkpoint of a trainer's weights alone; its folder."""
+    write_checkpoint(folder, {"model": trainer.weights()}, card_of(trainer))
+    return folder
+
+
+def taught_by(checkpoint: Path, **fields: float) -> Distillation:
+    return Distillation(teacher=find_teacher(checkpoint), **fields)
 
 
 def cifar(*words: object) -> int:

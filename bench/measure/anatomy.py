@@ -50,12 +50,12 @@ class Timeline:
 def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     """Seconds of a step by part, their overhead, the share of the data, and communication.
 
-    Data is loading, augmenting and normalising; forward the model and the loss; the optimiser
-    includes zeroing gradients and the loss scaler. Micro-batches add up. Nothing is waited for
-    between the parts: on a GPU they are spans of its stream, idle time included, and backward has
-    that communication in it which it does not hide. On a CPU the checks of the run that are due are
-    part of a step, as they are of one that is timed for the throughput. Steps with marks and
-    without take turns.
+    Data is loading, augmenting and normalising; forward the model, a teacher and the loss; the
+    optimiser includes zeroing gradients and the loss scaler. Micro-batches add up. Nothing is
+    waited for between the parts: on a GPU they are spans of its stream, idle time included, and
+    backward has that communication in it which it does not hide. On a CPU the checks of the run
+    that are due are part of a step, as they are of one that is timed for the throughput. Steps with
+    marks and without take turns.
     """
     with set_aside(subject.trainer), subject.watched("anatomy"):
         marked = _pairs(subject, _marked_step, _plain_step)

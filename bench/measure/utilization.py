@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.subject import Subject
 from bench.record import Label, Measurement
-from cifar.config import PRECISIONS
+from cifar.config import PRECISIONS, ModelConfig
 from cifar.cost import forward_flops, train_flops
 from cifar.distributed import barrier, least
 from cifar.models.meta import counted_flops
@@ -38,18 +38,24 @@ def measure_flops(subject: Subject) -> Iterable[Measurement]:
     Convolutions and linear layers alone count, and attention in libraries' networks, at two FLOPs
     per multiply-add, see `cifar.cost` and `cifar.models.meta`; augmentation, normalisation,
     resizing, activations and the optimiser do not. They are the model's, not a process's: one value
-    however many ranks there are. SAM goes both ways twice.
+    however many ranks there are. In training a teacher's forward pass counts as well. SAM goes both
+    ways twice.
     """
     trainer = subject.trainer
-    _, _, height, width = trainer.dataset.train.images.shape
-    model, size = trainer.model_config, (height, width)
-    if model.library:
-        forward, both = counted_flops(model, size)
-    else:
-        forward, both = forward_flops(model, size), train_flops(model, size)
+    height, width = trainer.dataset.train.images.shape[2:]
+    forward, both = _model_flops(trainer.model_config, (height, width))
+    if trainer.teacher is not None:
+        both += _model_flops(trainer.teacher.model_config, (height, width))[0]
     passes = trainer.config.recipe.passes
     for name, flops in (("forward_flops", forward), ("train_flops", passes * both)):
         yield Measurement(name=name, unit="FLOP/sample", better="lower", samples=((float(flops),),))
+
+
+def _model_flops(model: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Of an image of this height and width, forward and in both directions."""
+    if model.library:
+        return counted_flops(model, size)
+    return forward_flops(model, size), train_flops(model, size)
 
 
 def measure_utilization(subject: Subject) -> Iterable[Measurement]:

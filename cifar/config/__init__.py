@@ -1,6 +1,7 @@
 """What is trained and how: model, recipe, data, precision and run. No torch in here."""
 
 from cifar.config.checks import OPTION_NAMES, option_name, require
+from cifar.config.distillation import Distillation, Teacher, check_same_teacher, check_teacher
 from cifar.config.model import LIBRARIES, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, ModelConfig
 from cifar.config.precision import PRECISIONS, Precision, PrecisionName
 from cifar.config.pretrained import IMAGENET, Pretrained, parse_pretrained
@@ -18,13 +19,17 @@ __all__ = [
     "PRECISIONS",
     "READ_BY",
     "CompileMode",
+    "Distillation",
     "ModelConfig",
     "Precision",
     "PrecisionName",
     "Pretrained",
     "Recipe",
     "RunConfig",
+    "Teacher",
     "TrainConfig",
+    "check_same_teacher",
+    "check_teacher",
     "option_name",
     "parse_pretrained",
     "require",

@@ -6,6 +6,10 @@ OPTION_NAMES = {
     "global_batch_size": "batch-size",
     "accumulation_steps": "accumulation",
     "model.name": "model",
+    "distillation.teacher.sha256": "teacher",
+    "distillation.teacher.path": "teacher",
+    "distillation.weight": "distillation-weight",
+    "distillation.temperature": "distillation-temperature",
 }
 """Command-line names of fields where they differ."""
 

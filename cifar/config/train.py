@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from cifar.config.checks import option_name, require
+from cifar.config.distillation import Distillation
 from cifar.config.model import ModelConfig
 from cifar.config.precision import PrecisionName
 from cifar.config.recipe import Recipe
@@ -29,6 +30,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default=ModelConfig())
     recipe: Recipe = field(default=Recipe())
+    distillation: Distillation = field(default=Distillation())
     data: Annotated[DataOption, arg(help=DATA_HELP)] = field(default=DataConfig())
     limit_train: int | None = None
     """Training images to use, of every class in proportion; all of them when not given."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ def read_test_set(
     """Read the images at `path`, which must have this `shape` (channels, height, width).
 
     - a `.npz` file with `images` and, or not, `labels` (or `test_images`, `x_test`; `test_labels`,
-      `y_test`);
+      `y_test`), which number `class_names` if it has them, else the model's classes;
     - a `.npy` file of images, such as CIFAR-10.1's
       (https://github.com/modestyachts/CIFAR-10.1), and `labels` in another one, or none;
     - a folder of `CLASS/` folders with images, or of images alone, which then have no labels.
@@ -64,7 +65,7 @@ def _read(path: Path, labels: Path | None, classes: Sequence[str]) -> TestSet:
     if path.is_dir():
         return _read_folder(path, classes)
     if suffix == ".npz":
-        return _read_npz(path)
+        return _read_npz(path, classes)
     if suffix == ".npy":
         return _read_npy(path, labels)
     raise DataError(f"data: {path}: no folder, .npz or .npy file; give one")
@@ -76,7 +77,7 @@ def _read_folder(path: Path, classes: Sequence[str]) -> TestSet:
     if unknown:
         raise DataError(
             f"data: {path / unknown[0]}: no class of the model, which are "
-            f"{', '.join(classes[:10])}{', ...' * (len(classes) > 10)}; rename the folder"
+            f"{_listed(classes)}; rename the folder"
         )
     numbers = None if named is None else np.array([classes.index(name) for name in named])
     return TestSet(
@@ -87,7 +88,11 @@ def _read_folder(path: Path, classes: Sequence[str]) -> TestSet:
     )
 
 
-def _read_npz(path: Path) -> TestSet:
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:10]) + ", ..." * (len(classes) > 10)
+
+
+def _read_npz(path: Path, classes: Sequence[str]) -> TestSet:
     arrays = read_npz(path, MAX_DATASET_BYTES)
     images_key = next((key for key in _KEYS if key in arrays), None)
     if images_key is None:
@@ -100,7 +105,28 @@ def _read_npz(path: Path) -> TestSet:
     if labels_key not in arrays:
         return _numbered(path, images, None)
     labels = as_labels(f"data: {path}: {labels_key}", arrays[labels_key], len(images))
+    if "class_names" in arrays:
+        labels = _renumbered(f"data: {path}: ", labels, arrays["class_names"], classes)
     return _numbered(path, images, labels)
+
+
+def _renumbered(
+    where: str, labels: npt.NDArray[np.int64], names: npt.NDArray[Any], classes: Sequence[str]
+) -> npt.NDArray[np.int64]:
+    """Labels that number these names as those of the same names among the model's classes."""
+    if names.dtype.kind != "U" or names.ndim != 1 or labels.max() >= len(names):
+        raise DataError(
+            f"{where}class_names: {names.dtype} {list(names.shape)}: must be at least "
+            f"{labels.max() + 1} texts, the largest label is {labels.max()}; add names"
+        )
+    used = [str(names[label]) for label in labels]
+    unknown = sorted(set(used) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{where}class_names: {unknown[0]!r}: no class of the model, which are "
+            f"{_listed(classes)}; rename it, or leave class_names out if its numbers are theirs"
+        )
+    return np.array([classes.index(name) for name in used], dtype=np.int64)
 
 
 def _read_npy(path: Path, labels: Path | None) -> TestSet:
