@@ -231,7 +231,7 @@ def check(tasks: Sequence[Task]) -> Fingerprints:
     fingerprints = check_data(tasks)
     check_devices(tasks)
     trained = (task.cell.train for task in tasks if task.cell.train.model.library)
-    for model, data in {(train.model.label, train.data) for train in trained}:
+    for model, data in {(train.model, train.data) for train in trained}:
         check_model(model, examine(data).size)
     return fingerprints
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from bench.launchers import environment_for
 from bench.record import Environment
+from cifar.config import ModelConfig
 from cifar.errors import CifarError, ConfigError
 from cifar.serialize import from_json
 
@@ -26,15 +27,16 @@ def present_environment(num_processes: int) -> Environment:
     return from_json(Environment, done.stdout, source=MODULE)
 
 
-def check_model(model: str, image_size: tuple[int, int]) -> None:
+def check_model(model: ModelConfig, image_size: tuple[int, int]) -> None:
     """Refuse a library's network that is not there, or does not take images of this size.
 
     Raises:
         ConfigError: as `cifar summary` says it.
         CifarError: the process failed; the message is its last line.
     """
-    size = str(min(image_size))
-    command = [sys.executable, "-m", "cifar", "summary", model, "--image-size", size]
+    resize = () if model.resize is None else ("--resize", str(model.resize))
+    options = ("--image-size", str(min(image_size)), *resize)
+    command = [sys.executable, "-m", "cifar", "summary", model.name, *options]
     done = _answer(command, environment_for(1, os.environ))
     if done.returncode:
         told = _last_line(done).removeprefix("cifar: ")

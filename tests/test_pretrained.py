@@ -4,6 +4,8 @@ import hashlib
 import importlib.util
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,6 +313,24 @@ def test_published_weights_are_fetched_once_and_checked(
         ConfigError, match=rf"the SHA-256 of {cached} is \w+, must begin with \w{{8}}:"
     ):
         start_from_pretrained(module, NAMED)
+
+
+def test_of_several_that_start_at_once_one_fetches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served(tmp_path, monkeypatch)
+    original, fetched = torch.hub.download_url_to_file, []
+
+    def download(url: str, path: str, *words: Any, **options: Any) -> None:
+        fetched.append(path)
+        time.sleep(0.3)  # in which the other one would find nothing there
+        original(url, path, *words, **options)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(published_weights, [NAMED, NAMED]))
+    assert len(fetched) == 1
+    assert torch.equal(*(each["classifier.1.weight"] for each in found))
 
 
 def test_weights_of_a_wrong_checksum_are_not_kept(

@@ -344,7 +344,8 @@ def test_a_library_s_network_is_asked_for_in_a_process(
     suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=cells),))
     with pytest.raises(kind, match=told):
         check(expand(suite))
-    assert commands == [["-m", "cifar", "summary", "timm:x-r64", "--image-size", "32"]]
+    (command,) = commands
+    assert command == ["-m", "cifar", "summary", "timm:x", "--image-size", "32", "--resize", "64"]
 
 
 # --- Progress ---
