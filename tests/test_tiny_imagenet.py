@@ -228,7 +228,7 @@ def test_a_damaged_copy_is_refused_by_the_name_of_the_file(
 def test_lists_that_are_none(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = root / name
     path.write_bytes(b"")
-    assert refusal(root) == f"data: {path}: is empty; get a fresh copy" or name == "wnids.txt"
+    assert refusal(root) == f"data: {path}: is empty; get a fresh copy"
     path.write_bytes(b"\xff\xfe")
     assert refusal(root) == f"data: {path}: is no text in UTF-8; get a fresh copy"
     path.write_bytes(bytes(1000))
