@@ -547,8 +547,8 @@ def test_worker_fails_when_the_effective_configuration_differs(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Nhwc(Trainer):
-        def _build_model(self) -> None:
-            super()._build_model()
+        def _build_model(self, is_resumed: bool) -> None:
+            super()._build_model(is_resumed)
             self.module.to(memory_format=torch.channels_last)
 
     monkeypatch.setattr(worker, "Trainer", Nhwc)
