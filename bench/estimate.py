@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from bench.protocol import Protocol
 from bench.record import Record, this_host
 from bench.spec import OBSERVED_STEPS, Cell, warm_up_span
+from cifar.config import TrainConfig
 from cifar.cost import multiply_adds
 
 START_SECONDS = 10.0
@@ -24,6 +25,8 @@ IMAGE_SIZE = (32, 32)
 """Height and width of shapes and CIFAR in pixels; assumed of other images."""
 TEST_SAMPLES = {"shapes": 2_000}
 """By data source; CIFAR's 10,000 for the others."""
+TRAIN_SAMPLES = {"shapes": 10_000}
+"""By data source; CIFAR's 50,000 for the others."""
 
 
 def estimate_seconds(
@@ -40,7 +43,11 @@ def estimate_seconds(
     estimated time over the ok records in `history`. Only records of this machine (`host`) count.
     """
     host = host or this_host()
-    mine = [record for record in history if record.environment and record.environment.host == host]
+    mine = [
+        record
+        for record in history
+        if record.environment and record.environment.host == host and not _ended_early(record)
+    ]
     wanted = (cell.digest, protocol.digest)
     same = [
         record.duration_s
@@ -58,10 +65,18 @@ def estimate_seconds(
     return START_SECONDS + ratio * _work_seconds(cell, protocol)
 
 
+def _ended_early(record: Record) -> bool:
+    """Whether it is of a trial that did not train to its end, which took less than it may."""
+    reached = record.find("validation_top1")
+    return reached is not None and reached.status != "ok"
+
+
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit."""
     train = cell.train
     forward = 2 * multiply_adds(train.model, IMAGE_SIZE) / ASSUMED_FLOPS
+    if protocol.validation_alone:
+        return _trial_seconds(train, forward)
     seconds = _training_seconds(
         train.recipe.passes * forward, train.recipe.global_batch_size, protocol
     )
@@ -70,6 +85,14 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
         seconds += forward * TEST_SAMPLES.get(train.data.source, 10_000)
     seconds += _inference_seconds(forward, protocol)
     return seconds + (COMPILE_SECONDS if train.compile else 0.0)
+
+
+def _trial_seconds(train: TrainConfig, forward: float) -> float:
+    """Seconds of all epochs and of scoring the images held out after each."""
+    recipe = train.recipe
+    images = train.limit_train or TRAIN_SAMPLES.get(train.data.source, 50_000)
+    trained = TRAINING_COST * recipe.passes * (1 - recipe.validation) + recipe.validation
+    return forward * images * recipe.epochs * trained
 
 
 def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> float:

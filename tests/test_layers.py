@@ -21,10 +21,10 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 FREE_NAMES = """
     bench bench.__main__ bench.columns bench.commands bench.console bench.counters bench.estimate
     bench.execution bench.failure bench.frontier bench.frontier_command bench.job bench.judge
-    bench.launchers bench.nvml bench.options bench.present bench.probes bench.progress
-    bench.protocol bench.record bench.record_file bench.repeats bench.rows bench.runs bench.save
-    bench.search bench.selection bench.selfcheck bench.spec bench.stats bench.suites bench.table
-    bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
+    bench.launchers bench.nvml bench.options bench.present bench.probes bench.processes
+    bench.progress bench.protocol bench.record bench.record_file bench.repeats bench.rows bench.runs
+    bench.save bench.search bench.selection bench.selfcheck bench.spec bench.stats bench.suites
+    bench.table bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
     cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.model
     cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
     cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
@@ -38,12 +38,13 @@ TORCH_NAMES = """
     bench.measure.backends bench.measure.clock bench.measure.cold bench.measure.comparison
     bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory
     bench.measure.monitor bench.measure.outcome bench.measure.pipeline bench.measure.subject
-    bench.measure.training bench.measure.utilization bench.observe bench.worker cifar.accelerator
-    cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
-    cifar.data.mixing cifar.data.operations cifar.data.policies cifar.distributed cifar.emulation
-    cifar.evaluation cifar.losses cifar.meter cifar.models cifar.models.resnet cifar.models.resnet9
-    cifar.models.summary cifar.muon cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring
-    cifar.selection cifar.trainer cifar.training_state cifar.updates
+    bench.measure.training bench.measure.utilization bench.measure.validation bench.observe
+    bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws
+    cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations cifar.data.policies
+    cifar.distributed cifar.emulation cifar.evaluation cifar.losses cifar.meter cifar.models
+    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.muon cifar.optim
+    cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.trainer
+    cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -54,6 +55,7 @@ CHAINS = (
     "bench.rows bench.selection bench.commands",
     "bench.rows bench.frontier bench.frontier_command bench.commands",
     "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.commands",
+    "bench.processes bench.launchers",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
     "bench.spec bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",
