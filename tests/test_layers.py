@@ -19,19 +19,20 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.columns bench.commands bench.console bench.counters bench.estimate
-    bench.execution bench.failure bench.frontier bench.frontier_command bench.job bench.judge
-    bench.launchers bench.nvml bench.options bench.present bench.probes bench.processes
+    bench bench.__main__ bench.best bench.columns bench.commands bench.console bench.counters
+    bench.estimate bench.execution bench.failure bench.frontier bench.frontier_command bench.job
+    bench.judge bench.launchers bench.nvml bench.options bench.present bench.probes bench.processes
     bench.progress bench.protocol bench.record bench.record_file bench.repeats bench.rows bench.runs
-    bench.save bench.search bench.selection bench.selfcheck bench.spec bench.stats bench.suites
-    bench.table bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
-    cifar.commands cifar.compilers cifar.config cifar.config.checks cifar.config.model
-    cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
-    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
-    cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
-    cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
-    cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
-    cifar.signals cifar.train_options launch
+    bench.sampler bench.save bench.search bench.selection bench.selfcheck bench.space bench.spec
+    bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows bench.trials bench.tuning
+    bench.tuning_command bench.tuning_options bench.unfinished bench.validity cifar cifar.__main__
+    cifar.architectures cifar.cli cifar.commands cifar.compilers cifar.config cifar.config.checks
+    cifar.config.model cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost
+    cifar.data cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division
+    cifar.data.download cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set
+    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory
+    cifar.predictions cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder
+    cifar.serialize cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -55,6 +56,12 @@ CHAINS = (
     "bench.rows bench.selection bench.commands",
     "bench.rows bench.frontier bench.frontier_command bench.commands",
     "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.commands",
+    "bench.spec bench.space bench.tuning bench.runs bench.trial_plan bench.trials "
+    "bench.tuning_options bench.tuning_command bench.commands",
+    "bench.tuning bench.sampler bench.trial_plan",
+    "bench.tuning bench.best bench.tuning_command",
+    "bench.space bench.columns bench.tuning_command",
+    "bench.rows bench.trial_rows bench.tuning_command",
     "bench.processes bench.launchers",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
     "bench.spec bench.suites",
