@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.rows import Row
+from bench.space import KINDS, show
 from cifar.comparison import HEADINGS, inference_heading, mebibytes, millions, places
+from cifar.config import option_name
 
 DASH = "\N{EN DASH}"
 """Not measured, or nothing to compare with."""
@@ -41,10 +43,22 @@ def _speed(key: str, *, scale: float = 1.0, unit: str = "", fixed: int | None = 
     return cell
 
 
+def _percent(key: str) -> Show:
+    return _number(key, lambda value: f"{100 * value:.2f}")
+
+
 def _text(key: str) -> Show:
     def cell(row: Row) -> str:
         value = row[key]
         return f"{value:,}" if isinstance(value, int) else str(value or DASH)
+
+    return cell
+
+
+def _setting(field: str) -> Show:
+    def cell(row: Row) -> str:
+        value = row[field]
+        return DASH if value is None else show(value)
 
     return cell
 
@@ -177,4 +191,27 @@ def frontier_columns(table: Sequence[Row]) -> list[Column]:
         RATE,
         Column(heading="Probes", show=_text("probes")),
         *_status_columns(table),
+    ]
+
+
+def trial_columns(table: Sequence[Row]) -> list[Column]:
+    """The columns of rows of `bench.trial_rows.trial_rows`."""
+    varied = [field for field in KINDS if field in table[0]]
+    return [
+        Column(heading="Trial", show=_text("trial")),
+        *_identity_columns(table, ("model",)),
+        Column(heading="Validation top-1 (%)", show=_percent("validation_top1")),
+        Column(heading="Loss", show=_number("validation_loss", lambda value: f"{value:.4f}")),
+        Column(
+            heading="Epochs", show=lambda row: f"{row['epochs_run']} of {row['epochs_planned']}"
+        ),
+        *(
+            Column(
+                heading=option_name(field),
+                show=_setting(field),
+                numeric=KINDS[field] in (int, float),
+            )
+            for field in varied
+        ),
+        Column(heading="Status", show=_text("status"), numeric=False),
     ]

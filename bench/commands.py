@@ -1,8 +1,9 @@
-"""The commands of the program `bench`: list, run, frontier, table, save, selfcheck.
+"""The commands of the program `bench`: list, run, frontier, search, table, save, selfcheck.
 
 It imports no torch; its workers do.
 """
 
+import itertools
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bench import execution, runs, selfcheck
+from bench.best import BEST_FILE
 from bench.console import expected_seconds, plural, show_plan, shown, stoppable
 from bench.frontier_command import run_frontier
 from bench.options import (
@@ -30,6 +32,7 @@ from bench.record_file import TornLineWarning, read_records
 from bench.repeats import Fingerprints, interleaved
 from bench.spec import expand
 from bench.suites import SUITES
+from bench.tuning_command import run_search
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
 from cifar.errors import OutputError, Stopped, UserError
@@ -49,6 +52,7 @@ examples:
   bench run depths --num-processes 4 --dry-run
   bench run --resume 20260101-120000-quick-1f0c
   bench frontier --models resnet18,resnet34 --precisions fp32,bf16
+  bench search sgd --model resnet20 --data cifar10:DIR --lr 0.01..1 --batch-size 64,128 --epochs 5
   bench table --sort train --filter precision=bf16
   bench save 20260101-120000-quick-1f0c
   bench selfcheck
@@ -99,6 +103,8 @@ def run_run(argv: list[str]) -> int:
         selfcheck.refuse(run)
         if run.plan.search is not None:
             raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
+        if run.plan.tuning is not None:
+            raise UserError(f"run: {run.id!r}: is a search for a recipe; give it to bench search")
         fingerprints = check(run.plan.tasks)
         if options.dry_run:
             return show_plan(execution.missing(run, fingerprints=fingerprints), past)
@@ -206,21 +212,25 @@ def _render(
     sort: str | None = None,
     chosen: str | None = None,
 ) -> str:
-    from bench import columns, frontier, rows, selection, table
+    from bench import columns, frontier, rows, selection, table, trial_rows
 
-    lines = rows.rows(records)
-    if chosen is not None:
-        lines = selection.filter_rows(lines, selection.parse_filter(chosen))
-    if sort is not None:
-        lines = selection.sort_rows(lines, sort)
+    def picked(lines: list[rows.Row]) -> list[rows.Row]:
+        if chosen is not None:
+            lines = selection.filter_rows(lines, selection.parse_filter(chosen))
+        return lines if sort is None else selection.sort_rows(lines, sort)
+
+    cells, searches = trial_rows.told_apart(records)
+    trials = [picked(trial_rows.trial_rows(search)) for search in searches]
+    lines = picked(rows.rows(cells)) if cells else []
     if form == "csv":
-        return table.render_csv(lines)
+        return table.render_csv([*lines, *itertools.chain(*trials)])
     markdown = form == "markdown"
     render = table.render_markdown if markdown else partial(table.render_terminal, color=color)
-    probes = [record for record in records if record.suite == frontier.SUITE]
-    if not probes or chosen is not None or sort is not None:
-        return render(lines)
-    return f"{render(lines)}\n{render(frontier.frontier(probes), columns.frontier_columns)}"
+    tables = [render(lines)] if lines else []
+    probes = [record for record in cells if record.suite == frontier.SUITE]
+    if probes and chosen is None and sort is None:
+        tables.append(render(frontier.frontier(probes), columns.frontier_columns))
+    return "\n".join([*tables, *(render(each, columns.trial_columns) for each in trials)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +258,11 @@ def run_save(argv: list[str]) -> int:
 
     run = runs.find(options.run, runs_folder(options.runs_dir))
     selfcheck.refuse(run)
+    if run.plan.tuning is not None:
+        raise UserError(
+            f"run: {run.id!r}: is a search, whose accuracies chose its winner; train that with "
+            f"other seeds, as its {BEST_FILE} says, and keep what comes of it"
+        )
     tell = partial(complain, "bench")
     for path in save(run, user_path(options.results_dir, "results-dir"), tell):
         print(shown(path))
@@ -293,6 +308,7 @@ COMMANDS = {
     "list": Command(help="list the suites and their cost", run=run_list),
     "run": Command(help="measure a suite or single cells", run=run_run),
     "frontier": Command(help="search the largest batch that fits", run=run_frontier),
+    "search": Command(help="search for a better recipe", run=run_search),
     "table": Command(help="print tables of records", run=run_table),
     "save": Command(help="put a run's records under results/", run=run_save),
     "selfcheck": Command(help="show that known costs are seen", run=run_selfcheck),

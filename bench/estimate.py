@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bench.protocol import Protocol
 from bench.record import Record, this_host
 from bench.spec import OBSERVED_STEPS, Cell, warm_up_span
-from cifar.config import ModelConfig
+from cifar.config import ModelConfig, TrainConfig
 from cifar.cost import multiply_adds
 
 START_SECONDS = 10.0
@@ -29,6 +29,8 @@ IMAGE_SIZES = {"tiny-imagenet": (64, 64)}
 """Height and width in pixels by data source; those of shapes and CIFAR, 32x32, for the others."""
 TEST_SAMPLES = {"shapes": 2_000}
 """By data source; CIFAR's 10,000 for the others."""
+TRAIN_SAMPLES = {"shapes": 10_000}
+"""By data source; CIFAR's 50,000 for the others."""
 
 
 def estimate_seconds(
@@ -45,7 +47,11 @@ def estimate_seconds(
     estimated time over the ok records in `history`. Only records of this machine (`host`) count.
     """
     host = host or this_host()
-    mine = [record for record in history if record.environment and record.environment.host == host]
+    mine = [
+        record
+        for record in history
+        if record.environment and record.environment.host == host and not _ended_early(record)
+    ]
     wanted = (cell.digest, protocol.digest)
     same = [
         record.duration_s
@@ -63,6 +69,12 @@ def estimate_seconds(
     return START_SECONDS + ratio * _work_seconds(cell, protocol)
 
 
+def _ended_early(record: Record) -> bool:
+    """Whether it is of a trial that did not train to its end, which took less than it may."""
+    reached = record.find("validation_top1")
+    return reached is not None and reached.status != "ok"
+
+
 def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     """Seconds at the assumed rate, start-up left out; inference within its time limit.
 
@@ -71,6 +83,8 @@ def _work_seconds(cell: Cell, protocol: Protocol) -> float:
     train = cell.train
     size = IMAGE_SIZES.get(train.data.source, (32, 32))
     forward = 2 * _multiply_adds(train.model, size) / ASSUMED_FLOPS
+    if protocol.validation_alone:
+        return _trial_seconds(train, forward)
     seconds = _training_seconds(
         train.recipe.passes * forward, train.recipe.global_batch_size, protocol
     )
@@ -86,6 +100,14 @@ def _multiply_adds(model: ModelConfig, size: tuple[int, int]) -> float:
     if model.library:
         return PIXEL_COST * math.prod(model.input_size(size))
     return multiply_adds(model, size)
+
+
+def _trial_seconds(train: TrainConfig, forward: float) -> float:
+    """Seconds of all epochs and of scoring the images held out after each."""
+    recipe = train.recipe
+    images = train.limit_train or TRAIN_SAMPLES.get(train.data.source, 50_000)
+    trained = TRAINING_COST * recipe.passes * (1 - recipe.validation) + recipe.validation
+    return forward * images * recipe.epochs * trained
 
 
 def _training_seconds(forward: float, batch_size: int, protocol: Protocol) -> float:

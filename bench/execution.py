@@ -8,8 +8,9 @@ from pathlib import Path
 
 from bench.estimate import estimate_seconds
 from bench.job import Fault, Job
-from bench.launchers import end_leftovers, launch
+from bench.launchers import launch
 from bench.present import present_environment
+from bench.processes import end_leftovers
 from bench.progress import SuiteProgress, outcome
 from bench.record import Environment, Record
 from bench.record_file import append_record

@@ -128,7 +128,8 @@ def run_frontier(argv: list[str]) -> int:
         check_resume(options, SEARCH_OPTIONS)
         run = runs.find(options.resume, folder).with_timeout(options.timeout)
         if run.plan.search is None:
-            raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench run")
+            other = "run" if run.plan.tuning is None else "search"
+            raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench {other}")
         fingerprints = check(run.plan.tasks)
         if options.dry_run:
             left = probes.missing(run, fingerprints=fingerprints)

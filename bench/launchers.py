@@ -4,7 +4,6 @@ import contextlib
 import importlib.resources
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,28 +13,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import psutil
+from types import MappingProxyType
 
 from bench.failure import classify
 from bench.job import CELL_FILE, LAUNCHED, RECORD_FILE, Job
+from bench.processes import GRACE_SECONDS, MARK, end, oom_kills
 from bench.record import Record, Status
 from bench.record_file import parse_record
 from bench.spec import Cell
-from bench.unfinished import explained, is_unfinished
+from bench.unfinished import explained, is_unfinished, pruned
 from cifar.errors import ConfigError, UserError
 from cifar.files import write_atomic
 from cifar.process import worker_environment
 from cifar.serialize import to_json
 
 WORKER = "bench.worker"
-GRACE_SECONDS = 10.0
-"""Between asking processes to end and ending them."""
-_MARK = "BENCH_JOB"
-"""Environment variable that tells a job's processes, whatever group or session they moved to."""
 _STDERR_TAIL = 256 * 1024
 
+LOOK_SECONDS = 0.5
+"""Between two looks into the folder of a job that is watched."""
+
 ArgvFor = Callable[[Cell, Path], list[str]]
+Watch = Callable[[Path], str]
+"""Looks into a job's folder while it runs; returns why to end it early, else an empty text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,29 +114,42 @@ def _empty_compile_cache(folder: Path) -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """How a job's processes ended; `returncode` is negative for a signal."""
+    """How a job's processes ended; `returncode` is negative for a signal.
+
+    `pruned` says why they were ended early.
+    """
 
     returncode: int
     timed_out: bool = False
     oom_kills: int = 0
+    pruned: str = ""
 
 
 def launch(
-    job: Job, folder: Path, *, argv_for: ArgvFor = argv_for, grace: float = GRACE_SECONDS
+    job: Job,
+    folder: Path,
+    *,
+    argv_for: ArgvFor = argv_for,
+    grace: float = GRACE_SECONDS,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    watch: Watch | None = None,
 ) -> Record:
     """Measure a job in fresh processes; whatever becomes of them, the result is a record.
 
-    `folder` receives cell.json, record.json, stdout and stderr. When this returns or raises
-    (KeyboardInterrupt), none of the job's processes is left.
+    `folder` receives cell.json, record.json, stdout and stderr. `variables` are set for the
+    processes besides. When this returns or raises (KeyboardInterrupt, or what `watch` raises), none
+    of the job's processes is left.
 
     Raises:
         OSError: the folder cannot be written.
     """
     _prepare(job, folder)
     started, clock = datetime.now(UTC), time.monotonic()
-    with _empty_compile_cache(folder) as variables:
-        environment = environment_for(job.task.cell.num_processes, os.environ) | variables
-        ending = _run(job, folder, argv_for(job.task.cell, folder), environment, grace)
+    with _empty_compile_cache(folder) as caches:
+        environment = environment_for(job.task.cell.num_processes, os.environ)
+        environment |= {**caches, **variables}
+        argv = argv_for(job.task.cell, folder)
+        ending = _run(job, folder, argv, environment, grace=grace, watch=watch)
     record = _judge(job, folder, ending)
     return replace(
         record,
@@ -157,11 +170,17 @@ def _prepare(job: Job, folder: Path) -> None:
 
 
 def _run(
-    job: Job, folder: Path, argv: Sequence[str], environment: Mapping[str, str], grace: float
+    job: Job,
+    folder: Path,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    grace: float,
+    watch: Watch | None,
 ) -> Ending:
     """Start the command, wait until it ends or its time is up, and leave no process behind."""
     mark = f"{os.getpid()}:{time.monotonic_ns()}:{folder}"
-    kills, timed_out = _oom_kills(), False
+    kills, timed_out, pruned = oom_kills(), False, ""
     process: subprocess.Popen[bytes] | None = None
     try:
         with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
@@ -170,78 +189,40 @@ def _run(
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**environment, _MARK: mark, LAUNCHED: str(time.monotonic())},
+                env={**environment, MARK: mark, LAUNCHED: str(time.monotonic())},
                 start_new_session=True,  # a terminal's Ctrl-C reaches this program alone
             )
-        process.wait(job.task.protocol.timeout)
+        pruned = _wait(process, job.task.protocol.timeout, folder, watch)
     except subprocess.TimeoutExpired:
         timed_out = True
     finally:
-        _end(mark, grace)
+        end(mark, grace)
         returncode = process.poll() if process else None
     return Ending(
         returncode=-signal.SIGKILL if returncode is None else returncode,
         timed_out=timed_out,
-        oom_kills=_oom_kills() - kills,
+        oom_kills=oom_kills() - kills,
+        pruned=pruned,
     )
 
 
-def _end(mark: str, grace: float) -> None:
-    """Ask all of a job's processes to end, then make them."""
-    try:
-        if not _gone(mark, signal.SIGTERM, grace):
-            _gone(mark, signal.SIGKILL, grace)
-    except BaseException:  # a second Ctrl-C: no more grace
-        _gone(mark, signal.SIGKILL, grace)
-        raise
+def _wait(
+    process: subprocess.Popen[bytes], timeout: float, folder: Path, watch: Watch | None
+) -> str:
+    """Wait until the command ends, or `watch` says why not to; that is returned.
 
-
-def _gone(mark: str, number: signal.Signals, grace: float) -> bool:
-    """Signal a job's processes; whether all of them ended within `grace` seconds."""
-    deadline = time.monotonic() + grace
-    alive = _alive(mark)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(number)
-    while alive and time.monotonic() < deadline:
-        time.sleep(0.05)
-        alive = _alive(mark)
-    return not alive
-
-
-def _alive(mark: str) -> list[psutil.Process]:
-    """The processes of a job that have not ended.
-
-    Process groups do not tell: torchrun gives every worker a session of its own.
+    Raises:
+        subprocess.TimeoutExpired: its time is up.
     """
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def end_leftovers(folder: Path, grace: float = GRACE_SECONDS) -> None:
-    """End the processes of jobs below `folder` that outlived the program which started them."""
-    marks = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            mark = process.environ().get(_MARK, "")
-            if mark.partition(":")[2].partition(":")[2].startswith(f"{folder}{os.sep}"):
-                marks.add(mark)
-    if marks:
-        print(f"note: ending what a killed bench has left running in {folder}", file=sys.stderr)
-    for mark in marks:
-        _end(mark, grace)
-
-
-def _oom_kills() -> int:
-    """Processes that this Linux kernel has killed for lack of memory since it started."""
-    with contextlib.suppress(OSError):
-        match = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
-        return int(match[1]) if match else 0
-    return 0
+    deadline = time.monotonic() + timeout
+    while watch is not None and time.monotonic() + LOOK_SECONDS < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK_SECONDS)
+            return ""
+        if why := watch(folder):
+            return why
+    process.wait(max(0.0, deadline - time.monotonic()))
+    return ""
 
 
 def _judge(job: Job, folder: Path, ending: Ending) -> Record:
@@ -255,8 +236,9 @@ def _judge(job: Job, folder: Path, ending: Ending) -> Record:
     if record.key != job.task.key:
         return _failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
     if is_unfinished(record):
-        return explained(record, *_why(job, folder, ending))
-    if not ending.timed_out and ending.returncode == record.exit_code:
+        why = ending.pruned
+        return pruned(record, why) if why else explained(record, *_why(job, folder, ending))
+    if ending.pruned or (not ending.timed_out and ending.returncode == record.exit_code):
         return record
     end = _stopped(job) if ending.timed_out else f"exit code {ending.returncode}"
     return explained(record, record.status, f"{end}, after the record was written")

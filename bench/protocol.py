@@ -57,6 +57,8 @@ class Protocol:
     """Further metrics than the basic ones: see METRICS."""
     training_alone: bool = False
     """True: measure the training and nothing else, with no step that is not the cell's own."""
+    validation_alone: bool = False
+    """True: train the recipe's epochs and score the images held out after each; time no step."""
     memory_limit: int | None = None
     """Bytes that each process may allocate, see `bench.limits`; None: as much as there is."""
     allow_emulated: bool = True
@@ -127,6 +129,18 @@ class Protocol:
             "metrics",
             ",".join(self.metrics),
             "not with training-alone, which measures the training and nothing else",
+        )
+        require(
+            not (self.validation_alone and (self.training_alone or self.metrics)),
+            "validation-alone",
+            self.validation_alone,
+            "measures nothing else; not with training-alone or metrics",
+        )
+        require(
+            not (self.validation_alone and self.train_samples),
+            "train-samples",
+            self.train_samples,
+            "not with validation-alone, which trains the recipe's epochs",
         )
         require(
             self.max_warmup_steps >= 2 * self.warmup_steps,

@@ -17,6 +17,7 @@ from bench.record import Record
 from bench.record_file import read_records
 from bench.search import Search
 from bench.spec import Suite, Task, expand
+from bench.tuning import Tuning
 from cifar import files
 from cifar.errors import UserError
 from cifar.files import is_file, subfolders, user_path, write_atomic
@@ -42,6 +43,8 @@ class RunPlan:
     """What to measure; of a memory frontier, the first probe of every search."""
     search: Search | None = None
     """How a memory frontier is searched; None: the tasks are all there is."""
+    tuning: Tuning | None = None
+    """What a search for a recipe tries, of which the one task holds what all trials share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,12 +85,12 @@ class Run:
     def records(self) -> list[Record]:
         """All records so far, in the order of the plan; those of one task oldest first.
 
-        A search plans only where it starts: its probes come in the order in which they were made.
+        A search plans only where it starts: its records come in the order in which they were made.
         All are of this run, though its folder had another name when some were made.
         """
         stored = read_records(self.records_file) if self.records_file.exists() else []
         records = [replace(record, run_id=self.id) for record in stored]
-        if self.plan.search is not None:
+        if self.plan.search is not None or self.plan.tuning is not None:
             return records
         order = {task.key: number for number, task in enumerate(self.plan.tasks)}
         return sorted(records, key=lambda record: order.get(record.key, len(order)))
@@ -109,7 +112,12 @@ def check_writable(runs_dir: Path) -> None:
 
 
 def create(
-    suite: Suite, runs_dir: Path, argv: Sequence[str] = (), *, search: Search | None = None
+    suite: Suite,
+    runs_dir: Path,
+    argv: Sequence[str] = (),
+    *,
+    search: Search | None = None,
+    tuning: Tuning | None = None,
 ) -> Run:
     """Make a new run's folder; its id is UTC time, suite and a random part.
 
@@ -123,6 +131,7 @@ def create(
         argv=tuple(argv),
         tasks=expand(suite),
         search=search,
+        tuning=tuning,
     )
     folder = runs_dir / f"{now:%Y%m%d-%H%M%S}-{suite.name}-{secrets.token_hex(2)}"
     try:

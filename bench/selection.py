@@ -33,6 +33,7 @@ LARGE = (
     "top1",
     "top5",
     "train_throughput",
+    "validation_top1",
     "vs_fp32",
 )
 """Columns of which large values are the better ones, by their beginnings: there may be several, one

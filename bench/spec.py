@@ -106,7 +106,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One process to start: a cell, its protocol and the index of the repeat."""
+    """One process to start: a cell, its protocol and the index of the repeat.
+
+    Of a trial of a search `repeat` is the trial's number.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 

@@ -7,6 +7,7 @@ whatever rank, that record stays, and the launcher adds the reason. No torch.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from bench.record import Measurement, Record, Status
 
@@ -38,6 +39,31 @@ def explained(record: Record, status: Status, why: str) -> Record:
         for each in record.measurements
     )
     return replace(record, reason=_joined(record.reason, why), measurements=measurements)
+
+
+def pruned(record: Record, why: str) -> Record:
+    """An unfinished record of a trial that was ended because others are better.
+
+    That is no failure and no accuracy: what it had reached after every epoch stays.
+    """
+    return replace(
+        record,
+        status="ok",
+        reason=why,
+        measurements=(*record.measurements, no_validation("pruned", why)),
+    )
+
+
+def no_validation(kind: Literal["pruned", "diverged"], why: str) -> Measurement:
+    """In the place of what a trial has reached, if it never came to its end."""
+    return Measurement(
+        name="validation_top1",
+        unit="fraction",
+        better="higher",
+        labels={"kind": kind},
+        status="absent",
+        reason=why,
+    )
 
 
 def is_unfinished(record: Record) -> bool:

@@ -8,9 +8,10 @@ An out-of-memory error, a crash or a hang leaves a record of what was known by t
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from bench.faults import InjectedFault
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.judge import mismatches, unproven
 from bench.limits import limit_memory
-from bench.measure import BASIC, CORE, FURTHER
+from bench.measure import BASIC, CORE, FURTHER, TRIAL
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
 from bench.observe import told_by_all
@@ -92,12 +93,15 @@ class Worker:
             train,
             RunConfig(num_processes=task.cell.num_processes),
             dataset,
-            train_samples=planned_steps(protocol, batch_size) * batch_size,
+            train_samples=None  # the recipe's epochs
+            if protocol.validation_alone
+            else planned_steps(protocol, batch_size) * batch_size,
             update=self._fault.update if self._fault else None,
         )
         self._data = replace(facts, train_samples=len(trainer.dataset.train))
         subject = Subject(trainer, protocol)
         self._measurements, self._invalid = subject.taken, subject.invalid
+        subject.tell = partial(self._tell, subject)
         for metric in self._core(trainer):
             _take(subject, metric)
         self._effective = subject.witness.effective()
@@ -108,9 +112,18 @@ class Worker:
             return subject, "failed", "; ".join(wrong)
         return subject, "ok", shortfall_of(task.cell.precision, trainer.device)
 
+    def _tell(self, subject: Subject, known: Sequence[Measurement]) -> None:
+        """Keep what a metric knows on its way, for whoever watches; a collective call."""
+        self._effective = subject.witness.effective()
+        begun = self._record("failed", PENDING)
+        self._keep(replace(begun, measurements=(*begun.measurements, *known)))
+
     def _core(self, trainer: Trainer) -> tuple[Metric, ...]:
         """What a record must have, in order; a fault is put in and measured by itself first."""
-        metrics = CORE[:1] if self._job.task.protocol.training_alone else CORE
+        protocol = self._job.task.protocol
+        metrics = CORE[:1] if protocol.training_alone else CORE
+        if protocol.validation_alone:
+            metrics = TRIAL
         if self._fault is None:
             return metrics
         self._fault.install(trainer)
@@ -120,7 +133,7 @@ class Worker:
     def _later(self) -> dict[str, Metric]:
         """What is measured after that, in order; a fault is measured by itself again."""
         protocol = self._job.task.protocol
-        if protocol.training_alone:
+        if protocol.training_alone or protocol.validation_alone:
             return {}
         fault = {} if self._fault is None else {"fault_seconds": self._fault.measure}
         return BASIC | {name: FURTHER[name] for name in protocol.metrics} | fault

@@ -88,10 +88,15 @@ def contents(value: Any) -> Any:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        enters = field.metadata.get("digest", True)
-        if (enters(value) if callable(enters) else enters) and item != default:
+        if is_read(value, field) and item != default:
             kept[field.name] = contents(item)
     return kept
+
+
+def is_read(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a dataclass's field says something about what is computed, other fields being so."""
+    enters = field.metadata.get("digest", True)
+    return bool(enters(value) if callable(enters) else enters)
 
 
 @functools.lru_cache(maxsize=4096)

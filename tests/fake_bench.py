@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fake_worker
 
-from bench import execution, launchers, probes
+from bench import execution, launchers, probes, trials
 from bench.commands import main
 
 
@@ -25,6 +25,9 @@ def install():
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)
     execution.missing = functools.partial(execution.missing, present=present)
     probes.missing = functools.partial(probes.missing, present=present)
+    launchers.LOOK_SECONDS = 0.05
+    trials.execute = functools.partial(trials.execute, launch=launch, present=present)
+    trials.missing = functools.partial(trials.missing, present=present)
 
 
 if __name__ == "__main__":

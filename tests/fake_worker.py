@@ -1,5 +1,9 @@
-"""Stands in for bench.worker: does what $FAKE says for its model, `MODEL=what,...` or `what`."""
+"""Stands in for bench.worker: does what $FAKE says for its model, `MODEL=what,...` or `what`.
 
+A trial of a search goes by `trialN` instead, N counted from 1.
+"""
+
+import math
 import os
 import signal
 import subprocess
@@ -59,6 +63,35 @@ def record_of(job, **fields):
     return Record(**known | fields)
 
 
+def reached(train):
+    """What a trial comes to: 1 at a learning rate of 0.2, a quarter less tenfold away from it."""
+    return 1 - abs(math.log10(train.recipe.lr / 0.2)) / 4
+
+
+def begun_trial(job, epochs):
+    """What a worker keeps of a trial after so many epochs; it reaches the more the longer."""
+    train = job.task.cell.train
+    curve = tuple(reached(train) * epoch / train.recipe.epochs for epoch in range(1, epochs + 1))
+    known = {"name": "epoch_validation_top1", "unit": "fraction", "better": "none"}
+    found = (Measurement(**known, samples=(curve,)),) if epochs else ()
+    return record_of(job, status="failed", reason=PENDING, measurements=found)
+
+
+def trial_of(job, **fields):
+    """A finished record of a trial."""
+    train = job.task.cell.train
+    ends = (("validation_top1", "fraction", "higher", reached(train)),
+            ("validation_loss", "nats", "lower", 1 - reached(train)))  # fmt: skip
+    found = [
+        Measurement(
+            name=name, unit=unit, better=better, samples=((value,),), labels={"samples": 100}
+        )
+        for name, unit, better, value in ends
+    ]
+    curve = begun_trial(job, train.recipe.epochs).measurements
+    return record_of(job, **{"measurements": (*curve, *found)} | fields)
+
+
 def break_down(what):
     """End without a word to the launcher, as a worker does."""
     match what:
@@ -76,9 +109,14 @@ def main():
     folder = Path(sys.argv[1])
     job = from_json(Job, (folder / CELL_FILE).read_text())
     whats = dict(part.rpartition("=")[::2] for part in os.environ.get("FAKE", "ok").split(","))
-    what = whats.get(job.task.cell.train.model.label, whats.get("", "ok"))
-    good = to_json(record_of(job, invalid=("a goat",) if what == "disturbed" else ()))
+    model, is_trial = job.task.cell.train.model.label, job.task.protocol.validation_alone
+    name = f"trial{job.task.repeat + 1}" if is_trial else model
+    what = whats.get(name, whats.get("", "ok"))
+    invalid = ("a goat",) if what == "disturbed" else ()
+    good = to_json((trial_of if is_trial else record_of)(job, invalid=invalid))
     match what:
+        case "hang" if is_trial:
+            write_atomic(folder / RECORD_FILE, to_json(begun_trial(job, 2)))
         case "ok" | "ok-exit3" | "ok-hang" | "disturbed":
             write_atomic(folder / RECORD_FILE, good)
         case "unsupported" | "unsupported-exit1" | "told-exit0" | "told-exit1" | "told-exit4":

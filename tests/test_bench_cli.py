@@ -67,7 +67,7 @@ LONG = "x" * 300
 """No file system takes a name that long."""
 
 BAD = {
-    "command: 'nope': choose one of list, run, frontier, table, save, selfcheck": ["nope"],
+    "command: 'nope': choose one of list, run, frontier, search, table, save, selfcheck": ["nope"],
     "--nope: no such option; leave it out": ["run", "quick", "--nope"],
     "--repeats: no value: give one": ["run", "quick", "--repeats"],
     "--timeout: 'abc': give a number": ["run", "quick", "--timeout", "abc"],
@@ -259,7 +259,10 @@ def test_the_embedded_data_set_has_as_many_images_as_is_said():
     "words",
     [
         ["--help"],
-        *([name, "-h"] for name in ("list", "run", "frontier", "table", "save", "selfcheck")),
+        *(
+            [name, "-h"]
+            for name in ("list", "run", "frontier", "search", "table", "save", "selfcheck")
+        ),
     ],
 )
 def test_help_has_examples_and_exits_0(capsys, words):
@@ -599,6 +602,7 @@ sys.exit(code)
         ["list"],
         ["run", "quick", "--dry-run"],
         ["frontier", "--models", "resnet20", "--memory-limit", "4096", "--dry-run"],
+        ["search", "sgd", "--model", "resnet20", "--lr", "0.01..1", "--dry-run"],
         ["--help"],
         ["run", "-h"],
     ],

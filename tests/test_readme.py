@@ -11,9 +11,10 @@ from fake_worker import environment
 
 import bench.commands as bench_program
 import cifar.commands as cifar_program
-from bench import frontier_command
+from bench import frontier_command, tuning_command, tuning_options
 from bench.frontier_command import FrontierOptions, build_searches
-from bench.options import RunOptions, build_suite
+from bench.options import Examined, RunOptions, build_suite
+from bench.tuning_options import SearchOptions, build_search
 from cifar import evaluate_options, run_folder, train_options
 from cifar.cli import parse
 from cifar.config import RunConfig, TrainConfig
@@ -64,8 +65,10 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     def stop(cls, argv, **settings):
         raise Parsed(parse(cls, argv, **settings))
 
-    for module in (*PROGRAMS.values(), frontier_command, train_options, evaluate_options):
+    commands = (frontier_command, tuning_command, train_options, evaluate_options)
+    for module in (*PROGRAMS.values(), *commands):
         monkeypatch.setattr(module, "parse", stop)
+    monkeypatch.setattr(tuning_options, "examine", lambda data: Examined(50_000, (32, 32), ""))
     stored = SimpleNamespace(train=TrainConfig(), run=RunConfig())
     monkeypatch.setattr(run_folder, "read_config", lambda folder: stored)
     return check_command
@@ -115,6 +118,8 @@ def check_program(name: str, words: list[str]) -> None:
         build_suite(options)
     if isinstance(options, FrontierOptions) and options.resume is None:
         build_searches(options, lambda count: environment(gpu_names=("H200",)))
+    if isinstance(options, SearchOptions) and options.resume is None:
+        build_search(options, lambda count: environment(gpu_names=("H200",)))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -11,6 +11,8 @@ from bench.published import PUBLISHED
 from bench.record import Environment, Record
 from bench.spec import expand, grid
 from bench.suites import PROCESSES, REFERENCE, SUITES, get_suite, override, quick, reference
+from bench.tuning import trial_protocol
+from bench.unfinished import no_validation
 from cifar.config import Recipe
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
@@ -248,6 +250,22 @@ def test_estimate_counts_timed_steps_within_the_budget():
     # Two spans of one step of 4 s, two observed steps and 20 of 128 are 3 x 3,072 = 9,216 passes.
     ratio = (estimate(cell, budget) - START_SECONDS) / (estimate(cell, speed) - START_SECONDS)
     assert ratio == pytest.approx(40_400 / 9_216)
+
+
+def test_estimate_counts_a_trial_s_epochs_and_learns_nothing_of_one_that_ended_early():
+    (cell,), protocol = grid(["resnet18"], ["fp32"], batch_sizes=(128,)), trial_protocol()
+    recipe = replace(cell.train.recipe, epochs=2, validation=0.1)
+    trial = replace(cell, train=replace(cell.train, recipe=recipe, limit_train=1_000))
+    speed = Protocol(timed_steps=20, warmup_steps=5, inference_batch_sizes=())
+    # Two epochs of 900 images, three passes each, and 100 to score: 5,600; see above for 9,216.
+    seconds = [estimate(*each) - START_SECONDS for each in ((trial, protocol), (cell, speed))]
+    assert seconds[0] / seconds[1] == pytest.approx(5_600 / 9_216)
+    whole = estimate(replace(trial, train=replace(trial.train, limit_train=None)), protocol)
+    assert whole - START_SECONDS == pytest.approx(10 * seconds[0]), "the embedded 10,000"
+    ended = finished(trial, protocol, 15.0)
+    ended = replace(ended, measurements=(no_validation("pruned", "why"),))
+    for each in (trial, protocol), (cell, speed):
+        assert estimate(*each, ended) == estimate(*each)
 
 
 def test_estimate_is_calibrated_by_other_records_of_this_machine():

@@ -14,9 +14,12 @@ from bench.measure.pipeline import measure_pipeline
 from bench.measure.subject import Metric
 from bench.measure.training import measure_training
 from bench.measure.utilization import measure_flops, measure_utilization
+from bench.measure.validation import measure_validation
 
 CORE: tuple[Metric, ...] = (measure_training, measure_accuracy, measure_size)
 """What a cell is trained for: without any of these there is no record of it."""
+TRIAL: tuple[Metric, ...] = (measure_validation,)
+"""The same of a cell that is trained to be compared with others on held-out images."""
 BASIC: dict[str, Metric] = {
     "flops": measure_flops,
     "inference": measure_inference,

@@ -31,6 +31,8 @@ class Subject:
         self.taken = list(taken)
         self.invalid: list[str] = []
         """What disturbed the measuring; becomes the record's."""
+        self.tell: Callable[[Sequence[Measurement]], None] = lambda _: None
+        """Given what a long metric knows on its way; a collective call."""
 
     @contextlib.contextmanager
     def watched(self, where: str) -> Iterator[None]:
