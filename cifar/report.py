@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from cifar import figures
 from cifar.config import ModelConfig
+from cifar.errors import ConfigError
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomic
 from cifar.models.summary import summarize_model, summary_text
@@ -131,3 +132,16 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomic(folder / name, content)
+
+
+def put_files(name: str, folder: Path, files: Mapping[str, bytes]) -> None:
+    """`write_files` where a user asked for them with the option `name`.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    try:
+        write_files(folder, files)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); give another place"
+        raise ConfigError(f"{name}: {str(folder)!r}: {reason}") from None
