@@ -1,4 +1,4 @@
-"""What a training run or an evaluation leaves for people to look at: pictures and their numbers.
+"""What a training, a range test or an evaluation leaves for people: pictures and their numbers.
 
 Everything is made as bytes by file name, then written; every picture has a CSV or JSON file of the
 same name that holds what it shows.
@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar import figures
-from cifar.config import ModelConfig
+from cifar.config import ModelConfig, TrainConfig
 from cifar.errors import ConfigError
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomic
 from cifar.models.summary import summarize_model, summary_text
 from cifar.predictions import Predictions, calibrate, calibration_error
+from cifar.range_test import Curve, suggested
+from cifar.serialize import to_dict
 
 Files = dict[str, bytes]
 """Contents by name."""
@@ -37,6 +39,28 @@ def training_files(
         "curves.png": figures.curves(metrics, what),
         "layers.csv": _table(summary.to_rows()),
         "layers.png": figures.text_page(summary_text(summary)),
+    }
+
+
+def range_test_files(
+    curve: Curve, config: TrainConfig, found: TrainConfig | None, what: str
+) -> Files:
+    """The curve of a range test of `config`, and what is `found`: the same with another rate."""
+    summary = {
+        "suggested": None if found is None else suggested(found),
+        **asdict(curve.test),
+        "steps_taken": len(curve.losses),
+        "is_broken": curve.is_broken,
+        "loss_of_guessing": curve.guess,
+        "config": to_dict(config),
+    }
+    rows = enumerate(zip(curve.lrs, curve.losses, curve.smoothed, strict=True), start=1)
+    lr = None if found is None else found.recipe.lr
+    picture = figures.range_test(curve, lr, what)
+    return {
+        "lr-find.json": _json(summary),
+        "lr-find.csv": _csv(["step", "lr", "loss", "smoothed"], [[n, *row] for n, row in rows]),
+        "lr-find.png": picture,
     }
 
 
@@ -80,7 +104,7 @@ def _scores(
         "calibration_error": calibration_error(bins),
     }
     return {
-        "scores.json": (json.dumps(scores, indent=2, allow_nan=False) + "\n").encode(),
+        "scores.json": _json(scores),
         "confusion.csv": _csv(["true class", *classes], _named(classes, confusion.tolist())),
         "confusion.png": figures.confusion(confusion, classes, title),
         "classes.csv": _table(by_class),
@@ -113,6 +137,10 @@ def _named(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[list[Any
 def _table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Rows that have the same columns, at least one."""
     return _csv(list(rows[0]), [row.values() for row in rows])
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _csv(head: Sequence[str], rows: Sequence[Any]) -> bytes:

@@ -29,9 +29,9 @@ FREE_NAMES = """
     cifar.config.precision cifar.config.recipe cifar.config.train cifar.cost cifar.data
     cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
     cifar.data.folder cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.unpickle
-    cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory cifar.predictions
-    cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder cifar.serialize
-    cifar.signals cifar.train_options launch
+    cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.lr_find_options cifar.memory
+    cifar.predictions cifar.process cifar.progress cifar.range_test cifar.ranks cifar.recipes
+    cifar.run_folder cifar.serialize cifar.signals cifar.train_options launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -41,9 +41,9 @@ TORCH_NAMES = """
     bench.measure.training bench.measure.utilization bench.observe bench.worker cifar.accelerator
     cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
     cifar.data.mixing cifar.data.operations cifar.data.policies cifar.distributed cifar.emulation
-    cifar.evaluation cifar.losses cifar.meter cifar.models cifar.models.resnet cifar.models.resnet9
-    cifar.models.summary cifar.muon cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring
-    cifar.selection cifar.trainer cifar.training_state cifar.updates
+    cifar.evaluation cifar.losses cifar.lr_finder cifar.meter cifar.models cifar.models.resnet
+    cifar.models.resnet9 cifar.models.summary cifar.muon cifar.optim cifar.outcome cifar.report
+    cifar.run cifar.scoring cifar.selection cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -63,6 +63,8 @@ CHAINS = (
     "cifar.data.dataset cifar.data.loader cifar.trainer cifar.training_state cifar.outcome "
     "cifar.run",
     "cifar.predictions cifar.figures cifar.report cifar.outcome",
+    "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
+    "cifar.trainer cifar.lr_finder",
     "cifar.optim cifar.trainer",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",

@@ -14,7 +14,7 @@ import cifar.commands as cifar_program
 from bench import frontier_command
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import RunOptions, build_suite
-from cifar import evaluate_options, run_folder, train_options
+from cifar import evaluate_options, lr_find_options, run_folder, train_options
 from cifar.cli import parse
 from cifar.config import RunConfig, TrainConfig
 from cifar.errors import ConfigError
@@ -64,7 +64,8 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     def stop(cls, argv, **settings):
         raise Parsed(parse(cls, argv, **settings))
 
-    for module in (*PROGRAMS.values(), frontier_command, train_options, evaluate_options):
+    options = (train_options, evaluate_options, lr_find_options)
+    for module in (*PROGRAMS.values(), frontier_command, *options):
         monkeypatch.setattr(module, "parse", stop)
     stored = SimpleNamespace(train=TrainConfig(), run=RunConfig())
     monkeypatch.setattr(run_folder, "read_config", lambda folder: stored)
