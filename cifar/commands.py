@@ -1,4 +1,4 @@
-"""The commands of the program `cifar`: train, evaluate, summarize, download, show augmentations.
+"""The commands of the program `cifar`: train, find a learning rate, evaluate, summarize and so on.
 
 Torch is imported only by the commands that compute, after their options have been read.
 """
@@ -20,7 +20,9 @@ from cifar.data.config import DATA_HELP, DataConfig, DataOption, Published
 from cifar.errors import ConfigError
 from cifar.evaluate_options import run_evaluate
 from cifar.files import user_path
+from cifar.lr_find_options import run_lr_find
 from cifar.process import ensure_environment
+from cifar.range_test import RangeTest
 from cifar.ranks import is_first
 from cifar.recipes import get_recipe
 from cifar.train_options import TrainOptions, read_train_options
@@ -36,6 +38,7 @@ examples:
   cifar train --model resnet18 --data cifar10 --precision bf16 --channels-last
   accelerate launch --config_file launch/ddp.yaml --num_processes 8 -m cifar train --model resnet50
   cifar train --resume runs/train/resnet18-cifar10-20260101-120000
+  cifar lr-find --model resnet18 --data cifar10
   cifar evaluate runs/train/resnet18-cifar10-20260101-120000
   cifar summary resnet50
   cifar show-augmentation default --data cifar10
@@ -57,7 +60,13 @@ def run_train(argv: list[str]) -> int:
 def _train(options: TrainOptions, folder: Path | None) -> None:
     from cifar.run import train
 
-    result = train(options.train, options.run, folder, resume=options.resume is not None)
+    result = train(
+        options.train,
+        options.run,
+        folder,
+        resume=options.resume is not None,
+        range_test=RangeTest() if options.finds_lr else None,
+    )
     if is_first(os.environ):
         print(
             f"top-1 {result.top1:.2%} on {result.samples:,} test images; weights in {folder}/final"
@@ -211,6 +220,7 @@ def run_download(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": Command(help="train a model, or resume a run", run=run_train),
+    "lr-find": Command(help="suggest a learning rate by a range test", run=run_lr_find),
     "evaluate": Command(help="score saved weights on a test split", run=run_evaluate),
     "summary": Command(help="print the layer table of a model", run=run_summary),
     "show-augmentation": Command(help="picture what a recipe makes of images", run=run_show),

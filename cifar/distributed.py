@@ -1,11 +1,16 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cifar.errors import Stopped
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -49,6 +54,21 @@ def leave() -> None:
     if dist.is_available() and dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
+
+
+def then_leave(work: Callable[[], T]) -> T:
+    """What `work` returns, after which this process leaves the group; also if a signal stopped it.
+
+    The frames of a stop hold the models, and so the group: it forgets where it was raised.
+    """
+    try:
+        result = work()
+    except Stopped as error:
+        error.__traceback__ = None
+        leave()
+        raise
+    leave()
+    return result
 
 
 def gather(values: Sequence[float], device: torch.device) -> tuple[tuple[float, ...], ...]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,8 +11,7 @@ import tyro
 from cifar.cli import parse
 from cifar.config import PrecisionName, require
 from cifar.data.config import DataOption
-from cifar.errors import ConfigError
-from cifar.files import user_path
+from cifar.files import check_place, user_path
 from cifar.process import ensure_environment
 from cifar.ranks import world_size
 from cifar.weights import find_weights
@@ -106,29 +104,21 @@ def _path(text: str | None, name: str) -> Path | None:
 
 def _check_places(options: EvaluateOptions) -> None:
     """Raise a ConfigError if what is asked for cannot be written, before anything is scored."""
-    for name, text, is_folder in (
-        ("predictions", options.predictions, False),
-        ("report", options.report, True),
-    ):
-        if text is None:
-            continue
-        path = user_path(text, name)
-        folder = path if is_folder else path.parent
-        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-        good = there.is_dir() and os.access(there, os.W_OK) and (is_folder or not path.is_dir())
-        remedy = f"cannot be written; give another {'folder' if is_folder else 'file'}"
-        require(good, name, text, remedy)
+    if options.predictions is not None:
+        check_place("predictions", user_path(options.predictions, "predictions"))
+    if options.report is not None:
+        check_place("report", user_path(options.report, "report"), is_folder=True)
 
 
 def _write(scored: "Scored", options: EvaluateOptions) -> None:
     """The files that were asked for."""
-    from cifar.report import evaluation_files, predictions_csv
+    from cifar.report import evaluation_files, predictions_csv, put_files
 
     classes = scored.card.classes
     if options.predictions is not None:
         path = user_path(options.predictions, "predictions")
         content = predictions_csv(scored.predictions, classes, scored.samples)
-        _put("predictions", path.parent, {path.name: content})
+        put_files("predictions", path.parent, {path.name: content})
     if options.report is not None:
         what = f"{scored.card.config.model.label} on {scored.images}"
         files = evaluation_files(
@@ -139,15 +129,4 @@ def _write(scored: "Scored", options: EvaluateOptions) -> None:
             classes=classes,
             what=what,
         )
-        _put("report", user_path(options.report, "report"), files)
-
-
-def _put(name: str, folder: Path, files: Mapping[str, bytes]) -> None:
-    """Raise a ConfigError that names the option if the files cannot be written."""
-    from cifar.report import write_files
-
-    try:
-        write_files(folder, files)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror}); give another place"
-        raise ConfigError(f"{name}: {str(folder)!r}: {reason}") from None
+        put_files("report", user_path(options.report, "report"), files)

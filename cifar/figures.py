@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar.predictions import CalibrationBin, Predictions, calibration_error
+from cifar.range_test import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +49,31 @@ def curves(metrics: Sequence[Mapping[str, Any]], title: str) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title, parse_math=False)
+    return _png(figure)
+
+
+def range_test(curve: Curve, suggested: float | None, title: str) -> bytes:
+    """The loss by learning rate, as it was and smoothed, and a line at the one that is suggested.
+
+    What lies further above the beginning than that above the lowest loss is cut off.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    axes.plot(curve.lrs, curve.losses, color=_QUIET, linewidth=0.8, label="loss")
+    axes.plot(curve.lrs, curve.smoothed, color=_TRAIN, label="smoothed")
+    axes.axhline(curve.guess, color=_QUIET, linestyle=":", label="guessing")
+    if suggested is not None:
+        axes.axvline(suggested, color=_RIGHT, linestyle="--", label=f"suggested: {suggested:g}")
+    bottom = min([*curve.smoothed, curve.guess])
+    top = max([*curve.smoothed[:1], curve.guess])
+    room = max(0.1, top - bottom)
+    axes.set_ylim(bottom - room / 2, top + room)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(title, parse_math=False)
     return _png(figure)
 
 

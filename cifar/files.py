@@ -39,6 +39,19 @@ def is_writable_text(text: str) -> bool:
     return True
 
 
+def check_place(name: str, path: Path, *, is_folder: bool = False) -> None:
+    """Raise a ConfigError if a file or folder that a user named cannot be written.
+
+    Calls the option `name`.
+    """
+    folder = path if is_folder else path.parent
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if there.is_dir() and os.access(there, os.W_OK) and (is_folder or not path.is_dir()):
+        return
+    another = "folder" if is_folder else "file"
+    raise ConfigError(f"{name}: {str(path)!r}: cannot be written; give another {another}")
+
+
 def is_file(path: Path, name: str) -> bool:
     """Whether there is a file at a path that a user named.
 

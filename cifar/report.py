@@ -1,4 +1,4 @@
-"""What a training run or an evaluation leaves for people to look at: pictures and their numbers.
+"""What a training, a range test or an evaluation leaves for people: pictures and their numbers.
 
 Everything is made as bytes by file name, then written; every picture has a CSV or JSON file of the
 same name that holds what it shows.
@@ -17,11 +17,14 @@ import numpy.typing as npt
 
 from cifar import figures
 from cifar.comparison import Comparison
-from cifar.config import ModelConfig
+from cifar.config import ModelConfig, TrainConfig
+from cifar.errors import ConfigError
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomic
 from cifar.models.summary import summarize_model, summary_text
 from cifar.predictions import Predictions, calibrate, calibration_error
+from cifar.range_test import Curve, suggested
+from cifar.serialize import to_dict
 
 Files = dict[str, bytes]
 """Contents by name."""
@@ -45,6 +48,28 @@ def comparison_files(comparison: Comparison) -> Files:
     return {
         "comparison.csv": comparison.to_csv().encode(),
         "comparison.md": comparison.to_markdown().encode(),
+    }
+
+
+def range_test_files(
+    curve: Curve, config: TrainConfig, found: TrainConfig | None, what: str
+) -> Files:
+    """The curve of a range test of `config`, and what is `found`: the same with another rate."""
+    summary = {
+        "suggested": None if found is None else suggested(found),
+        **asdict(curve.test),
+        "steps_taken": len(curve.losses),
+        "is_broken": curve.is_broken,
+        "loss_of_guessing": curve.guess,
+        "config": to_dict(config),
+    }
+    rows = enumerate(zip(curve.lrs, curve.losses, curve.smoothed, strict=True), start=1)
+    lr = None if found is None else found.recipe.lr
+    picture = figures.range_test(curve, lr, what)
+    return {
+        "lr-find.json": _json(summary),
+        "lr-find.csv": _csv(["step", "lr", "loss", "smoothed"], [[n, *row] for n, row in rows]),
+        "lr-find.png": picture,
     }
 
 
@@ -88,7 +113,7 @@ def _scores(
         "calibration_error": calibration_error(bins),
     }
     return {
-        "scores.json": (json.dumps(scores, indent=2, allow_nan=False) + "\n").encode(),
+        "scores.json": _json(scores),
         "confusion.csv": _csv(["true class", *classes], _named(classes, confusion.tolist())),
         "confusion.png": figures.confusion(confusion, classes, title),
         "classes.csv": _table(by_class),
@@ -123,6 +148,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return _csv(list(rows[0]), [row.values() for row in rows])
 
 
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
 def _csv(head: Sequence[str], rows: Sequence[Any]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -140,3 +169,16 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomic(folder / name, content)
+
+
+def put_files(name: str, folder: Path, files: Mapping[str, bytes]) -> None:
+    """`write_files` where a user asked for them with the option `name`.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    try:
+        write_files(folder, files)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); give another place"
+        raise ConfigError(f"{name}: {str(folder)!r}: {reason}") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -18,14 +19,16 @@ from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.data.sources import load_dataset
 from cifar.device_memory import reset_peak_memory
-from cifar.distributed import barrier, broadcast_from_first, leave
+from cifar.distributed import barrier, broadcast_from_first, then_leave
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
+from cifar.lr_finder import find_lr
 from cifar.memory import explained_training
 from cifar.outcome import Outcome
 from cifar.process import differences
 from cifar.progress import TrainingProgress
+from cifar.range_test import RangeTest
 from cifar.serialize import contents
 from cifar.signals import StopSignals
 from cifar.trainer import Trainer
@@ -40,30 +43,35 @@ def train(
     folder: Path | None,
     *,
     resume: bool,
+    range_test: RangeTest | None = None,
     compute_loss: ComputeLoss | None = None,
     update: Update | None = None,
 ) -> Evaluation:
     """Train as configured, writing to `folder` (None on processes that write nothing).
 
-    Loss and update are those of `cifar.trainer`; nothing on disk knows of others, so give them
-    again to resume. Returns the evaluation of the final weights on the whole test split: those of
-    the last epoch, or where the recipe has patience those of the best one on the validation images.
+    With a range test the learning rate is the one that it finds. Loss and update are those of
+    `cifar.trainer`; nothing on disk knows of others, so give them again to resume. Returns the
+    evaluation of the final weights on the whole test split: those of the last epoch, or where the
+    recipe has patience those of the best one on the validation images.
 
     Raises:
         UserError: bad input.
-        TrainingError: training went wrong, or there is too little memory.
+        TrainingError: training went wrong, the test found no learning rate, or there is too little
+            memory.
         Stopped: by a signal, after saving.
     """
-    try:
-        result = _train(
-            config, run, folder, resume=resume, compute_loss=compute_loss, update=update
+    return then_leave(
+        functools.partial(
+            _train,
+            config,
+            run,
+            folder,
+            resume=resume,
+            range_test=range_test,
+            compute_loss=compute_loss,
+            update=update,
         )
-    except Stopped as error:
-        error.__traceback__ = None  # whose frames hold the model, and so the process group
-        leave()
-        raise
-    leave()
-    return result
+    )
 
 
 def _train(
@@ -72,11 +80,17 @@ def _train(
     folder: Path | None,
     *,
     resume: bool,
+    range_test: RangeTest | None,
     compute_loss: ComputeLoss | None,
     update: Update | None,
 ) -> Evaluation:
     with explained_training(config):
         dataset = load_dataset(config.data)
+        lr_files: report.Files = {}
+        if range_test is not None:
+            config, lr_files = find_lr(
+                config, run, dataset, range_test, compute_loss=compute_loss, update=update
+            )
         trainer = Trainer(
             config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
         )
@@ -86,8 +100,8 @@ def _train(
             session = Session(trainer, folder, signals)
             if resume:
                 session.resume()
-            elif session.folder:
-                run_folder.write_config(session.folder, trainer.config, run)
+            else:
+                session.begin(lr_files)
             if trainer.is_main:
                 _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
             return session.fit()
@@ -143,6 +157,16 @@ class Session:
             trainer.loader.global_batch_size,
             enabled=trainer.is_main,
         )
+
+    def begin(self, lr_files: report.Files) -> None:
+        """Note the configuration of a new run, and how its learning rate was found."""
+        if self.folder is None:
+            return
+        run_folder.write_config(self.folder, self.trainer.config, self.trainer.run)
+        if lr_files:
+            folder = self.folder / "lr-find"
+            with _writing(folder):
+                report.write_files(folder, lr_files)
 
     def fit(self) -> Evaluation:
         """Train the remaining steps; every epoch ends with a checkpoint and an evaluation.

@@ -38,6 +38,8 @@ class TrainOptions:
     run: RunConfig
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Continue the run in this folder from its newest checkpoint."""
+    finds_lr: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+    """Whether a range test chooses the learning rate: `--lr auto`."""
 
     @property
     def folder(self) -> Path | None:
@@ -63,23 +65,25 @@ def _for_another(name: str, named: ModelConfig) -> ModelConfig:
 
 TYPICAL_LR = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001, "muon": 0.15}
 """Learning rates that train ResNets with BatchNorm, to begin with."""
+AUTO = "auto"
+"""The value of `--lr` that stands for the one a range test finds."""
 
 
 def read_train_options(argv: list[str]) -> TrainOptions:
     """The options, starting from the run to resume or else from the recipe that is named."""
-    resume = _value_of("--resume", argv)
+    resume, finds_lr = _value_of("--resume", argv), _value_of("--lr", argv) == AUTO
     if resume is not None:
         stored = run_folder.read_config(user_path(resume, "resume"))
         start = TrainOptions(train=stored.train, run=stored.run)
+        remedy = (
+            f"the run to resume has {stored.train.recipe.lr!r}; leave it out, or start a new run"
+        )
+        require(not finds_lr, "lr", AUTO, remedy)
     else:
-        name = _value_of("--recipe", argv)
-        train = get_config("default" if name is None else name)
-        if (model := _value_of("--model", argv)) is not None:
-            train = dataclasses.replace(train, model=_for_another(model, train.model))
-        start = TrainOptions(train=train, run=RunConfig())
+        start = TrainOptions(train=named_config(argv), run=RunConfig())
     options = parse(
         TrainOptions,
-        argv,
+        without("--lr", argv) if finds_lr else argv,
         prog="cifar train",
         description="Train a model; the run's folder receives configuration, metrics, checkpoints "
         "and final weights.",
@@ -87,13 +91,38 @@ def read_train_options(argv: list[str]) -> TrainOptions:
         default=start,
     )
     if resume is None:
-        _check_changes(start.train.recipe, options.train.recipe, argv)
-    _check_skips(options.train.precision, argv)
+        check_changes(start.train.recipe, options.train.recipe, argv)
+        _check_lr(start.train.recipe, options.train.recipe, argv)
+    check_skips(options.train.precision, argv)
     options.train.model.check_installed()
+    if finds_lr:
+        train = with_typical_lr(options.train, start.train.recipe)
+        options = dataclasses.replace(options, train=train, finds_lr=True)
     return options
 
 
-def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
+def named_config(argv: list[str]) -> TrainConfig:
+    """The configuration of the recipe that is named, from which the other options start."""
+    name = _value_of("--recipe", argv)
+    train = get_config("default" if name is None else name)
+    if _value_of("--model", argv) is not None:  # what was for the recipe's own does not fit
+        train = dataclasses.replace(train, model=ModelConfig(dropout=train.model.dropout))
+    return train
+
+
+def with_typical_lr(train: TrainConfig, named: Recipe) -> TrainConfig:
+    """What a range test starts from: the named recipe's learning rate is for its own optimiser.
+
+    The test replaces it, but keeps Muon's step in proportion to it.
+    """
+    recipe = train.recipe
+    if recipe.optimizer == named.optimizer:
+        return train
+    recipe = dataclasses.replace(recipe, lr=TYPICAL_LR[recipe.optimizer])
+    return dataclasses.replace(train, recipe=recipe)
+
+
+def check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
     """Raise a ConfigError if a change to the named recipe is of no use without another one."""
     for field, augmentation in READ_BY.items():
         value = getattr(recipe, field)
@@ -113,11 +142,15 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
         )
     require(
         recipe.optimizer not in ("adam", "adamw")
-        or not (_is_given("--nesterov", argv) or _is_given("--no-nesterov", argv)),
+        or not (is_given("--nesterov", argv) or is_given("--no-nesterov", argv)),
         "nesterov",
         recipe.nesterov,
         f"is for sgd and muon, not for {recipe.optimizer}; leave it out",
     )
+
+
+def _check_lr(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
+    """Raise a ConfigError for another optimiser that was given no learning rate of its own."""
     require(
         recipe.optimizer == named.optimizer or _value_of("--lr", argv) is not None,
         "optimizer",
@@ -128,18 +161,32 @@ def _check_changes(named: Recipe, recipe: Recipe, argv: list[str]) -> None:
     )
 
 
-def _check_skips(precision: str | None, argv: list[str]) -> None:
+def check_skips(precision: str | None, argv: list[str]) -> None:
     """Raise a ConfigError for a limit on skipped steps in a precision that skips none."""
     name = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "fp32")
     require(
-        name == "fp16" or not _is_given("--max-skipped-steps", argv),
+        name == "fp16" or not is_given("--max-skipped-steps", argv),
         "max-skipped-steps",
         _value_of("--max-skipped-steps", argv),
         "is for fp16, which alone skips steps; leave it out, or give --precision fp16",
     )
 
 
-def _is_given(option: str, argv: list[str]) -> bool:
+def without(option: str, argv: list[str]) -> list[str]:
+    """The words but for an option and its value, as often as it is given."""
+    kept, is_value = [], False
+    for word in argv:
+        if is_value:
+            is_value = False
+        elif _name_of(word) == option:
+            is_value = "=" not in word
+        else:
+            kept.append(word)
+    return kept
+
+
+def is_given(option: str, argv: list[str]) -> bool:
+    """Whether an option is among the words."""
     return any(_name_of(word) == option for word in argv)
 
 

@@ -31,7 +31,7 @@ LONG = "x" * 300
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("fly",), r"command: 'fly': choose one of train, evaluate, summary, show-augmentation, d"),
+        (("fly",), r"command: 'fly': choose one of train, lr-find, evaluate, summary, show-aug"),
         (("train", "--speed", "9"), r"--speed"),
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
@@ -436,7 +436,7 @@ def test_weights_that_are_not_there_are_told_before_torch_is_imported(
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "evaluate", "summary", "show-augmentation", "download"]
+    "command", ["", "train", "lr-find", "evaluate", "summary", "show-augmentation", "download"]
 )
 def test_help_is_quick_for_it_imports_no_torch(command: str) -> None:
     code, out, err = finish(start("-c", HELP, *command.split(), "--help", module=False))

@@ -32,9 +32,10 @@ FREE_NAMES = """
     cifar.config.train cifar.cost cifar.data cifar.data.archives cifar.data.arrays cifar.data.config
     cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
     cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
-    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files cifar.memory
-    cifar.predictions cifar.process cifar.progress cifar.ranks cifar.recipes cifar.run_folder
-    cifar.serialize cifar.signals cifar.train_options cifar.weights launch
+    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
+    cifar.lr_find_options cifar.memory cifar.predictions cifar.process cifar.progress
+    cifar.range_test cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals
+    cifar.train_options cifar.weights launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -45,11 +46,11 @@ TORCH_NAMES = """
     bench.observe bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
     cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
     cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.evaluation
-    cifar.fine_tuning cifar.latency cifar.losses cifar.meter cifar.models cifar.models.libraries
-    cifar.models.meta cifar.models.pretrained cifar.models.resnet cifar.models.resnet9
-    cifar.models.summary cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome
-    cifar.report cifar.run cifar.scoring cifar.selection cifar.teacher cifar.trainer
-    cifar.training_state cifar.updates
+    cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder cifar.meter cifar.models
+    cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
+    cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
+    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.teacher
+    cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -78,6 +79,8 @@ CHAINS = (
     "cifar.predictions cifar.figures cifar.report cifar.outcome",
     "cifar.comparison bench.columns",
     "cifar.comparison cifar.report cifar.outcome",
+    "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
+    "cifar.trainer cifar.lr_finder",
     "cifar.optim cifar.trainer",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",

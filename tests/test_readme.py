@@ -15,7 +15,7 @@ from bench import frontier_command, tuning_command, tuning_options
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import Examined, RunOptions, build_suite
 from bench.tuning_options import SearchOptions, build_search
-from cifar import evaluate_options, run_folder, train_options
+from cifar import evaluate_options, lr_find_options, run_folder, train_options
 from cifar.cli import parse
 from cifar.config import RunConfig, TrainConfig
 from cifar.errors import ConfigError
@@ -65,7 +65,10 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     def stop(cls, argv, **settings):
         raise Parsed(parse(cls, argv, **settings))
 
-    commands = (frontier_command, tuning_command, train_options, evaluate_options)
+    commands = (
+        *(frontier_command, tuning_command),
+        *(train_options, evaluate_options, lr_find_options),
+    )
     for module in (*PROGRAMS.values(), *commands):
         monkeypatch.setattr(module, "parse", stop)
     monkeypatch.setattr(tuning_options, "examine", lambda data: Examined(50_000, (32, 32), ""))

@@ -804,7 +804,9 @@ def test_every_option_has_the_text_below_its_field(capsys) -> None:
         main(["search", "--help"])
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert "--lr SPACE Highest learning rate (muon: of all but the convolutions)." in text
-    assert "--dropout SPACE Probability of dropping a feature before the classifier." in text
+    assert (
+        "--dropout SPACE Probability of dropping a feature before the classifier; 0: none" in text
+    )
     assert "-b SPACE, --batch-size SPACE" in text and "--epochs N Passes over" in text
     assert "--augment NAMES[|NAMES...]" in text and "--optimizer NAME[,NAME...]" in text
 

@@ -66,8 +66,9 @@ class Recipe:
     """Images per optimiser step, over all devices and accumulation steps."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     """SGD with momentum, Adam, AdamW, or Muon for the convolutions and SGD for the rest."""
-    lr: float = 0.1
-    """Highest learning rate (muon: of all but the convolutions)."""
+    lr: Annotated[float, arg(metavar="FLOAT|auto")] = 0.1
+    """Highest learning rate (muon: of all but the convolutions); auto: what a range test suggests,
+    see lr-find."""
     momentum: float = 0.9
     """SGD's momentum; Adam's and AdamW's first beta."""
     nesterov: bool = True
