@@ -105,8 +105,8 @@ def named_config(argv: list[str]) -> TrainConfig:
     """The configuration of the recipe that is named, from which the other options start."""
     name = _value_of("--recipe", argv)
     train = get_config("default" if name is None else name)
-    if _value_of("--model", argv) is not None:  # what was for the recipe's own does not fit
-        train = dataclasses.replace(train, model=ModelConfig(dropout=train.model.dropout))
+    if (model := _value_of("--model", argv)) is not None:
+        train = dataclasses.replace(train, model=_for_another(model, train.model))
     return train
 
 

@@ -29,6 +29,11 @@ AUGMENTATIONS = (
 )
 """Names of the functions in `cifar.data.augment` and of the policies in `cifar.data.policies`."""
 
+_LR_HELP = (
+    "Highest learning rate (muon: of all but the convolutions); auto: what a range test suggests, "
+    "see lr-find."
+)
+"""Of `cifar train`, which knows that word."""
 _BY_MUON = in_digest_if(lambda recipe: recipe.optimizer == "muon")
 
 
@@ -66,9 +71,8 @@ class Recipe:
     """Images per optimiser step, over all devices and accumulation steps."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     """SGD with momentum, Adam, AdamW, or Muon for the convolutions and SGD for the rest."""
-    lr: Annotated[float, arg(metavar="FLOAT|auto")] = 0.1
-    """Highest learning rate (muon: of all but the convolutions); auto: what a range test suggests,
-    see lr-find."""
+    lr: Annotated[float, arg(metavar="FLOAT|auto", help=_LR_HELP)] = 0.1
+    """Highest learning rate (muon: of all but the convolutions)."""
     momentum: float = 0.9
     """SGD's momentum; Adam's and AdamW's first beta."""
     nesterov: bool = True
