@@ -49,8 +49,8 @@ TORCH_NAMES = """
     cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder cifar.meter cifar.models
     cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
     cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
-    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.teacher
-    cifar.trainer cifar.training_state cifar.updates
+    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.session
+    cifar.teacher cifar.trainer cifar.training_state cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -75,7 +75,7 @@ CHAINS = (
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
     "cifar.data.dataset cifar.data.loader cifar.trainer cifar.training_state cifar.outcome "
-    "cifar.run",
+    "cifar.session cifar.run",
     "cifar.predictions cifar.figures cifar.report cifar.outcome",
     "cifar.comparison bench.columns",
     "cifar.comparison cifar.report cifar.outcome",

@@ -95,13 +95,13 @@ sys.exit(main())
 
 RESUMED = """
 import os, sys
-from cifar import run
+from cifar import session
 from cifar.commands import main
-list_checkpoints = run.list_checkpoints
+list_checkpoints = session.list_checkpoints
 def stale(root):
     found = list_checkpoints(root)
     return found if os.environ["RANK"] == "0" else found[:-1]
-run.list_checkpoints = stale
+session.list_checkpoints = stale
 sys.exit(main())
 """
 """The second process's view of the folder lags behind, as on a network file system."""

@@ -48,8 +48,8 @@ from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
 from cifar.process import MALLOC
 from cifar.progress import TrainingProgress
-from cifar.run import Session
 from cifar.run import train as train_run
+from cifar.session import Session
 from cifar.signals import REPEAT_SECONDS, StopSignals, echo_seconds
 from cifar.trainer import Trainer
 from cifar.updates import descend
