@@ -6,6 +6,7 @@
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ def collect() -> Environment:
     sha, dirty, reason = _git()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Environment(
-        cpu_model=_cpu_model(),
+        cpu_model=cpu_model(),
         cpu_count=available_cores(),
         memory_bytes=psutil.virtual_memory().total,
         gpu_names=tuple(gpu.name for gpu in gpus),
@@ -69,12 +70,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
-    """The model name that the kernel gives, else the architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
+    """The model name that the kernel gives, else the architecture.
+
+    A virtual machine may hide the number that tells one generation from the next, as in "AMD EPYC";
+    family and model of its registers then do.
+    """
+    facts: dict[str, str] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= facts.keys():
+        return name
+    return f"{name} (family {facts['cpu family']} model {facts['model']})"
 
 
 def _driver() -> str | None:

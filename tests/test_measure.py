@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from bench import measure, worker
-from bench.environment import code_digest, collect
+from bench.environment import code_digest, collect, cpu_model
 from bench.job import Job
 from bench.measure import clock, compilation, inference, outcome, training
 from bench.measure.clock import HostClock
@@ -616,6 +616,23 @@ def test_two_processes_leave_one_record_with_samples_of_both(npz: Path, tmp_path
     assert record.effective["wrapper"] == "DistributedDataParallel"
     assert record.effective["num_processes"] == 2
     assert record.find("top1").labels["samples"] == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25 model 17)"),
+        ("Intel(R) Xeon(R) Platinum 8488C", "Intel(R) Xeon(R) Platinum 8488C"),
+    ],
+)
+def test_a_cpu_without_a_number_in_its_name_is_told_by_its_family(
+    tmp_path: Path, name: str, told: str
+) -> None:
+    lines = "processor: {}\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {}\n"
+    info = tmp_path / "cpuinfo"
+    info.write_text("".join(lines.format(number, name) for number in range(2)))
+    assert cpu_model(info) == told
+    assert cpu_model(tmp_path / "absent")
 
 
 @pytest.mark.gpu
