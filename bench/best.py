@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.space import KINDS, Value, reads, show, value_of
 from bench.tuning import Trial, best_of
@@ -136,10 +136,13 @@ def command(train: TrainConfig) -> list[str]:
 
     It trains on all images, which the search had held some out of.
     """
-    model = train.model
-    width = f"-w{model.width}" if model.width else ""
-    words = ["cifar", "train", "--recipe", train.recipe.name, "--model", f"{model.name}{width}"]
-    words += ["--squeeze-excitation"] * model.squeeze_excitation
+    model, named = train.model, get_config(train.recipe.name).model
+    words = ["cifar", "train", "--recipe", train.recipe.name]
+    if replace(model, dropout=named.dropout) != named:
+        width = f"-w{model.width}" if model.width else ""
+        resize = f"-r{model.resize}" if model.resize else ""
+        words += ["--model", f"{model.name}{width}{resize}"]
+        words += ["--squeeze-excitation"] * model.squeeze_excitation
     words += ["--data", str(train.data)]
     given = _changed(train)
     if "optimizer" in given and "lr" not in given:

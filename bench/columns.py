@@ -149,7 +149,7 @@ def _status_columns(table: Sequence[Row]) -> list[Column]:
 PUBLISHED = (
     Column(
         heading="Published top-1 (%)",
-        show=_number("published_top1", lambda value: f"{100 * value:.2f}"),
+        show=_percent("published_top1"),
     ),
     Column(
         heading="Published (MiB)",

@@ -183,8 +183,9 @@ def reference() -> Suite:
 
     The table has the published figures beside what was found, see `bench.published`. Two recipes
     fetch 100 MiB of weights each. Cost: 30 cells of 0.5 to 15 million images; by arithmetic some
-    five hours on one H100 and months on two CPU cores, where `bench run reference --train-samples
-    5000 --seeds 1` tells whether all of it runs.
+    eight hours on one H100, most of them for the 470,000 steps of 64 images per seed at 10 to 20 ms
+    each, and weeks on two CPU cores, where `bench run reference --train-samples 5000 --seeds 1`
+    tells whether all of it runs.
     """
     return Suite(
         name="reference",

@@ -43,6 +43,7 @@ from cifar.config import ModelConfig, PrecisionName, Recipe, TrainConfig, option
 from cifar.data.config import DataConfig, parse_data
 from cifar.errors import ConfigError
 from cifar.recipes import RECIPES, get_config
+from cifar.train_options import for_another
 
 arg = tyro.conf.arg
 
@@ -178,7 +179,7 @@ def _start(options: SearchOptions, shared: Iterable[Parameter]) -> TrainConfig:
     named = get_config(options.recipe)
     model = named.model
     if options.model is not None:
-        model = ModelConfig(name=options.model, dropout=model.dropout)
+        model = replace(for_another(options.model, model), name=options.model)
     held_out: dict[str, Value] = {"validation": named.recipe.validation or VALIDATION}
     held_out |= {each.field: each.ends[0] for each in shared if each.field == "validation"}
     start = replace(
@@ -188,7 +189,7 @@ def _start(options: SearchOptions, shared: Iterable[Parameter]) -> TrainConfig:
         data=DataConfig() if options.data is None else parse_data(options.data),
         limit_train=options.limit_train,
         precision=options.precision or named.precision or "fp32",
-        channels_last=options.channels_last,
+        channels_last=options.channels_last or named.channels_last,
         seed=0 if options.seed is None else options.seed,
     )
     return with_values(start, held_out)

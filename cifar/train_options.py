@@ -47,7 +47,7 @@ class TrainOptions:
         return None if self.resume is None else user_path(self.resume, "resume")
 
 
-def _for_another(name: str, named: ModelConfig) -> ModelConfig:
+def for_another(name: str, named: ModelConfig) -> ModelConfig:
     """What of a recipe's own model is also for another one, of this name.
 
     Of one library for that of another: to fine-tune its default weights on images of that size.
@@ -106,7 +106,7 @@ def named_config(argv: list[str]) -> TrainConfig:
     name = _value_of("--recipe", argv)
     train = get_config("default" if name is None else name)
     if (model := _value_of("--model", argv)) is not None:
-        train = dataclasses.replace(train, model=_for_another(model, train.model))
+        train = dataclasses.replace(train, model=for_another(model, train.model))
     return train
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from training import (
     train,
 )
 
-from cifar import checkpoint, run_folder
+from cifar import checkpoint, distributed, run_folder
 from cifar.checkpoint import list_checkpoints, load_weights, read_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import parse_data
@@ -743,6 +744,26 @@ def test_a_second_signal_stops_a_process_that_is_blocked_in_c() -> None:
     assert process.poll() is None, "the first one is only noted"
     process.send_signal(signal.SIGUSR1)
     assert finish(process, seconds=60) == (138, "", "")
+
+
+def test_a_run_that_is_stopped_lets_go_of_its_model_before_it_leaves_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Model:
+        pass
+
+    alive: list[weakref.ref[Model]] = []
+
+    def work() -> None:
+        model = Model()
+        alive.append(weakref.ref(model))
+        raise Stopped(signal.SIGTERM, "stopped")
+
+    left: list[bool] = []
+    monkeypatch.setattr(distributed, "leave", lambda: left.append(alive[0]() is None))
+    with pytest.raises(Stopped, match="stopped"):
+        distributed.then_leave(work)
+    assert left == [True]
 
 
 def test_stop_signals_leave_nothing_behind() -> None:

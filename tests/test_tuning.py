@@ -46,6 +46,7 @@ from bench.tuning import SUITE, Trial, Tuning, best_of, told_by, trial_protocol,
 from bench.tuning_options import build_search, options_class
 from bench.unfinished import no_validation, pruned
 from cifar import process
+from cifar.cli import parse
 from cifar.config import ModelConfig, TrainConfig
 from cifar.errors import ConfigError
 from cifar.files import write_atomic
@@ -313,6 +314,18 @@ def test_the_command_keeps_width_gates_and_images() -> None:
     words = command(replace(BASE, model=model, seed=2**31 - 1))
     train = read_train_options(words[2:]).train
     assert (train.model, train.data, train.seed) == (model, BASE.data, 0)
+
+
+@pytest.mark.parametrize("model", [(), ("--model", "torchvision:resnet18")])
+def test_the_command_keeps_a_library_s_size_and_weights(model) -> None:
+    """Also where the search is told another of its networks."""
+    options = parse(options_class(), ["resnet50-finetune", *model, "--lr", "0.001..0.1"],
+                    prog="", description="", example="")  # fmt: skip
+    suite, _ = build_search(options)
+    searched = suite.plans[0].cells[0].train
+    found = read_train_options(command(searched)[2:]).train.model
+    assert found == searched.model
+    assert found.resize == 224 and found.pretrained is not None
 
 
 def test_the_answer_is_the_recipe_s_difference_and_its_command() -> None:
