@@ -228,8 +228,8 @@ class Session:
         return result
 
     def _write_final(self) -> None:
+        tensors, card = self._outcome.final()
         if self.folder:
-            tensors, card = self._outcome.final()
             folder = self.folder / "final"
             with _writing(folder):
                 checkpoint.write_checkpoint(folder, tensors, card)

@@ -45,12 +45,12 @@ TORCH_NAMES = """
     bench.measure.subject bench.measure.training bench.measure.utilization bench.measure.validation
     bench.observe bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
     cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
-    cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.evaluation
-    cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder cifar.meter cifar.models
-    cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
-    cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
-    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.session
-    cifar.teacher cifar.trainer cifar.training_state cifar.updates
+    cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.engine
+    cifar.evaluation cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses cifar.lr_finder
+    cifar.meter cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
+    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
+    cifar.network cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection
+    cifar.session cifar.teacher cifar.trainer cifar.training_state cifar.updates cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
