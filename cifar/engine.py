@@ -64,7 +64,7 @@ class Engine:
         Whatever that is, a step must end with a backward pass outside of it.
         """
         no_sync = getattr(self._wrapped, "no_sync", None)
-        return contextlib.nullcontext() if no_sync is None else no_sync()  # type: ignore[no-any-return]
+        return contextlib.nullcontext() if no_sync is None else no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, averaged over the processes, to those that are there."""
@@ -77,7 +77,8 @@ class Engine:
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """The length of a gradient whose parts, one per parameter, this process holds."""
-        return torch.stack(torch._foreach_norm(gradients)).norm()
+        length: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
+        return length
 
     def clip(self, limit: float) -> None:
         """Shorten the gradient to this length where it is longer."""

@@ -155,7 +155,8 @@ class FullyShardedEngine(SharingEngine):
 
 def _rows_of(sharded: DTensor) -> nn.Parameter:
     """This process's rows of a parameter, in the memory that FSDP gathers it from."""
-    return nn.Parameter(sharded.detach().to_local())
+    with torch.no_grad():
+        return nn.Parameter(sharded.to_local())
 
 
 def _weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

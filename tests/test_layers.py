@@ -43,7 +43,7 @@ TORCH_NAMES = """
     bench.measure.comparison bench.measure.compilation bench.measure.energy bench.measure.inference
     bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
     bench.measure.subject bench.measure.training bench.measure.utilization bench.measure.validation
-    bench.observe bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
+    bench.observe bench.placement bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
     cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
     cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.engine
     cifar.evaluation cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses cifar.lr_finder
@@ -70,7 +70,7 @@ CHAINS = (
     "bench.processes bench.launchers",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
     "bench.spec bench.suites",
-    "bench.record bench.judge bench.observe bench.measure bench.worker",
+    "bench.record bench.judge bench.placement bench.observe bench.measure bench.worker",
     "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",

@@ -286,7 +286,10 @@ def test_one_skipped_step_is_how_a_scale_is_sought() -> None:
 def test_the_wrong_number_of_processes_is_told_and_a_missing_wrapper() -> None:
     cell = make_cell()
     assert told(replace(cell, num_processes=2)) == asked(
-        num_processes=(1, 2), wrapper=("ResNet", "DistributedDataParallel")
+        num_processes=(1, 2),
+        devices=(1, 2),
+        backend=("none", "gloo"),
+        wrapper=("ResNet", "DistributedDataParallel"),
     )
     (text,) = told_of_window(cell, wrap)
     assert text == "changed in the timed window: wrapper: ResNet before, Sequential after"
