@@ -86,6 +86,7 @@ def check_suits(strategy: Strategy, config: TrainConfig, precision: str) -> None
     whole = "holds no whole matrix on the process that changes it"
     for refused, option, value, why in (
         (strategy != "ddp", "channels-last", config.channels_last, flat),
+        (strategy != "ddp", "compile", config.compile, "runs Python between the layers"),
         (zero, "optimizer", recipe.optimizer == "muon" and "muon", whole),
         (zero, "sam-rho", recipe.sam_rho, "has gone on from the weights when SAM comes back"),
         (zero, "frozen-epochs", recipe.frozen_epochs, "shares out what needs a gradient once"),
@@ -93,7 +94,7 @@ def check_suits(strategy: Strategy, config: TrainConfig, precision: str) -> None
     ):
         if refused and value:
             remedy = "use another one" if isinstance(value, str) else "leave it out"
-            others = "ddp" if option == "channels-last" or not zero else "ddp or fsdp"
+            others = "ddp" if option in ("channels-last", "compile") else "ddp or fsdp"
             raise UnsupportedError(
                 f"{option}: {value!r}: not with {strategy}, which {why}; {remedy}, or launch "
                 f"with {others}"

@@ -45,7 +45,7 @@ class ZeroEngine(SharingEngine):
         super().__init__(accelerator, module, config)
         self._config, self._strategy = config, strategy
         self._stage = ZERO_STAGES[strategy]
-        self._deepspeed = _import_deepspeed(strategy, accelerator.device)
+        self._deepspeed = import_deepspeed(strategy, accelerator.device)
         self._parameters = dict(module.named_parameters())
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
@@ -200,7 +200,7 @@ def zero_config(config: TrainConfig, stage: int, num_processes: int) -> dict[str
     }
 
 
-def _import_deepspeed(strategy: Strategy, device: torch.device) -> Any:
+def import_deepspeed(strategy: Strategy, device: torch.device) -> Any:
     """The package, told which device it is for.
 
     Raises:
