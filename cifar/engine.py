@@ -21,7 +21,6 @@ from cifar.config import TrainConfig
 from cifar.distributed import broadcast_from_first, reduce_sum
 from cifar.muon import Rows
 from cifar.optim import load_optimizer_tensors, optimizer_tensors
-from cifar.strategy import Strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -157,22 +156,3 @@ def global_norm(parts: list[Tensor]) -> Tensor:
     """The length of a vector whose elements lie on all processes; a collective call."""
     squares = torch.stack(torch._foreach_norm(parts)).square().sum()
     return reduce_sum(squares).sqrt()
-
-
-def build_engine(
-    strategy: Strategy, accelerator: "Accelerator", module: nn.Module, config: TrainConfig
-) -> Engine:
-    """The engine of a strategy, around a network on its device.
-
-    Raises:
-        UnsupportedError: a package it needs is missing.
-    """
-    if strategy == "ddp":
-        return Engine(accelerator, module, config)
-    if strategy == "fsdp":
-        from cifar.fsdp import FullyShardedEngine
-
-        return FullyShardedEngine(accelerator, module, config)
-    from cifar.zero import ZeroEngine
-
-    return ZeroEngine(accelerator, module, config, strategy)

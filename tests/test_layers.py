@@ -46,11 +46,12 @@ TORCH_NAMES = """
     bench.observe bench.placement bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
     cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
     cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.engine
-    cifar.evaluation cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses cifar.lr_finder
-    cifar.meter cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
-    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
-    cifar.network cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection
-    cifar.session cifar.teacher cifar.trainer cifar.training_state cifar.updates cifar.zero
+    cifar.engines cifar.evaluation cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses
+    cifar.lr_finder cifar.meter cifar.models cifar.models.libraries cifar.models.meta
+    cifar.models.pretrained cifar.models.resnet cifar.models.resnet9 cifar.models.summary
+    cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome cifar.report cifar.run
+    cifar.scoring cifar.selection cifar.session cifar.teacher cifar.trainer cifar.training_state
+    cifar.updates cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -81,7 +82,9 @@ CHAINS = (
     "cifar.comparison cifar.report cifar.outcome",
     "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
     "cifar.trainer cifar.lr_finder",
-    "cifar.optim cifar.trainer",
+    "cifar.optim cifar.engine cifar.fsdp cifar.engines cifar.trainer",
+    "cifar.engine cifar.zero cifar.engines",
+    "cifar.config cifar.strategy cifar.accelerator cifar.engine",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",
