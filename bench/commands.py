@@ -130,6 +130,10 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
         _print_tables([*runs.latest(run.records()).values()])
         raise
     _print_tables(records)
+    from bench.save import write_plot
+
+    if plot := write_plot(run.folder, records):
+        print(f"how it scales is drawn in {shown(plot)}")
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)
@@ -212,21 +216,26 @@ def _render(
     sort: str | None = None,
     chosen: str | None = None,
 ) -> str:
-    from bench import columns, frontier, rows, selection, table, trial_rows
+    from bench import columns, efficiency, frontier, selection, table, trial_rows
+    from bench.rows import Row
 
-    def picked(lines: list[rows.Row]) -> list[rows.Row]:
+    def picked(lines: list[Row]) -> list[Row]:
         if chosen is not None:
             lines = selection.filter_rows(lines, selection.parse_filter(chosen))
         return lines if sort is None else selection.sort_rows(lines, sort)
 
     cells, searches = trial_rows.told_apart(records)
     trials = [picked(trial_rows.trial_rows(search)) for search in searches]
-    lines = picked(rows.rows(cells)) if cells else []
+    lines = picked(efficiency.scaling_rows(cells)) if cells else []
     if form == "csv":
         return table.render_csv([*lines, *itertools.chain(*trials)])
     markdown = form == "markdown"
     render = table.render_markdown if markdown else partial(table.render_terminal, color=color)
-    tables = [render(lines)] if lines else []
+    swept, others = efficiency.told_apart(lines, cells)
+    tables = [render(others)] if others else []
+    if swept:
+        ordered = efficiency.in_order(swept) if sort is None else swept
+        tables.append(render(ordered, columns.scaling_columns))
     probes = [record for record in cells if record.suite == frontier.SUITE]
     if probes and chosen is None and sort is None:
         tables.append(render(frontier.frontier(probes), columns.frontier_columns))

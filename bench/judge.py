@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from bench.record import Label
 from bench.spec import Cell
-from cifar.config import PRECISIONS, TrainConfig
+from cifar.config import PRECISIONS, Parallel, TrainConfig
 
 Labels = dict[str, Label]
 
@@ -39,6 +39,7 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
         for name, value in _asked(cell, effective, device).items()
         if effective.get(name, UNOBSERVED) != value
     ]
+    told += _missing_rounds(cell, effective)
     return [*told, *_skipped_graphs(cell, effective), *_disturbances(effective)]
 
 
@@ -75,7 +76,27 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     }
     if cell.num_processes > 1:
         asked["wrapper"] = "DistributedDataParallel"
+        asked |= _asked_of_exchange(train.parallel, effective)
     return asked
+
+
+def _asked_of_exchange(parallel: Parallel, effective: Labels) -> Labels:
+    """How several processes must average gradients and BatchNorm's statistics."""
+    asked: Labels = {
+        "gradient_hook": parallel.gradient_hook,
+        "bucket_bytes": parallel.bucket_bytes,
+        "batch_norm": parallel.batch_norm,
+    }
+    if effective.get("batch_norm") == "":  # the network has none
+        del asked["batch_norm"]
+    return asked
+
+
+def _missing_rounds(cell: Cell, effective: Labels) -> Iterable[str]:
+    """Whether weights were averaged less often than local steps ask for."""
+    count, steps = cell.train.parallel.local_steps, int(effective["steps"])
+    if count > 1 and (rounds := int(effective.get("rounds", 0))) < steps // count:
+        yield f"rounds: {rounds} in {steps} steps where one every {count} was asked"
 
 
 def _asked_of_kernel(train: TrainConfig, name: str, seen: Labels, *, compiled: bool) -> Labels:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.judge import KERNEL, UNOBSERVED, Labels, changes
 from cifar.accelerator import is_native
 from cifar.distributed import gather_text
+from cifar.sync_batch_norm import batch_norm_of
 from cifar.teacher import EVENT
 from cifar.trainer import Trainer
 
@@ -90,7 +91,13 @@ class Witness:
             "steps": self._trainer.step,
             "samples_seen": counts["samples"],
             "skipped_steps": counts["skipped_steps"],
+            **self._rounds(),
         }
+
+    def _rounds(self) -> Labels:
+        """How often local steps ended in an average of all state; nothing where there are none."""
+        local = self._trainer.config.parallel.local_steps > 1
+        return {"rounds": self._trainer.rounds.ended} if local else {}
 
     def _counts(self) -> dict[str, int]:
         """Everything counted so far; waits for the device."""
@@ -246,6 +253,20 @@ def _settings(trainer: Trainer) -> Labels:
         "cudnn_benchmark": trainer.device.type == "cuda" and torch.backends.cudnn.benchmark,
         "loss_scaling": trainer.scaler is not None,
         **scale,
+        **_exchange(trainer),
+    }
+
+
+def _exchange(trainer: Trainer) -> Labels:
+    """What processes under DDP average, and how; nothing of one process."""
+    wrapped = trainer.wrapped
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return {}
+    told = wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    return {
+        "gradient_hook": told.get("comm_hook") or "none",
+        "bucket_bytes": told["bucket_cap_bytes"],
+        "batch_norm": batch_norm_of(trainer.module),
     }
 
 

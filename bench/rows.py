@@ -35,6 +35,11 @@ def _cell_key(cell: Cell, precision: str) -> str:
     return digest(replace(cell, train=train))
 
 
+def row_key(record: Record) -> tuple[str, str]:
+    """The columns `cell` and `protocol` of the row that a record is in."""
+    return _cell_key(record.cell, record.cell.precision), record.protocol.digest
+
+
 def _completed(records: Iterable[Record]) -> list[Record]:
     """The last record of every task of a run; one that died early gets its run's environment.
 
@@ -85,9 +90,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Numbers that could not be taken, or were wrong, are told whatever the other runs found:
     `_status` is `failed`, `_failed` how often, and `failed_measurements` says which and why.
     """
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in _completed(records):
-        groups.setdefault(_identity(record, record.cell.precision), []).append(record)
+    groups = {_identity(group[0], group[0].cell.precision): group for group in grouped(records)}
     result = {identity: _row(group) for identity, group in groups.items()}
     for identity, group in groups.items():
         row, reference = result[identity], result.get(_identity(group[0], "fp32"), {})
@@ -95,8 +98,16 @@ def rows(records: Iterable[Record]) -> list[Row]:
         if isinstance(mine, float) and isinstance(other, float):
             row["vs_fp32"] = mine / other
             if row is not reference:
-                row |= _ratio_bounds(_rates(group), _rates(groups[_identity(group[0], "fp32")]))
+                row |= _ratio_bounds(rates(group), rates(groups[_identity(group[0], "fp32")]))
     return list(result.values())
+
+
+def grouped(records: Iterable[Record]) -> list[list[Record]]:
+    """The last record of every task, those that share a row together, in the order of the rows."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in _completed(records):
+        groups.setdefault(_identity(record, record.cell.precision), []).append(record)
+    return list(groups.values())
 
 
 def _identity(record: Record, precision: str) -> tuple[str, ...]:
@@ -201,16 +212,16 @@ def _validity(finished: Sequence[Record]) -> Row:
     return {"valid": not disturbed if finished else None, "invalid_reason": reason}
 
 
-def _rates(group: Sequence[Record]) -> list[float]:
+def rates(group: Sequence[Record]) -> list[float]:
     """Training throughput of every finished run."""
-    rates = [record.value("train_throughput") for record in group if record.status == "ok"]
-    return [rate for rate in rates if rate is not None]
+    found = [record.value("train_throughput") for record in group if record.status == "ok"]
+    return [rate for rate in found if rate is not None]
 
 
-def _ratio_bounds(rates: Sequence[float], reference: Sequence[float]) -> Row:
-    if min(len(rates), len(reference)) < FEWEST:
+def _ratio_bounds(mine: Sequence[float], reference: Sequence[float]) -> Row:
+    if min(len(mine), len(reference)) < FEWEST:
         return {}
-    low, high = ratio_interval(rates, reference)
+    low, high = ratio_interval(mine, reference)
     return {"vs_fp32_low": low, "vs_fp32_high": high}
 
 
@@ -231,6 +242,7 @@ def _what(record: Record) -> Row:
         "batch_size": train.recipe.global_batch_size,
         "num_processes": cell.num_processes,
         "launcher": cell.launcher,
+        **_exchange(cell),
         "accumulation_steps": train.accumulation_steps,
         "data": train.data.source,
         "recipe": train.recipe.name,
@@ -246,6 +258,12 @@ def _what(record: Record) -> Row:
         "source": _source(environment) if environment else None,
         "data_set": data_set_text(data) if data else None,
     }
+
+
+def _exchange(cell: Cell) -> Row:
+    """What several processes exchange and when, where it is not DDP's own way."""
+    label = cell.train.parallel.label
+    return {"exchange": label} if label else {}
 
 
 def _published(recipe: str) -> Row:

@@ -51,7 +51,11 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
         mixed_precision=precision.mixed_precision,
         kwargs_handlers=[
             # Buffers are made equal before they are saved or evaluated, not at every step.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=config.parallel.bucket_mib,
+            )
         ],
     )
     assert accelerator.mixed_precision == precision.mixed_precision

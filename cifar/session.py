@@ -22,6 +22,7 @@ from cifar.outcome import Outcome
 from cifar.progress import TrainingProgress
 from cifar.serialize import contents
 from cifar.signals import StopSignals
+from cifar.sync_batch_norm import batch_norm_of
 from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, state_of, tensor_groups
 from cifar.weights import list_checkpoints
@@ -122,8 +123,18 @@ class Session:
             + (f"taught by {trainer.teacher.model_config.label}, " if trainer.teacher else "")
             + f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
             f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
+            + self._exchange()
             + (f", in {self.root}" if self.root else "")
         )
+
+    def _exchange(self) -> str:
+        """What several processes share beside their gradients, and how those are averaged."""
+        trainer = self.trainer
+        if trainer.place.count == 1:
+            return ""
+        norms = batch_norm_of(trainer.module)
+        how = trainer.config.parallel.label
+        return (f", BatchNorm {norms}" if norms else "") + (f", {how}" if how else "")
 
     def _epoch_is_over(self) -> bool:
         return self.trainer.step % self.trainer.loader.steps_per_epoch == 0

@@ -32,6 +32,7 @@ from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.exchange import LocalSteps, register_hook
 from cifar.fine_tuning import Backbone
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
@@ -39,6 +40,7 @@ from cifar.models import build_model
 from cifar.models.meta import check_images, head_names
 from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
 
@@ -82,6 +84,7 @@ class Trainer:
             num_classes=len(self.dataset.classes),
             in_channels=self.dataset.train.images.shape[1],
         )
+        config.parallel.check_launch("ddp", self.place.count)
         self._build_data()
         self._build_model(is_resumed)
         self.teacher = load_teacher(self.config, self.dataset, self.normalization, self.device)
@@ -91,7 +94,12 @@ class Trainer:
         self.compute_loss = compute_loss or build_loss(config, self.teacher)
         self.total_steps = self._plan_steps(train_samples)
         self.step = 0
+        self._is_alone = False
         self.meter = Meter(self.device)
+        self.rounds = LocalSteps(
+            config.parallel.local_steps, self.loader.steps_per_epoch, self.total_steps
+        )
+        self.rounds.check_intervals(run)
         self.check_every = run.check_every or self._default_interval()
 
     def _build_data(self) -> None:
@@ -134,6 +142,8 @@ class Trainer:
         self.module = build_model(self.model_config)
         if not is_resumed:
             start_from_pretrained(self.module, self.model_config)
+        if config.parallel.sync_batch_norm:
+            synchronize_norms(self.module, self.device)
         self.module = self.module.to(self.device)
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
@@ -157,15 +167,15 @@ class Trainer:
         self.wrapped: Any = wrap_module(self.accelerator, self.module, precision)
         wrapped: nn.Module = self.wrapped
         self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+        register_hook(wrapped, self.config.parallel)
         if self.config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
         self.model: nn.Module = wrapped
 
     def _default_interval(self) -> int:
         """Steps between checks: processes on CPUs agree at every one, for theirs are long."""
-        if self.device.type == "cuda":
-            return 20
-        return 10 if self.place.count == 1 else 1
+        on_cpu = 10 if self.place.count == 1 else 1
+        return self.rounds.whole(20 if self.device.type == "cuda" else on_cpu)
 
     def _plan_steps(self, train_samples: int | None) -> int:
         if train_samples is None:
@@ -218,6 +228,26 @@ class Trainer:
         self.step += 1
         if self.average:
             self.average.update()
+        if not self._is_alone:
+            self.rounds.end_if_due(self.step, self.optimizer, self.weights, self.average)
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether all processes have the same weights after this step, see `LocalSteps`."""
+        return self.rounds.end_at(self.step)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, steps average nothing with other processes, whose weights then differ.
+
+        BatchNorm over all processes still does.
+        """
+        self._is_alone = True
+        try:
+            with self._no_sync():
+                yield
+        finally:
+            self._is_alone = False
 
     def _set_phase(self, backbone: Backbone) -> None:
         """Have the backbone frozen or not as is due in this step, whatever came before it."""
@@ -233,8 +263,9 @@ class Trainer:
             # The generators' state then needs no saving, on any number of processes, and what an
             # update computes twice drops the same features.
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
+        averages = self.config.parallel.local_steps == 1
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
+            last = averages and index == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
                 loss, logits = self.compute_loss(self.model, batch)
                 self.backward(loss / len(batches) if len(batches) > 1 else loss)
@@ -293,6 +324,7 @@ class Trainer:
         called equally often on all processes, so it may be a collective call. `probabilities`: see
         `cifar.evaluation.evaluate`.
         """
+        assert self.is_averaged, "processes would score different weights"
         scored = self.test_images if images is None else images
         self.synchronize_buffers()
         self.module.eval()

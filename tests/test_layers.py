@@ -20,15 +20,16 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "timm", "torch", "torchvision"}
 
 FREE_NAMES = """
     bench bench.__main__ bench.best bench.columns bench.commands bench.console bench.counters
-    bench.estimate bench.execution bench.failure bench.frontier bench.frontier_command bench.job
-    bench.judge bench.launchers bench.nvml bench.options bench.present bench.probes bench.processes
-    bench.progress bench.protocol bench.published bench.record bench.record_file bench.repeats
-    bench.rows bench.runs bench.sampler bench.save bench.search bench.selection bench.selfcheck
-    bench.space bench.spec bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows
-    bench.trials bench.tuning bench.tuning_command bench.tuning_options bench.unfinished
-    bench.validity cifar cifar.__main__ cifar.architectures cifar.cli cifar.commands
-    cifar.comparison cifar.compilers cifar.config cifar.config.checks cifar.config.distillation
-    cifar.config.model cifar.config.precision cifar.config.pretrained cifar.config.recipe
+    bench.efficiency bench.estimate bench.execution bench.failure bench.frontier
+    bench.frontier_command bench.job bench.judge bench.launchers bench.nvml bench.options
+    bench.present bench.probes bench.processes bench.progress bench.protocol bench.published
+    bench.record bench.record_file bench.repeats bench.rows bench.runs bench.sampler bench.save
+    bench.scaling bench.scaling_plot bench.search bench.selection bench.selfcheck bench.space
+    bench.spec bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows bench.trials
+    bench.tuning bench.tuning_command bench.tuning_options bench.unfinished bench.validity cifar
+    cifar.__main__ cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers
+    cifar.config cifar.config.checks cifar.config.distillation cifar.config.model
+    cifar.config.parallel cifar.config.precision cifar.config.pretrained cifar.config.recipe
     cifar.config.train cifar.cost cifar.data cifar.data.archives cifar.data.arrays cifar.data.config
     cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
     cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
@@ -42,15 +43,16 @@ TORCH_NAMES = """
     bench.measure.augmentation_cost bench.measure.backends bench.measure.clock bench.measure.cold
     bench.measure.comparison bench.measure.compilation bench.measure.energy bench.measure.inference
     bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
-    bench.measure.subject bench.measure.training bench.measure.utilization bench.measure.validation
-    bench.observe bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
-    cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
-    cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.evaluation
-    cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder cifar.meter cifar.models
-    cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
-    cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
-    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.session
-    cifar.teacher cifar.trainer cifar.training_state cifar.updates
+    bench.measure.ranks bench.measure.subject bench.measure.training bench.measure.utilization
+    bench.measure.validation bench.observe bench.worker cifar.accelerator cifar.checkpoint
+    cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing
+    cifar.data.operations cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation
+    cifar.evaluation cifar.exchange cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder
+    cifar.meter cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
+    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
+    cifar.network cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection
+    cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_state
+    cifar.updates
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
