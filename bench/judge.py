@@ -76,12 +76,13 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     }
     if cell.num_processes > 1:
         asked["wrapper"] = "DistributedDataParallel"
-        asked |= _asked_of_exchange(train.parallel, effective)
+        if effective.get("wrapper") == asked["wrapper"]:
+            asked |= _asked_of_exchange(train.parallel, effective)
     return asked
 
 
 def _asked_of_exchange(parallel: Parallel, effective: Labels) -> Labels:
-    """How several processes must average gradients and BatchNorm's statistics."""
+    """How DDP must average gradients, and over what BatchNorm take its statistics."""
     asked: Labels = {
         "gradient_hook": parallel.gradient_hook,
         "bucket_bytes": parallel.bucket_bytes,
