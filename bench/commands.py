@@ -50,6 +50,7 @@ examples:
   bench run accuracy --data cifar10:DIR
   bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256 --channels-last --seeds 3
   bench run depths --num-processes 4 --dry-run
+  bench run scaling --num-processes 1,2,4,8
   bench run --resume 20260101-120000-quick-1f0c
   bench frontier --models resnet18,resnet34 --precisions fp32,bf16
   bench search sgd --model resnet20 --data cifar10:DIR --lr 0.01..1 --batch-size 64,128 --epochs 5

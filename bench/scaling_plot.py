@@ -22,6 +22,8 @@ class Line:
     """Images/s and efficiency (a fraction, None: unknown) by number of processes, rising."""
 
     label: str
+    batch: int
+    """Of a device, or of all together."""
     points: tuple[tuple[int, float, float | None], ...]
 
 
@@ -53,6 +55,7 @@ def scaling_lines(table: Sequence[Row], *, weak: bool) -> list[Line]:
     return [
         Line(
             label=launcher + (f" {' '.join(sweep[:2])} b{sweep[2]}" if several else ""),
+            batch=int(sweep[2]),
             points=tuple((count, *values) for count, values in points.items()),
         )
         for sweep, launcher, points in lines
@@ -82,8 +85,7 @@ def scaling_plot(table: Sequence[Row]) -> bytes:
     grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios)
     for number, weak in enumerate((True, False)):
         lines = scaling_lines(table, weak=weak)
-        kind = "weak scaling: constant batch per device" if weak else (
-            "strong scaling: constant global batch")  # fmt: skip
+        kind = "weak scaling: {} images per device" if weak else "strong scaling: {} images in all"
         left, right = (figure.add_subplot(grid[number, column]) for column in (0, 1))
         _draw_rates(left, lines, kind)
         _draw_efficiency(right, lines)
@@ -99,15 +101,20 @@ def scaling_plot(table: Sequence[Row]) -> bytes:
 
 
 def _draw_rates(axes: "Axes", lines: Sequence[Line], kind: str) -> None:
+    """On two logarithmic axes, where what no loss would give is a line."""
     _draw(axes, lines, 1, 1.0)
-    for base in dict.fromkeys(line.points[0][1] for line in lines):
-        counts = sorted({count for line in lines for count, *_ in line.points})
-        axes.plot(counts, [base * count for count in counts], color=_IDEAL, linestyle=":",
-                  label="no loss")  # fmt: skip
+    counts = sorted({count for line in lines for count, *_ in line.points})
+    ideal: list[float] = []
+    for number, base in enumerate(dict.fromkeys(line.points[0][1] for line in lines)):
+        label = None if number else "no loss"
+        ideal = [base * count for count in counts]
+        axes.plot(counts, ideal, color=_IDEAL, linestyle=":", label=label)
     axes.set_ylabel("images/s")
-    axes.set_ylim(bottom=0)
-    axes.set_title(kind, fontsize=10)
+    batches = dict.fromkeys(str(line.batch) for line in lines)
+    axes.set_title(kind.format(" or ".join(batches) or "no"), fontsize=10)
     if lines:
+        axes.set_yscale("log", base=2)
+        axes.set_yticks(ideal, [f"{rate:,.4g}" for rate in ideal])
         axes.legend(fontsize=8)
 
 
@@ -115,7 +122,7 @@ def _draw_efficiency(axes: "Axes", lines: Sequence[Line]) -> None:
     _draw(axes, lines, 2, 100.0)
     axes.axhline(100, color=_IDEAL, linestyle=":")
     axes.set_ylabel("efficiency (%)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(105, axes.get_ylim()[1]))
 
 
 def _draw(axes: "Axes", lines: Sequence[Line], column: int, scale: float) -> None:

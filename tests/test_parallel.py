@@ -6,11 +6,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_dataset
+from test_anatomy import FakeClock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import ROOT, TINY, finish, make_trainer, reset_accelerate, start, tiny_recipe
 
 from bench.judge import mismatches
+from bench.measure import anatomy, ranks
+from bench.measure.anatomy import measure_anatomy
+from bench.measure.ranks import measure_ranks
+from bench.measure.subject import Subject
+from bench.protocol import Protocol
 from bench.spec import Cell
 from cifar.config import Parallel, RunConfig, TrainConfig
 from cifar.errors import ConfigError, UnsupportedError
@@ -18,6 +24,7 @@ from cifar.exchange import HOOKS, LocalSteps
 from cifar.serialize import contents, digest
 from cifar.sync_batch_norm import CpuSyncBatchNorm, batch_norm_of, synchronize_norms
 from cifar.trainer import Trainer
+from cifar.training_state import live_tensors
 
 STEPS = 4
 """Of every training: an epoch of three and one more, in rounds of two local steps."""
@@ -193,18 +200,48 @@ def facts(name: str) -> dict[str, Any]:
     }
 
 
+def timed(name: str, rank: int) -> list[Any]:
+    """What is measured of ranks whose steps take 1 s and 2 s, and an average another 4 s.
+
+    On a clock that stands still otherwise: the ranks' steps, the straggler ratio, communication,
+    and whether all is as it was.
+    """
+    trainer, _ = train(name)
+    trainer.rounds = LocalSteps(trainer.config.parallel.local_steps, 1000, 1000)  # no epoch ends
+    step, end = trainer.train_step, trainer.rounds.end_if_due
+
+    def slow_step() -> None:
+        FakeClock.now += 1.0 + rank
+        step()
+
+    def slow_end(number: int, *rest: Any) -> None:
+        FakeClock.now += 4.0 * trainer.rounds.end_at(number)
+        end(number, *rest)
+
+    FakeClock.made = []
+    ranks.make_clock = anatomy.make_clock = FakeClock
+    trainer.train_step, trainer.rounds.end_if_due = slow_step, slow_end
+    before = {key: tensor.clone() for key, tensor in live_tensors(trainer).items()}
+    subject = Subject(trainer, Protocol(timed_steps=3))
+    found = {each.name: each for each in (*measure_ranks(subject), *measure_anatomy(subject))}
+    after = live_tensors(trainer)
+    same = all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    names = ("rank_step", "straggler_ratio", "step_communication")
+    told = [found[each].samples or found[each].reason for each in names]
+    return [*told, same and trainer.step == STEPS]
+
+
 TWO = """
-import json, sys
+import json
+import accelerate
 import torch
 import torch.distributed as dist
 from cifar.distributed import leave
 from cifar.exchange import average_tensors
-from test_parallel import EXCHANGES, facts, norm_of_a_share
-import training
-
-training.reset_accelerate = lambda: __import__("accelerate").state.AcceleratorState._reset_state()
 import test_parallel
-test_parallel.reset_accelerate = training.reset_accelerate
+from test_parallel import EXCHANGES, facts, norm_of_a_share, timed
+
+test_parallel.reset_accelerate = accelerate.state.AcceleratorState._reset_state
 found = {name: facts(name) for name in EXCHANGES}
 rank = dist.get_rank()
 values = {name: tensor.tolist() for name, tensor in norm_of_a_share(rank, 2).items()}
@@ -212,6 +249,7 @@ tensors = [torch.tensor([1.0, 1 / 3]) * (1 + 2 * rank), torch.full((2,), 0.1)]
 tensors.append(torch.ones(2, 2).half())
 average_tensors(tensors)
 found["average"] = [tensor.tolist() for tensor in tensors]
+found["timed"] = {name: timed(name, rank) for name in ("ddp", "local", "sync")}
 everyone = [None, None]
 dist.all_gather_object(everyone, [found, values])
 if rank == 0:
@@ -303,6 +341,20 @@ class TestTwoProcesses:
     def test_every_sample_is_evaluated_once(self, two: Any) -> None:
         (found, _), _ = two
         assert {found[name]["top1"] for name in EXCHANGES} == {50}
+
+    def test_ranks_are_timed_alone_and_an_average_counts_for_every_step_of_its_round(
+        self, two: Any
+    ) -> None:
+        for found, _ in two:
+            steps, ratio, communication, same = found["timed"]["local"]
+            assert steps == [[1.0] * 3, [2.0] * 3]
+            assert ratio == [[2.0 / 1.5]]
+            assert communication == [[2.0] * 3, [2.0] * 3], "4 s after every other step"
+            assert same
+            assert found["timed"]["ddp"][:2] == [steps, ratio]
+            assert found["timed"]["ddp"][3]
+            waits = "BatchNorm over all processes waits for them in every layer"
+            assert found["timed"]["sync"][:2] == [waits, waits]
 
 
 # --- What a record says ---
