@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.rows import Row
+from bench.row_facts import Row
 from bench.space import KINDS, show
 from cifar.comparison import HEADINGS, inference_heading, mebibytes, millions, places
 from cifar.config import option_name

@@ -218,7 +218,7 @@ def _render(
     chosen: str | None = None,
 ) -> str:
     from bench import columns, efficiency, frontier, selection, table, trial_rows
-    from bench.rows import Row
+    from bench.row_facts import Row
 
     def picked(lines: list[Row]) -> list[Row]:
         if chosen is not None:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from bench.record import Record
-from bench.rows import Row, grouped, rates, row_key, rows
+from bench.row_facts import Row
+from bench.rows import grouped, rates, row_key, rows
 from bench.stats import FEWEST, ratio_interval
 from cifar.config import Parallel
 from cifar.serialize import digest

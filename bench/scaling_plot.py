@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.rows import Row
+from bench.row_facts import Row
 from cifar.figures import as_png, new_figure
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from bench.rows import Row
+from bench.row_facts import Row
 from cifar.errors import UserError
 
 ALIASES = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.columns import ALWAYS, DASH, IDENTITY, Column, distinct, result_columns
-from bench.rows import Row
+from bench.row_facts import Row
 from cifar.config import PRECISIONS
 
 if TYPE_CHECKING:

@@ -23,18 +23,18 @@ FREE_NAMES = """
     bench.efficiency bench.estimate bench.execution bench.failure bench.frontier
     bench.frontier_command bench.job bench.judge bench.launchers bench.nvml bench.options
     bench.present bench.probes bench.processes bench.progress bench.protocol bench.published
-    bench.record bench.record_file bench.repeats bench.rows bench.runs bench.sampler bench.save
-    bench.scaling bench.scaling_plot bench.search bench.selection bench.selfcheck bench.space
-    bench.spec bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows bench.trials
-    bench.tuning bench.tuning_command bench.tuning_options bench.unfinished bench.validity cifar
-    cifar.__main__ cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers
-    cifar.config cifar.config.checks cifar.config.distillation cifar.config.model
-    cifar.config.parallel cifar.config.precision cifar.config.pretrained cifar.config.recipe
-    cifar.config.train cifar.cost cifar.data cifar.data.archives cifar.data.arrays cifar.data.config
-    cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
-    cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
-    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
-    cifar.lr_find_options cifar.memory cifar.predictions cifar.process cifar.progress
+    bench.record bench.record_file bench.repeats bench.row_facts bench.rows bench.runs bench.sampler
+    bench.save bench.scaling bench.scaling_plot bench.search bench.selection bench.selfcheck
+    bench.space bench.spec bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows
+    bench.trials bench.tuning bench.tuning_command bench.tuning_options bench.unfinished
+    bench.validity cifar cifar.__main__ cifar.architectures cifar.cli cifar.commands
+    cifar.comparison cifar.compilers cifar.config cifar.config.checks cifar.config.distillation
+    cifar.config.model cifar.config.parallel cifar.config.precision cifar.config.pretrained
+    cifar.config.recipe cifar.config.train cifar.cost cifar.data cifar.data.archives
+    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
+    cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources cifar.data.test_set
+    cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
+    cifar.files cifar.lr_find_options cifar.memory cifar.predictions cifar.process cifar.progress
     cifar.range_test cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals
     cifar.strategy cifar.train_options cifar.weights launch
 """
@@ -60,6 +60,7 @@ CHAINS = (
     "cifar.config bench.protocol bench.spec",
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.commands",
     "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
+    "bench.spec bench.record bench.row_facts bench.rows bench.efficiency bench.save",
     "bench.rows bench.selection bench.commands",
     "bench.rows bench.frontier bench.frontier_command bench.commands",
     "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.commands",
@@ -71,7 +72,7 @@ CHAINS = (
     "bench.rows bench.trial_rows bench.tuning_command",
     "bench.processes bench.launchers",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
-    "bench.spec bench.suites",
+    "bench.spec bench.launchers bench.scaling bench.suites",
     "bench.record bench.judge bench.observe bench.measure bench.worker",
     "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
@@ -83,7 +84,7 @@ CHAINS = (
     "cifar.comparison cifar.report cifar.outcome",
     "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
     "cifar.trainer cifar.lr_finder",
-    "cifar.optim cifar.trainer",
+    "cifar.optim cifar.exchange cifar.trainer",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",
