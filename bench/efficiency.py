@@ -115,7 +115,8 @@ def _with_what(record: Record) -> str:
     if environment is None or environment.device != "cpu":
         return "against one process of the same sweep"
     threads = environment.threads * record.cell.num_processes
-    return f"against one process with the same {threads} thread(s) in total"
+    them = "the same 1 thread" if threads == 1 else f"the same {threads} threads in total"
+    return f"against one process with {them}"
 
 
 def told_apart(table: Sequence[Row], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:

@@ -95,8 +95,7 @@ def scaling_plot(table: Sequence[Row]) -> bytes:
     models = ", ".join(dict.fromkeys(f"{row['model']} {row['precision']}" for row in table))
     compared = ", ".join(dict.fromkeys(str(row["compared_with"]) for row in table
                                        if row.get("compared_with")))  # fmt: skip
-    title = f"{models} on {hardware}\n{compared}".replace("(s)", "s")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(f"{models} on {hardware}\n{compared}", parse_math=False)
     return as_png(figure)
 
 

@@ -259,7 +259,7 @@ def test_gpus_are_compared_whatever_the_threads_and_the_caption_says_with_what()
     ]
     assert efficiencies(records)[2, 64, "ddp"][0] == 0.95
     assert "- Efficiency: against one process of the same sweep" in markdown(records)
-    same = "- Efficiency: against one process with the same 4 thread(s) in total"
+    same = "- Efficiency: against one process with the same 4 threads in total"
     assert same in markdown(sweep())
 
 
