@@ -24,18 +24,26 @@ def scaling_rows(records: Iterable[Record]) -> list[Row]:
     """The rows of `bench.rows.rows`, and how far those of several processes scale.
 
     A row is compared with that of one process under plain DDP which is otherwise equal, and of the
-    same sources, software, machine and images; on CPUs of the same threads in total too, of which
-    the processes have shares. `weak_efficiency` is its images/s over N times those of one process
-    at the batch of one of its N devices; `speed_up` its images/s over those of one process at the
-    same global batch, and `strong_efficiency` that over N. `_low` and `_high` bound them as they do
-    `vs_fp32`. `communication_share` is what averaging adds to a step over the step. `compared_with`
-    says with what. Only rows that were compared have these columns; None: not measured.
+    same sources, software, machine and images. `weak_efficiency` is its images/s over those that N
+    processes would have without any loss, by one process at the batch of one of them;
+    `strong_efficiency` the same by one process at the same global batch, and `speed_up` its
+    images/s over those of that process. Without loss N GPUs have N times the images/s of one. N
+    processes on a CPU share its cores: they are compared with one process that has as many threads
+    as all of them together, and without loss have as many images/s as that.
+
+    `_low` and `_high` bound the ratios as they do `vs_fp32`. `communication_share` is what
+    averaging adds to a step over the step. `compared_with` says with what. Only rows that were
+    compared have these columns; None: not measured.
     """
     known = list(records)
     groups = grouped(known)
     pairs = list(zip(rows(known), groups, strict=True))
     alone = {_baseline(group[0]): group for _, group in pairs if _is_alone(group[0])}
     return [_compared(row, group, alone) for row, group in pairs]
+
+
+def _is_on_cpu(record: Record) -> bool:
+    return record.environment is not None and record.environment.device == "cpu"
 
 
 def _is_alone(record: Record) -> bool:
@@ -54,11 +62,10 @@ def _baseline(record: Record, *, batch_size: int | None = None) -> Baseline:
     if environment:
         key = environment.key()
         variables = {k: v for k, v in environment.worker_env.items() if k != _THREADS}
-        on_cpu = environment.device == "cpu"
         machine = (
             *(repr(key[part]) for part in ("code", "software", "hardware")),
             tuple(sorted(variables.items())),
-            environment.threads * record.cell.num_processes if on_cpu else None,
+            environment.threads * record.cell.num_processes if _is_on_cpu(record) else None,
         )
     size = train.recipe.global_batch_size if batch_size is None else batch_size
     return (
@@ -75,8 +82,9 @@ def _compared(row: Row, group: Sequence[Record], alone: dict[Baseline, list[Reco
         return row
     if count == 1 and not _is_alone(record):
         return row
-    weak = _ratio("weak_efficiency", group, same_share, count)
-    strong = _ratio("strong_efficiency", group, same_batch, count)
+    times = 1 if _is_on_cpu(record) else count
+    weak = _ratio("weak_efficiency", group, same_share, times)
+    strong = _ratio("strong_efficiency", group, same_batch, times)
     return {
         **row,
         **weak,
@@ -111,12 +119,11 @@ def _communication_share(row: Row) -> float | None:
 
 
 def _with_what(record: Record) -> str:
-    environment = record.environment
-    if environment is None or environment.device != "cpu":
-        return "against one process of the same sweep"
-    threads = environment.threads * record.cell.num_processes
+    if record.environment is None or not _is_on_cpu(record):
+        return "images/s against N times those of one process"
+    threads = record.environment.threads * record.cell.num_processes
     them = "the same 1 thread" if threads == 1 else f"the same {threads} threads in total"
-    return f"against one process with {them}"
+    return f"images/s against those of one process with {them}"
 
 
 def told_apart(table: Sequence[Row], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:

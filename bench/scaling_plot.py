@@ -19,12 +19,12 @@ _IDEAL = "#8a8a8a"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """Images/s and efficiency (a fraction, None: unknown) by number of processes, rising."""
+    """Images/s and efficiency (a fraction) by number of processes, rising."""
 
     label: str
     batch: int
     """Of a device, or of all together."""
-    points: tuple[tuple[int, float, float | None], ...]
+    points: tuple[tuple[int, float, float], ...]
 
 
 def scaling_lines(table: Sequence[Row], *, weak: bool) -> list[Line]:
@@ -34,8 +34,8 @@ def scaling_lines(table: Sequence[Row], *, weak: bool) -> list[Line]:
     process that its others are compared with; those that have no others are left out.
     """
     efficiency = "weak_efficiency" if weak else "strong_efficiency"
-    found: dict[tuple[str, ...], dict[int, tuple[float, float | None]]] = {}
-    first: dict[tuple[str, ...], tuple[float, float | None]] = {}
+    found: dict[tuple[str, ...], dict[int, tuple[float, float]]] = {}
+    first: dict[tuple[str, ...], tuple[float, float]] = {}
     for row in table:
         rate, value = row.get("train_throughput"), row.get(efficiency)
         if row.get("exchange") or not isinstance(rate, float) or not isinstance(value, float):
@@ -102,18 +102,22 @@ def scaling_plot(table: Sequence[Row]) -> bytes:
 def _draw_rates(axes: "Axes", lines: Sequence[Line], kind: str) -> None:
     """On two logarithmic axes, where what no loss would give is a line."""
     _draw(axes, lines, 1, 1.0)
-    counts = sorted({count for line in lines for count, *_ in line.points})
-    ideal: list[float] = []
-    for number, base in enumerate(dict.fromkeys(line.points[0][1] for line in lines)):
+    ideal: dict[int, dict[int, float]] = {}
+    for line in lines:
+        for count, rate, efficiency in line.points:
+            ideal.setdefault(line.batch, {})[count] = rate / efficiency
+    for number, rates in enumerate(ideal.values()):
         label = None if number else "no loss"
-        ideal = [base * count for count in counts]
-        axes.plot(counts, ideal, color=_IDEAL, linestyle=":", label=label)
+        counts = sorted(rates)
+        axes.plot(counts, [rates[count] for count in counts], color=_IDEAL, linestyle=":",
+                  label=label)  # fmt: skip
     axes.set_ylabel("images/s")
     batches = dict.fromkeys(str(line.batch) for line in lines)
     axes.set_title(kind.format(" or ".join(batches) or "no"), fontsize=10)
     if lines:
         axes.set_yscale("log", base=2)
-        axes.set_yticks(ideal, [f"{rate:,.4g}" for rate in ideal])
+        ticks = sorted({rate for rates in ideal.values() for rate in rates.values()})
+        axes.set_yticks(ticks, [f"{rate:,.4g}" for rate in ticks])
         axes.legend(fontsize=8)
 
 
@@ -127,10 +131,9 @@ def _draw_efficiency(axes: "Axes", lines: Sequence[Line]) -> None:
 def _draw(axes: "Axes", lines: Sequence[Line], column: int, scale: float) -> None:
     """One column of the lines' points over their processes."""
     for number, line in enumerate(lines):
-        known = [point for point in line.points if point[column] is not None]
         axes.plot(
-            [point[0] for point in known],
-            [scale * float(point[column] or 0) for point in known],
+            [point[0] for point in line.points],
+            [scale * point[column] for point in line.points],
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=5,

@@ -157,8 +157,14 @@ def cell_of(count: int, batch: int, launcher: str = "ddp", **parallel: Any) -> C
     return replace(cell, train=replace(cell.train, parallel=Parallel(**parallel)))
 
 
-def record_of(cell: Cell, rate: float, *, total: int = 4, **fields: Any) -> Record:
-    """Two steps of a cell at so many images/s, a tenth of them communication, with a straggler."""
+GPUS = ("H200",) * 4
+
+
+def record_of(cell: Cell, rate: float, *, gpus: tuple[str, ...] = GPUS, **fields: Any) -> Record:
+    """Two steps of a cell at so many images/s, a tenth of them communication, with a straggler.
+
+    On four GPUs, or without them on four cores.
+    """
     count, batch = cell.num_processes, cell.train.recipe.global_batch_size
     seconds = batch / rate
     found = [
@@ -171,7 +177,7 @@ def record_of(cell: Cell, rate: float, *, total: int = 4, **fields: Any) -> Reco
                         samples=((seconds / 10,) * 2,) * count),
             Measurement(name="straggler_ratio", unit="1", better="lower", samples=((1.5,),)),
         ]  # fmt: skip
-    threads = total // count
+    threads = 4 // count
     known = {
         "suite": "scaling",
         "cell": cell,
@@ -180,7 +186,10 @@ def record_of(cell: Cell, rate: float, *, total: int = 4, **fields: Any) -> Reco
         "started": "2026-01-01T00:00:00+00:00",
         "duration_s": 1.0,
         "environment": environment(
-            threads=threads, cpu_count=4, worker_env={"OMP_NUM_THREADS": str(threads)}
+            threads=threads,
+            cpu_count=4,
+            worker_env={"OMP_NUM_THREADS": str(threads)},
+            gpu_names=gpus,
         ),
         "data": DATA,
         "measurements": tuple(found),
@@ -245,22 +254,30 @@ def test_shares_of_communication_and_stragglers_are_of_the_slowest_rank() -> Non
 )
 def test_only_a_process_that_is_otherwise_equal_is_compared_with(other: dict[str, Any]) -> None:
     """Threads in total, sources, variables, protocol, images; plain DDP that has finished."""
-    many = record_of(cell_of(2, 64), 180.0)
-    assert efficiencies([record_of(cell_of(1, 32), 100.0), many])[2, 64, "ddp"][0] == 0.9
-    found = efficiencies([replace(record_of(cell_of(1, 32), 100.0), **other), many])
+    one, two = (record_of(cell, 100.0, gpus=()) for cell in (cell_of(1, 32), cell_of(2, 64)))
+    assert efficiencies([one, two])[2, 64, "ddp"][0] == 1.0
+    found = efficiencies([replace(one, **other), two])
     assert found.get((2, 64, "ddp"), (None,))[0] is None
 
 
-def test_gpus_are_compared_whatever_the_threads_and_the_caption_says_with_what() -> None:
-    gpu = {"gpu_names": ("H200", "H200"), "cpu_count": 4}
+def test_processes_on_a_cpu_share_its_cores() -> None:
+    """Two of two threads each do 90 images/s where one of four does 100: no loss would be 100."""
     records = [
-        record_of(cell_of(1, 32), 100.0, environment=environment(threads=4, **gpu)),
-        record_of(cell_of(2, 64), 190.0, environment=environment(threads=3, **gpu)),
+        record_of(cell_of(1, 32), 100.0, gpus=()),
+        record_of(cell_of(1, 64), 120.0, gpus=()),
+        record_of(cell_of(2, 64), 90.0, gpus=()),
     ]
-    assert efficiencies(records)[2, 64, "ddp"][0] == 0.95
-    assert "- Efficiency: against one process of the same sweep" in markdown(records)
-    same = "- Efficiency: against one process with the same 4 threads in total"
-    assert same in markdown(sweep())
+    assert efficiencies(records)[2, 64, "ddp"] == (0.9, 0.75, 0.75)
+    same = "- Efficiency: images/s against those of one process with the same 4 threads in total"
+    assert same in markdown(records)
+
+
+def test_gpus_are_compared_whatever_their_threads() -> None:
+    one, two = record_of(cell_of(1, 32), 100.0), record_of(cell_of(2, 64), 190.0)
+    two = replace(two, environment=replace(two.environment, threads=3))
+    assert efficiencies([one, two])[2, 64, "ddp"][0] == 0.95
+    same = "- Efficiency: images/s against N times those of one process\n"
+    assert same in markdown([one, two])
 
 
 def test_many_processes_of_a_cell_bound_its_efficiency() -> None:
@@ -366,7 +383,7 @@ def test_saving_and_running_write_the_plot_of_the_suite_alone(tmp_path: Any) -> 
     run = SimpleNamespace(plan=SimpleNamespace(suite="scaling"), id="run", records=lambda: records)
     written = save(run, tmp_path / "results")
     assert {each.name for each in written} == {"scaling.jsonl", "scaling.md", PLOT}
-    kept = (tmp_path / "results" / "fake-4c" / "scaling.md").read_text()
+    kept = (tmp_path / "results" / "h200-x4" / "scaling.md").read_text()
     assert table("scaling", records) in kept
     assert "Weak (%)" in kept
 
