@@ -1,6 +1,8 @@
 """What several processes exchange: options, refusals, and what each changes in real runs of two."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,7 +172,8 @@ def train(name: str) -> tuple[Trainer, list[float]]:
     """A trainer after its steps, and the global mean loss so far after each of them."""
     reset_accelerate()
     config = TrainConfig(model=TINY, recipe=tiny_recipe(ema_decay=0.5), parallel=EXCHANGES[name])
-    trainer = Trainer(config, RunConfig(cpu=True), make_dataset())
+    on_gpu = os.environ.get("EXCHANGE_ON") == "cuda"
+    trainer = Trainer(config, RunConfig(cpu=not on_gpu), make_dataset())
     losses = []
     for _ in range(STEPS):
         trainer.train_step()
@@ -232,7 +235,7 @@ def timed(name: str, rank: int) -> list[Any]:
 
 
 TWO = """
-import json
+import json, os, sys
 import accelerate
 import torch
 import torch.distributed as dist
@@ -244,6 +247,13 @@ from test_parallel import EXCHANGES, facts, norm_of_a_share, timed
 test_parallel.reset_accelerate = accelerate.state.AcceleratorState._reset_state
 found = {name: facts(name) for name in EXCHANGES}
 rank = dist.get_rank()
+if os.environ["EXCHANGE_ON"] == "cuda":
+    everyone = [None, None]
+    dist.all_gather_object(everyone, [found, {}])
+    if rank == 0:
+        print("RESULT", json.dumps(everyone))
+    leave()
+    sys.exit()
 values = {name: tensor.tolist() for name, tensor in norm_of_a_share(rank, 2).items()}
 tensors = [torch.tensor([1.0, 1 / 3]) * (1 + 2 * rank), torch.full((2,), 0.1)]
 tensors.append(torch.ones(2, 2).half())
@@ -258,17 +268,22 @@ leave()
 """
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def run_two(folder: Path, device: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """What each of two processes found: by exchange, and of its share of a norm."""
-    script = tmp_path_factory.mktemp("two") / "two.py"
+    script = folder / "two.py"
     script.write_text(TWO)
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "EXCHANGE_ON": device}
     process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2, script,
-                    environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})  # fmt: skip
+                    environment=environment)  # fmt: skip
     code, out, err = finish(process)
     assert code == 0, err
     (line,) = [line for line in out.splitlines() if line.startswith("RESULT")]
     return json.loads(line.removeprefix("RESULT"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_two(tmp_path_factory.mktemp("two"), "cpu")
 
 
 @pytest.mark.multiprocess
@@ -397,3 +412,23 @@ def test_torchs_own_synchronised_norm_trains_on_a_gpu() -> None:
     trainer.train_step()
     assert batch_norm_of(trainer.module) == "synchronised"
     assert trainer.meter.train_metrics().loss > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.multiprocess
+def test_two_gpus_exchange_as_two_cpus_do(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    (found, _), (other, _) = run_two(tmp_path, "cuda")
+    for name in EXCHANGES:
+        same = {
+            key for key, each in found[name]["sums"].items() if other[name]["sums"][key] == each
+        }
+        apart = found[name]["sums"].keys() - same
+        assert all("running" in key for key in apart), name
+        assert found[name]["top1"] == 50
+    for name in ("bucket", "after"):
+        assert found[name]["losses"] == pytest.approx(found["ddp"]["losses"], rel=1e-5)
+    _, losses = train("ddp")
+    assert found["sync"]["losses"] == pytest.approx(losses, rel=1e-4)
+    assert found["after"]["hook"] == "after_backward"
