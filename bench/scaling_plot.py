@@ -85,7 +85,7 @@ def scaling_plot(table: Sequence[Row]) -> bytes:
     grid = figure.add_gridspec(len(ratios), 2, height_ratios=ratios)
     for number, weak in enumerate((True, False)):
         lines = scaling_lines(table, weak=weak)
-        kind = "weak scaling: {} images per device" if weak else "strong scaling: {} images in all"
+        kind = "weak scaling: {} images per process" if weak else "strong scaling: {} images in all"
         left, right = (figure.add_subplot(grid[number, column]) for column in (0, 1))
         _draw_rates(left, lines, kind)
         _draw_efficiency(right, lines)
@@ -100,32 +100,33 @@ def scaling_plot(table: Sequence[Row]) -> bytes:
 
 
 def _draw_rates(axes: "Axes", lines: Sequence[Line], kind: str) -> None:
-    """On two logarithmic axes, where what no loss would give is a line."""
+    """On two linear axes from zero, where what no loss would give is a straight line."""
     _draw(axes, lines, 1, 1.0)
+    axes.set_xscale("linear")
+    counts = sorted({count for line in lines for count, *_ in line.points})
+    axes.set_xticks(counts, [str(count) for count in counts])
     ideal: dict[int, dict[int, float]] = {}
     for line in lines:
         for count, rate, efficiency in line.points:
             ideal.setdefault(line.batch, {})[count] = rate / efficiency
     for number, rates in enumerate(ideal.values()):
         label = None if number else "no loss"
-        counts = sorted(rates)
-        axes.plot(counts, [rates[count] for count in counts], color=_IDEAL, linestyle=":",
+        among = sorted(rates)
+        axes.plot(among, [rates[count] for count in among], color=_IDEAL, linestyle=":",
                   label=label)  # fmt: skip
     axes.set_ylabel("images/s")
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     batches = dict.fromkeys(str(line.batch) for line in lines)
     axes.set_title(kind.format(" or ".join(batches) or "no"), fontsize=10)
     if lines:
-        axes.set_yscale("log", base=2)
-        ticks = sorted({rate for rates in ideal.values() for rate in rates.values()})
-        axes.set_yticks(ticks, [f"{rate:,.4g}" for rate in ticks])
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
 
 
 def _draw_efficiency(axes: "Axes", lines: Sequence[Line]) -> None:
     _draw(axes, lines, 2, 100.0)
     axes.axhline(100, color=_IDEAL, linestyle=":")
     axes.set_ylabel("efficiency (%)")
-    axes.set_ylim(0, max(105, axes.get_ylim()[1]))
+    axes.set_ylim(0, max(105, 1.05 * axes.get_ylim()[1]))
 
 
 def _draw(axes: "Axes", lines: Sequence[Line], column: int, scale: float) -> None:
