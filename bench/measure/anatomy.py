@@ -59,7 +59,7 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     """
     with set_aside(subject.trainer), subject.watched("anatomy"):
         marked = _pairs(subject, _marked_step, _plain_step)
-        exchanged = _pairs(subject, _synced_round, _unsynced_round) if _has_peers(subject) else []
+        exchanged = [] if why_inseparable(subject) else _pairs(subject, *_SYNCED_AND_NOT)
     for part in PARTS:
         values = [step[part] for step, _ in marked]
         yield subject.measurement(f"step_{part}", "s", "lower", values)
@@ -70,8 +70,14 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     yield subject.measurement("pipeline_share", "fraction", "lower", share)
 
 
-def _has_peers(subject: Subject) -> bool:
-    return subject.trainer.place.count > 1
+def why_inseparable(subject: Subject) -> str:
+    """Why communication cannot be told from the rest of a step; "" where it can."""
+    trainer = subject.trainer
+    if trainer.place.count == 1:
+        return "one process has none to communicate with"
+    if trainer.engine.shares_out:
+        return f"{trainer.strategy} cannot take a step without exchanging what it has shared out"
+    return ""
 
 
 def _whole(seconds: dict[str, float]) -> float:
@@ -85,8 +91,7 @@ def _communication(subject: Subject, pairs: Pairs) -> Measurement:
     statistics in either kind of step, so that is not in it.
     """
     name = "step_communication"
-    if not _has_peers(subject):
-        reason = "one process has none to communicate with"
+    if reason := why_inseparable(subject):
         return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
     steps = subject.trainer.config.parallel.local_steps
     added = [(_whole(synced) - _whole(unsynced)) / steps for synced, unsynced in pairs]
@@ -149,6 +154,9 @@ def _round(trainer: Trainer) -> Timeline:
     timeline = Timeline(make_clock(trainer.device))
     _time(trainer, timeline, steps=trainer.config.parallel.local_steps)
     return timeline
+
+
+_SYNCED_AND_NOT = (_synced_round, _unsynced_round)
 
 
 def align(trainer: Trainer) -> None:

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable
 
-from torch.nn.parallel import DistributedDataParallel
-
-from bench.measure.anatomy import align
+from bench.measure.anatomy import align, why_inseparable
 from bench.measure.clock import make_clock, synchronize
 from bench.measure.subject import Subject
 from bench.record import Measurement
@@ -36,12 +34,9 @@ def measure_ranks(subject: Subject) -> Iterable[Measurement]:
 
 def _never_alone(subject: Subject) -> str:
     """Why a step cannot be taken without the other processes; empty if it can."""
-    trainer = subject.trainer
-    if trainer.config.parallel.sync_batch_norm:
+    if subject.trainer.config.parallel.sync_batch_norm:
         return "BatchNorm over all processes waits for them in every layer"
-    if not isinstance(trainer.wrapped, DistributedDataParallel):
-        return "a process has a share of the weights, and needs the others in every step"
-    return ""
+    return why_inseparable(subject)
 
 
 def _steps_alone(subject: Subject) -> list[float]:
