@@ -375,7 +375,8 @@ class TestTwoProcesses:
 # --- What a record says ---
 
 OBSERVED = {
-    "device": "cpu", "num_processes": 2, "devices": 2, "backend": "gloo", "compile": False, "autocast": "off",
+    "device": "cpu", "num_processes": 2, "devices": 2, "backend": "gloo",
+    "compile": False, "autocast": "off",
     "input_dtype": "float32", "weight_dtype": "float32", "input_channels_last": False,
     "weight_channels_last": False, "parameter_dtype": "float32", "tf32_matmul": False,
     "tf32_convolution": False, "loss_scaling": False, "timed_steps": 2, "samples_in_window": 256,
