@@ -38,6 +38,7 @@ from cifar.files import write_atomic
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
 from cifar.trainer import Trainer
+from cifar.watchdog import PULSE
 
 
 class Worker:
@@ -76,7 +77,8 @@ class Worker:
         names = list(later)
         for done, metric in enumerate(later.values()):
             self._keep(unfinished(self._record(status, reason), names[done:]))
-            _take(subject, metric)
+            with PULSE.during(names[done]):  # some take long, on the first process alone
+                _take(subject, metric)
         return self._record(status, reason)
 
     def _train(self, task: Task) -> tuple[Subject, Status, str]:

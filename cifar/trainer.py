@@ -41,6 +41,7 @@ from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
 from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
+from cifar.watchdog import PULSE
 
 
 class Trainer:
@@ -157,6 +158,7 @@ class Trainer:
         self.wrapped: Any = wrap_module(self.accelerator, self.module, precision)
         wrapped: nn.Module = self.wrapped
         self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+        self._compiles = self.config.compile
         if self.config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
         self.model: nn.Module = wrapped
@@ -214,10 +216,19 @@ class Trainer:
         schedule_momentum(self.optimizer, self.step, self.total_steps, self.config.recipe)
         batches = self.batches_of(self.step)
         passes = iter(range(2**31))
-        self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
+        with self._compiling():
+            self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
         self.step += 1
+        PULSE.at(self.step)
         if self.average:
             self.average.update()
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Announces the first step of a compiled model, which may take minutes."""
+        if not self._compiles:
+            return contextlib.nullcontext()
+        self._compiles = False
+        return PULSE.during("compiling")
 
     def _set_phase(self, backbone: Backbone) -> None:
         """Have the backbone frozen or not as is due in this step, whatever came before it."""
@@ -319,6 +330,7 @@ class Trainer:
             if 0 < number < everywhere:
                 between()
             yield batch
+            PULSE.beat()
 
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""

@@ -33,9 +33,9 @@ FREE_NAMES = """
     cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
     cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
     cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
-    cifar.lr_find_options cifar.memory cifar.predictions cifar.process cifar.progress
-    cifar.range_test cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals
-    cifar.train_options cifar.weights launch
+    cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
+    cifar.progress cifar.range_test cifar.ranks cifar.recipes cifar.restart cifar.run_folder
+    cifar.serialize cifar.signals cifar.train_options cifar.weights launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -49,8 +49,8 @@ TORCH_NAMES = """
     cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder cifar.meter cifar.models
     cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
     cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
-    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.session
-    cifar.teacher cifar.trainer cifar.training_state cifar.updates
+    cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection
+    cifar.session cifar.teacher cifar.trainer cifar.training_state cifar.updates cifar.watchdog
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -82,6 +82,9 @@ CHAINS = (
     "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
     "cifar.trainer cifar.lr_finder",
     "cifar.optim cifar.trainer",
+    "cifar.ranks cifar.interface cifar.rendezvous cifar.watchdog cifar.distributed "
+    "cifar.accelerator cifar.trainer",
+    "cifar.run_folder cifar.restart cifar.train_options",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",
