@@ -35,10 +35,10 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
+from cifar.pulse import PULSE
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
 from cifar.trainer import Trainer
-from cifar.watchdog import PULSE
 
 
 class Worker:

@@ -25,6 +25,7 @@ from cifar.process import ensure_environment
 from cifar.range_test import RangeTest
 from cifar.ranks import is_first, world_size
 from cifar.recipes import get_recipe
+from cifar.signals import end_with_launcher
 from cifar.train_options import TrainOptions, read_train_options
 
 arg = tyro.conf.arg
@@ -47,6 +48,7 @@ examples:
 
 def run_train(argv: list[str]) -> int:
     """`cifar train`."""
+    end_with_launcher(os.environ)  # before all that takes long, in which the launcher may end
     options = read_train_options(argv)
     if options.folder is not None:
         stored = run_folder.read_config(options.folder)

@@ -22,7 +22,7 @@ from cifar.process import differences
 from cifar.range_test import RangeTest
 from cifar.ranks import is_first
 from cifar.session import Session, resume_command
-from cifar.signals import StopSignals, end_with_launcher
+from cifar.signals import StopSignals
 from cifar.trainer import Trainer
 from cifar.updates import Update
 from cifar.weights import list_checkpoints
@@ -78,7 +78,6 @@ def _train(
     compute_loss: ComputeLoss | None,
     update: Update | None,
 ) -> Evaluation:
-    end_with_launcher(os.environ)
     with explained_training(config):
         if resume == "auto":
             assert folder is not None, "that decides"

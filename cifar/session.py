@@ -20,11 +20,11 @@ from cifar.evaluation import Evaluation
 from cifar.memory import explained_training
 from cifar.outcome import Outcome
 from cifar.progress import TrainingProgress
+from cifar.pulse import PULSE
 from cifar.serialize import contents
 from cifar.signals import StopSignals
 from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, state_of, tensor_groups
-from cifar.watchdog import PULSE
 from cifar.weights import list_checkpoints
 
 

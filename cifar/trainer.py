@@ -39,9 +39,9 @@ from cifar.models import build_model
 from cifar.models.meta import check_images, head_names
 from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.pulse import PULSE
 from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
-from cifar.watchdog import PULSE
 
 
 class Trainer:

@@ -13,14 +13,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import NoReturn
 
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from cifar.rendezvous import Group
+from cifar.meeting import Group
+from cifar.pulse import PULSE, Pulse
 
 EXIT_CODE = 3
 """Of a process whose group lacks another one."""
@@ -39,44 +40,6 @@ _WAITING = (
     *("cifar/distributed.py", "cifar/meter.py"),
 )
 """Where a process is that waits for another one, or for its device, which does."""
-
-
-class Pulse:
-    """What the main thread of this process has got to.
-
-    It costs the training loop an assignment and an addition; only the watchdog looks at it.
-    """
-
-    __slots__ = ("announced", "count", "step")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.step = 0
-        self.announced = ""
-
-    def at(self, step: int) -> None:
-        """So many optimiser steps are finished."""
-        self.step = step
-        self.count += 1
-
-    def beat(self) -> None:
-        """Something else is, as a batch of an evaluation."""
-        self.count += 1
-
-    @contextlib.contextmanager
-    def during(self, what: str) -> Iterator[None]:
-        """While entered, this process does something long that no other one takes part in."""
-        before, self.announced = self.announced, what
-        self.count += 1
-        try:
-            yield
-        finally:
-            self.announced = before
-            self.count += 1
-
-
-PULSE = Pulse()
-"""Of this process: it has one, as it has one default group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ LONG = "x" * 300
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("fly",), r"command: 'fly': choose one of train, lr-find, evaluate, summary, show-aug"),
+        (("fly",), r"command: 'fly': choose one of train, lr-find, evaluate, meet, summary, show"),
         (("train", "--speed", "9"), r"--speed"),
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),

@@ -11,14 +11,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from meeting import TIMEOUT
+from meet_all import TIMEOUT
 from torch.distributed import TCPStore
 from training import ROOT
 
 from cifar import interface
 from cifar.errors import ConfigError
 from cifar.interface import choose_interface, interface_of, source_towards
-from cifar.rendezvous import Hello, _check_gpus
+from cifar.meeting import Hello, check_gpus
 
 pytestmark = pytest.mark.multiprocess
 
@@ -89,7 +89,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         }
         listed["twice"][2]["LATE"] = "1"
         (folder / "jobs.json").write_text(json.dumps(listed))
-        program = [sys.executable, str(ROOT / "tests" / "meeting.py"), str(folder)]
+        program = [sys.executable, str(ROOT / "tests" / "meet_all.py"), str(folder)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run(program, env=environment, timeout=120, check=True)
     return Jobs(folder, json.loads((folder / "ends.json").read_text()))
@@ -152,9 +152,9 @@ def test_two_processes_with_one_gpu_are_refused() -> None:
         for each, gpu in enumerate(("a", "b", "a"))
     ]
     with pytest.raises(ConfigError, match=r"^LOCAL_RANK: ranks 0 and 2 on node have .* same GPU"):
-        _check_gpus(hellos)
-    _check_gpus(hellos[:2])
-    _check_gpus([Hello(rank=each, size=2, host="node", pid=each) for each in (0, 1)])
+        check_gpus(hellos)
+    check_gpus(hellos[:2])
+    check_gpus([Hello(rank=each, size=2, host="node", pid=each) for each in (0, 1)])
 
 
 @pytest.fixture

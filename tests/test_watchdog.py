@@ -14,8 +14,9 @@ import torch
 from test_multiprocess import OPTIONS
 from training import ROOT, complaints, finish, start
 
-from cifar.rendezvous import Address, Group
-from cifar.watchdog import EXIT_CODE, Beat, Pulse, Watchdog, missing, whereabouts
+from cifar.meeting import Address, Group
+from cifar.pulse import Pulse
+from cifar.watchdog import EXIT_CODE, Beat, Watchdog, missing, whereabouts
 
 GROUP = Group(address=Address(host="here", port=1, is_launchers=True), name="group", rank=0, size=3)
 TIMEOUT = 16.0

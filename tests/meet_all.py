@@ -1,4 +1,4 @@
-"""Starts many small jobs at once, whose processes only meet: `python meeting.py FOLDER`.
+"""Starts many small jobs at once, whose processes only meet: `python meet_all.py FOLDER`.
 
 FOLDER/jobs.json holds the variables of every process by job. Each process leaves what it printed
 and its exit code there. They are forked, so that torch is imported once.
