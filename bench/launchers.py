@@ -42,7 +42,8 @@ Watch = Callable[[Path], str]
 class Launcher:
     """A way to start processes: Accelerate configurations in the folder `launch`.
 
-    `single` is the one for a single process.
+    `single` is the one for a single process: the engine itself, but of DDP, which does nothing for
+    one. A launcher's name is that of the strategy it starts, see `cifar.strategy`.
     """
 
     description: str
@@ -55,6 +56,26 @@ LAUNCHERS: dict[str, Launcher] = {
         description="DistributedDataParallel, one process per device",
         config="ddp.yaml",
         single="single.yaml",
+    ),
+    "fsdp": Launcher(
+        description="FSDP2: weights, gradients and optimizer state are shared out",
+        config="fsdp.yaml",
+        single="fsdp.yaml",
+    ),
+    "zero1": Launcher(
+        description="DeepSpeed ZeRO 1: the optimizer state is shared out",
+        config="zero1.yaml",
+        single="zero1.yaml",
+    ),
+    "zero2": Launcher(
+        description="DeepSpeed ZeRO 2: optimizer state and gradients are shared out",
+        config="zero2.yaml",
+        single="zero2.yaml",
+    ),
+    "zero3": Launcher(
+        description="DeepSpeed ZeRO 3: optimizer state, gradients and weights are shared out",
+        config="zero3.yaml",
+        single="zero3.yaml",
     ),
 }
 

@@ -35,7 +35,8 @@ FREE_NAMES = """
     cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
     cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
     cifar.progress cifar.pulse cifar.range_test cifar.ranks cifar.recipes cifar.restart
-    cifar.run_folder cifar.serialize cifar.signals cifar.train_options cifar.weights launch
+    cifar.run_folder cifar.serialize cifar.signals cifar.strategy cifar.train_options
+    cifar.weights launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy

@@ -473,6 +473,20 @@ def test_folder_without_classes_or_images(images: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
+def test_folder_images_below_a_class(images: Path, split: str) -> None:
+    name = next(entry.name for entry in (images / split).iterdir() if entry.name[0] != ".")
+    below = images / split / name / "more"
+    (below / "still").mkdir(parents=True)
+    (below / "still" / "notes.txt").touch()
+    load(f"folder:{images}")
+    write_image(below / "still" / "deep.png")
+    expected = f"data: {below}: a folder of images in that of a class; move them into"
+    assert refusal(f"folder:{images}").startswith(expected)
+    below.rename(below.with_name(".hidden"))
+    load(f"folder:{images}")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_folder_images_beside_the_classes(images: Path, split: str) -> None:
     loose = images / split / "loose.JPG"
     write_image(loose)

@@ -17,9 +17,9 @@ def read_folder(root: Path, max_bytes: int) -> tuple[tuple[str, ...], Split, Spl
     without an image's suffix are left out.
 
     Raises:
-        DataError: a folder without classes, or with images beside them; a class without images or
-            in `test` alone; and what `cifar.data.images.read_split` raises; names the file or
-            folder.
+        DataError: a folder without classes, or with images beside them; a class without images,
+            with folders of them, or in `test` alone; and what `cifar.data.images.read_split`
+            raises; names the file or folder.
     """
     train, test = _subfolder(root, "train"), _subfolder(root, "test", "val")
     train_files, test_files = _class_files(train), _class_files(test)
@@ -81,7 +81,13 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if _is_image(file) and file.name[0] != ".")
+    entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+    for entry in entries:
+        if entry.is_dir() and any(_is_image(file) for file in entry.rglob("*")):
+            raise DataError(
+                f"data: {entry}: a folder of images in that of a class; move them into {folder}"
+            )
+    files = [entry for entry in entries if _is_image(entry)]
     if not files:
         raise DataError(f"data: {folder}: no images ({' '.join(SUFFIXES)}); add or remove it")
     return files
