@@ -271,6 +271,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_runs_out_of_memory_ends_all_and_is_named(toy: Path, tmp_path: Path) -> None:
     """The other one waits for it in a collective call meanwhile."""
     (tmp_path / "full.py").write_text(FULL)

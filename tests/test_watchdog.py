@@ -257,6 +257,7 @@ def test_a_process_that_hangs_is_named_by_the_other(npz: Path, tmp_path: Path, h
     )
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_process_that_was_stopped_for_a_while_goes_on(npz: Path, tmp_path: Path) -> None:
     ends = two(tmp_path, npz, "stopped", "--collective-timeout", "60")
