@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.judge import KERNEL, UNOBSERVED, Labels, changes
+from bench.placement import placement
 from cifar.accelerator import is_native
 from cifar.distributed import gather_text
 from cifar.teacher import EVENT
@@ -227,17 +227,14 @@ def _dtypes(image: Tensor, weight: Tensor) -> Labels:
 
 
 def _settings(trainer: Trainer) -> Labels:
-    """What switches, wrappers and parameters say."""
-    model = getattr(trainer.model, "_orig_mod", trainer.model)
+    """What switches, wrappers and parameters say; a collective call."""
     parameter = _inner_layer(trainer.module).weight
     precision = trainer.config.precision
     assert precision is not None, "a trainer has resolved it"
     scale: Labels = {} if trainer.scaler is None else {"loss_scale": trainer.scaler.get_scale()}
-    grouped = dist.is_available() and dist.is_initialized()
     return {
         "device": parameter.device.type,
-        "num_processes": dist.get_world_size() if grouped else 1,
-        "wrapper": type(model).__name__,
+        **placement(trainer),
         "parameter_dtype": _dtype_name(parameter.dtype),
         "native_dtype": is_native(precision, trainer.device),
         "emulated": trainer.emulated,
@@ -259,9 +256,16 @@ def _is_tf32(backend: Any) -> bool:
 
 
 def _spatial_convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """Those whose memory format can be told."""
+    """Those whose memory format can be told.
+
+    A weight that is shared out may not have its shape between two steps; its layer has the sizes.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    return [layer for layer in layers if _is_spatial(layer.weight.shape)]
+    return [
+        layer
+        for layer in layers
+        if _is_spatial((layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size))
+    ]
 
 
 def _is_spatial(shape: Sequence[int]) -> bool:

@@ -122,8 +122,10 @@ class Session:
             f"{trainer.model_config.label} on {dataset.name} "
             f"({len(dataset.train):,} train, {held_out}{len(dataset.test):,} test images), "
             + (f"taught by {trainer.teacher.model_config.label}, " if trainer.teacher else "")
-            + f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
-            f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
+            + f"{config.precision}, {trainer.place.count} x {trainer.device.type}"
+            + (f" under {trainer.strategy}" if trainer.engine.shares_out else "")
+            + f", global batch {trainer.loader.global_batch_size}, "
+            f"steps {trainer.step}..{trainer.total_steps}"
             + (f", in {self.root}" if self.root else "")
         )
 
@@ -235,8 +237,8 @@ class Session:
             report.write_files(folder / "report", files)
 
     def _write_final(self) -> None:
+        tensors, card = self._outcome.final()
         if self.folder:
-            tensors, card = self._outcome.final()
             folder = self.folder / "final"
             with _writing(folder):
                 checkpoint.write_checkpoint(folder, tensors, card)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cifar.accelerator import start_accelerator, wrap_module
+from cifar.accelerator import start_accelerator
 from cifar.checkpoint import Tensors
 from cifar.config import RunConfig, TrainConfig
 from cifar.cost import check_batch
@@ -30,6 +30,7 @@ from cifar.data.loader import (
 )
 from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
+from cifar.engine import build_engine
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.fine_tuning import Backbone
@@ -70,7 +71,7 @@ class Trainer:
         update: Update | None = None,
         is_resumed: bool = False,
     ) -> None:
-        self.accelerator, precision = start_accelerator(config, run)
+        self.accelerator, precision, self.strategy = start_accelerator(config, run)
         self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
         self.run = run
         self.fingerprint = dataset.fingerprint()
@@ -139,25 +140,23 @@ class Trainer:
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
+        self.engine = build_engine(self.strategy, self.accelerator, self.module, self.config)
         tells_apart = recipe.frozen_epochs > 0 or recipe.backbone_lr != 1
         head = head_names(self.model_config) if tells_apart else frozenset()
         # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
-        self.optimizer = build_optimizer(self.module, recipe, head)
+        self.optimizer = build_optimizer(self.engine, recipe, head, self.engine.rows)
+        self.engine.adopt(self.optimizer)
         self.scaler = self.accelerator.scaler
         self._backbone = Backbone(self.module, head) if recipe.frozen_epochs else None
         if self._backbone:
             self._backbone.freeze(True)
         self._wrap_model()
         decay = recipe.ema_decay
-        self.average = WeightAverage(self.weights(), decay) if decay else None
+        self.average = WeightAverage(self.engine.live(), decay) if decay else None
 
     def _wrap_model(self) -> None:
-        precision = self.config.precision
-        assert precision is not None, "resolved"
-        # DDP has more methods than a module.
-        self.wrapped: Any = wrap_module(self.accelerator, self.module, precision)
+        self.wrapped: Any = self.engine.wrap()  # has more methods than a module
         wrapped: nn.Module = self.wrapped
-        self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
         self._compiles = self.config.compile
         if self.config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
@@ -189,13 +188,32 @@ class Trainer:
         """Whether this is the process that writes and prints."""
         return self.place.index == 0
 
+    @property
+    def bare(self) -> nn.Module:
+        """The network to infer with weights given to it, see `cifar.engine.Engine`."""
+        return self.engine.bare
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser changes, as far as this process has it, with its gradients."""
+        return [parameter for _, parameter in self.engine.named_parameters()]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The length of the gradient that these are this process's parts of."""
+        return self.engine.norm(gradients)
+
     def weights(self) -> Tensors:
-        """The full weights and buffers by name, without wrapper prefixes; views, not copies."""
-        return self.module.state_dict()
+        """The full weights and buffers by name, without wrapper prefixes; a collective call.
+
+        Views, not copies, of what this process holds in full.
+        """
+        return self.engine.gather(self.engine.live())
 
     def eval_weights(self) -> Tensors:
-        """The weights to evaluate and publish: their average where there is one."""
-        return self.average.weights if self.average else self.weights()
+        """The weights to evaluate and publish: their average where there is one.
+
+        Full ones; a collective call.
+        """
+        return self.engine.gather(self.average.weights) if self.average else self.weights()
 
     def lr_of(self, step: int) -> float:
         """The learning rate of the 0-based optimiser step `step`."""
@@ -246,7 +264,7 @@ class Trainer:
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self._no_sync():
+            with contextlib.nullcontext() if last else self.engine.accumulating():
                 loss, logits = self.compute_loss(self.model, batch)
                 self.backward(loss / len(batches) if len(batches) > 1 else loss)
             if record:
@@ -254,16 +272,18 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """As Accelerate's `backward`, which would divide the loss by 1 in every step."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.engine.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def optimizer_step(self) -> None:
         """Apply the gradients; in fp16 unscale them first and skip the step if they overflowed."""
-        if limit := self.config.recipe.clip_norm:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        limit = self.config.recipe.clip_norm
+        if self.scaler is not None and (limit or self.engine.shares_out):
+            self.scaler.unscale_(self.optimizer)
+            self.engine.after_unscaling(self.scaler, self.optimizer)
+        if limit:
+            self.engine.clip(limit)
         if self.scaler is None:
-            self.optimizer.step()
+            self.engine.step(self.optimizer)
             return
         before = self.scaler._scale.clone()  # get_scale() would wait for the device
         self.scaler.step(self.optimizer)
@@ -306,11 +326,11 @@ class Trainer:
         """
         scored = self.test_images if images is None else images
         self.synchronize_buffers()
-        self.module.eval()
+        self.bare.eval()
         chosen = weights or self.eval_weights()
 
         def forward(images: Tensor) -> Tensor:
-            return torch.func.functional_call(self.module, chosen, (images,))  # type: ignore[no-any-return]
+            return torch.func.functional_call(self.bare, chosen, (images,))  # type: ignore[no-any-return]
 
         result = evaluate(
             forward,
@@ -319,7 +339,7 @@ class Trainer:
             device=self.device,
             probabilities=probabilities,
         )
-        self.module.train()
+        self.bare.train()
         assert result.samples == len(scored), "every sample counts once"
         return result
 
@@ -336,4 +356,5 @@ class Trainer:
         """Give every process the first one's BatchNorm statistics."""
         averages = [self.average.weights] if self.average else []
         names = [name for name, _ in self.module.named_buffers()]
-        broadcast_from_first([each[name] for each in (self.weights(), *averages) for name in names])
+        live = self.engine.live()
+        broadcast_from_first([each[name] for each in (live, *averages) for name in names])

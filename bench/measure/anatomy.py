@@ -59,7 +59,7 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     """
     with set_aside(subject.trainer), subject.watched("anatomy"):
         marked = _pairs(subject, _marked_step, _plain_step)
-        exchanged = _pairs(subject, _synced_step, _unsynced_step) if _has_peers(subject) else []
+        exchanged = [] if _why_inseparable(subject) else _pairs(subject, *_SYNCED_AND_NOT)
     for part in PARTS:
         values = [step[part] for step, _ in marked]
         yield subject.measurement(f"step_{part}", "s", "lower", values)
@@ -70,8 +70,14 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     yield subject.measurement("pipeline_share", "fraction", "lower", share)
 
 
-def _has_peers(subject: Subject) -> bool:
-    return subject.trainer.place.count > 1
+def _why_inseparable(subject: Subject) -> str:
+    """Why communication cannot be told from the rest of a step; "" where it can."""
+    trainer = subject.trainer
+    if trainer.place.count == 1:
+        return "one process has none to communicate with"
+    if trainer.engine.shares_out:
+        return f"{trainer.strategy} cannot take a step without exchanging what it has shared out"
+    return ""
 
 
 def _whole(seconds: dict[str, float]) -> float:
@@ -81,8 +87,7 @@ def _whole(seconds: dict[str, float]) -> float:
 def _communication(subject: Subject, pairs: Pairs) -> Measurement:
     """What averaging gradients adds to a step; noise may make a single difference negative."""
     name = "step_communication"
-    if not _has_peers(subject):
-        reason = "one process has none to communicate with"
+    if reason := _why_inseparable(subject):
         return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
     added = [_whole(synced) - _whole(unsynced) for synced, unsynced in pairs]
     return subject.measurement(name, "s", "lower", added)
@@ -137,6 +142,9 @@ def _unsynced_step(trainer: Trainer) -> Timeline:
     _align(trainer)
     with trainer.wrapped.no_sync():
         return _plain_step(trainer)
+
+
+_SYNCED_AND_NOT = (_synced_step, _unsynced_step)
 
 
 def _align(trainer: Trainer) -> None:
