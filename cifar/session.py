@@ -20,6 +20,7 @@ from cifar.evaluation import Evaluation
 from cifar.memory import explained_training
 from cifar.outcome import Outcome
 from cifar.progress import TrainingProgress
+from cifar.pulse import PULSE
 from cifar.serialize import contents
 from cifar.signals import StopSignals
 from cifar.sync_batch_norm import batch_norm_of
@@ -72,6 +73,7 @@ class Session:
         if self.folder is None:
             return
         run_folder.write_config(self.folder, self.trainer.config, self.trainer.run)
+        run_folder.rewind_metrics(self.folder, 0)  # of a start none of whose checkpoints is whole
         if lr_files:
             folder = self.folder / "lr-find"
             with _writing(folder):
@@ -215,7 +217,7 @@ class Session:
         tensors, state = state_of(self.trainer, self._seconds, self._outcome.selection)
         if self.folder:
             folder = self._checkpoint_folder()
-            with _writing(folder):
+            with _writing(folder), PULSE.during("writing a checkpoint"):
                 checkpoint.write_checkpoint(folder, tensors, card_of(self.trainer), state)
         self._since = time.monotonic()
 
@@ -229,16 +231,21 @@ class Session:
     def _finish(self) -> Evaluation:
         """Write the final weights and the report on them."""
         result = self._outcome.settle(self._progress.say)
-        self._write_final()
+        with PULSE.during("writing the final weights"):
+            self._write_final()
         self._stop_if_asked()
         if self.folder and self.trainer.run.report:
-            metrics = run_folder.read_metrics(self.folder)
-            compared = self._outcome.compare(self.folder / "final", metrics)
-            files = {**self._outcome.report(metrics), **report.comparison_files(compared)}
-            with _writing(self.folder / "report"):
-                report.write_files(self.folder / "report", files)
+            with PULSE.during("writing the report"):
+                self._write_report(self.folder)
         barrier()
         return result
+
+    def _write_report(self, folder: Path) -> None:
+        metrics = run_folder.read_metrics(folder)
+        compared = self._outcome.compare(folder / "final", metrics)
+        files = {**self._outcome.report(metrics), **report.comparison_files(compared)}
+        with _writing(folder / "report"):
+            report.write_files(folder / "report", files)
 
     def _write_final(self) -> None:
         tensors, card = self._outcome.final()

@@ -41,6 +41,7 @@ from cifar.models import build_model
 from cifar.models.meta import check_images, head_names
 from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.pulse import PULSE
 from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
@@ -166,6 +167,7 @@ class Trainer:
     def _wrap_model(self) -> None:
         self.wrapped: Any = self.engine.wrap()  # has more methods than a module
         wrapped: nn.Module = self.wrapped
+        self._compiles = self.config.compile
         if self.config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
         self.model: nn.Module = wrapped
@@ -241,8 +243,10 @@ class Trainer:
         schedule_momentum(self.optimizer, self.step, self.total_steps, self.config.recipe)
         batches = self.batches_of(self.step)
         passes = iter(range(2**31))
-        self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
+        with self._compiling():
+            self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
         self.step += 1
+        PULSE.at(self.step)
         if self.average:
             self.average.update()
         if not self._is_alone:
@@ -265,6 +269,13 @@ class Trainer:
                 yield
         finally:
             self._is_alone = False
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Announces the first step of a compiled model, which may take minutes."""
+        if not self._compiles:
+            return contextlib.nullcontext()
+        self._compiles = False
+        return PULSE.during("compiling")
 
     def _set_phase(self, backbone: Backbone) -> None:
         """Have the backbone frozen or not as is due in this step, whatever came before it."""
@@ -370,6 +381,7 @@ class Trainer:
             if 0 < number < everywhere:
                 between()
             yield batch
+            PULSE.beat()
 
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""

@@ -34,9 +34,10 @@ FREE_NAMES = """
     cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
     cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources cifar.data.test_set
     cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
-    cifar.files cifar.lr_find_options cifar.memory cifar.predictions cifar.process cifar.progress
-    cifar.range_test cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals
-    cifar.strategy cifar.train_options cifar.weights launch
+    cifar.files cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
+    cifar.progress cifar.pulse cifar.range_test cifar.ranks cifar.recipes cifar.restart
+    cifar.run_folder cifar.serialize cifar.signals cifar.strategy cifar.train_options cifar.weights
+    launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
@@ -48,11 +49,12 @@ TORCH_NAMES = """
     cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
     cifar.data.mixing cifar.data.operations cifar.data.policies cifar.device_memory
     cifar.distributed cifar.emulation cifar.engine cifar.evaluation cifar.exchange cifar.fine_tuning
-    cifar.fsdp cifar.latency cifar.losses cifar.lr_finder cifar.meter cifar.models
+    cifar.fsdp cifar.latency cifar.losses cifar.lr_finder cifar.meeting cifar.meter cifar.models
     cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
     cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
-    cifar.optim cifar.outcome cifar.report cifar.run cifar.scoring cifar.selection cifar.session
-    cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_state cifar.updates cifar.zero
+    cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection
+    cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_state
+    cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -85,6 +87,11 @@ CHAINS = (
     "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
     "cifar.trainer cifar.lr_finder",
     "cifar.optim cifar.exchange cifar.trainer",
+    "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
+    "cifar.accelerator cifar.trainer",
+    "cifar.pulse cifar.watchdog cifar.distributed",
+    "cifar.meeting cifar.watchdog",
+    "cifar.run_folder cifar.restart cifar.train_options",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",

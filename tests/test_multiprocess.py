@@ -276,6 +276,38 @@ def test_ctrl_c_reaches_every_process_twice_and_yet_the_run_is_saved(
     assert line.startswith("cifar: stopped by signal 2 after step ")
 
 
+FULL = """
+import os, sys
+import torch
+from cifar.commands import main
+from cifar.trainer import Trainer
+original = Trainer.train_step
+def train_step(self):
+    original(self)
+    if self.step == 4 and self.place.index == 1:
+        torch.empty(2**60, dtype=torch.uint8)
+Trainer.train_step = train_step
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_ends_all_and_is_named(toy: Path, tmp_path: Path) -> None:
+    """The other one waits for it in a collective call meanwhile."""
+    (tmp_path / "full.py").write_text(FULL)
+    begun = time.monotonic()
+    process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                    tmp_path / "full.py", *train(toy, tmp_path / "run"),
+                    environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
+    code, _, err = finish(process, seconds=60)
+    assert code != 0 and time.monotonic() - begun < 60
+    (line,) = complaints(err)
+    assert line.startswith(
+        "cifar: process 1: memory: model resnet20-w4 with batch size 32 does not"
+    )
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000000003"
+
+
 @pytest.mark.parametrize(
     ("starter", "options", "named"),
     [

@@ -21,6 +21,8 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 """What torch.compile calls its modes."""
 MOST_PARTS = 65_536
 """Micro-batches of a step."""
+MOST_SECONDS = 7 * 24 * 3600.0
+"""That a process may wait for another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +129,10 @@ class RunConfig:
     """Write pictures and tables of the run at its end, into its folder `report`."""
     max_skipped_steps: int = 20
     """fp16: stop after this many skipped steps in a row."""
+    meeting_timeout: float = 45.0
+    """Seconds that the processes of a job may start apart."""
+    collective_timeout: float = 600.0
+    """Seconds without progress after which processes that wait for another one name it and end."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -138,3 +144,7 @@ class RunConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, option_name(name), value, "give 1 or more")
+        for name in ("meeting_timeout", "collective_timeout"):
+            seconds = getattr(self, name)
+            good = 1 <= seconds <= MOST_SECONDS
+            require(good, option_name(name), seconds, f"give 1 to {MOST_SECONDS:g} seconds")
