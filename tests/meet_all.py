@@ -16,7 +16,7 @@ from cifar.distributed import leave
 from cifar.ranks import check_rendezvous
 from cifar.rendezvous import form_group
 
-TIMEOUT = 4.0
+TIMEOUT = 6.0
 """Seconds to meet within."""
 cli.FIRST_PROCESS_SECONDS = 0.1
 

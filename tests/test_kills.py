@@ -45,8 +45,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def epochs(times: int) -> tuple[object, ...]:
-    """So many that about a tenth of a second of training is left for every kill, at least."""
-    return ("--epochs", 10 * times, "--keep-checkpoints", 2)
+    """So many that the run is not over before the last kill: about two seconds for each."""
+    return ("--epochs", 20 * times, "--keep-checkpoints", 2)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_rank_that_is_killed_goes_on_where_it_was(
                 killed += 1
     code, _, err = finish(launcher)
     assert code == 0, err
-    assert killed >= min(times, 2), "or this has tested nothing"
+    assert killed >= times, "or the run was over too soon"
     assert_same(folder, straight(times))
 
 

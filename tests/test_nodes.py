@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_dataset, save_npz
-from training import ROOT, TINY_OPTIONS, finish, metrics, start
+from training import ROOT, TINY_OPTIONS, finish, free_port, metrics, start
 
 from cifar.checkpoint import load_weights
 
@@ -41,10 +41,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     code, _, err = finish(start(*ACCELERATE, "--main_process_port", 0, *train(folder)))
     assert code == 0, err
     return folder
-
-
-def free_port() -> int:
-    return int(torch.randint(20_000, 30_000, ()))
 
 
 def assert_alike(folder: Path, alone: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from meet_all import TIMEOUT
 from torch.distributed import TCPStore
-from training import ROOT
+from training import ROOT, finish, free_port, start
 
 from cifar import interface
 from cifar.errors import ConfigError
@@ -28,11 +28,6 @@ def listening() -> socket.socket:
     taken = socket.create_server(("127.0.0.1", 0))
     taken.setblocking(False)
     return taken
-
-
-def free_port() -> int:
-    with listening() as taken:
-        return int(taken.getsockname()[1])
 
 
 def process(rank: int, size: int, port: int, **variables: str) -> dict[str, str]:
@@ -128,7 +123,7 @@ def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, sa
     ("job", "said"),
     [
         ("sizes", r"WORLD_SIZE: '3': given to rank 1 \(.*, pid \d+\), but '2' to rank 0"),
-        ("absent", "WORLD_SIZE: '4': rank 2, 3 has not come within 4 s; start as many processes"),
+        ("absent", "WORLD_SIZE: '4': rank 2, 3 has not come within 6 s; start as many processes"),
         ("twice", r"RANK: '1': given to two processes \(.*, pid \d+; .*, pid \d+\)"),
     ],
 )
@@ -194,3 +189,10 @@ def test_the_interface_of_this_machine_is_found() -> None:
     assert source_towards("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1").startswith("lo")
     assert interface_of("192.0.2.1") == ""
+
+
+@pytest.mark.gpu
+def test_one_process_on_a_gpu_meets_itself_by_nccl() -> None:
+    words = ("torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "cifar", "meet")
+    code, out, err = finish(start(*words))
+    assert (code, out.strip()) == (0, "all 1 have met"), err

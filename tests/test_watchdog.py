@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_multiprocess import OPTIONS
-from training import ROOT, complaints, finish, start
+from training import ROOT, TINY_OPTIONS, complaints, finish, free_port, start
 
 from cifar.meeting import Address, Group
 from cifar.pulse import Pulse
@@ -218,16 +217,18 @@ sys.exit(main())
 """
 
 
-def two(tmp_path: Path, npz: Path, how: str, *options: object) -> Callable[[], tuple[int, str]]:
+def two(
+    tmp_path: Path, npz: Path, how: str, *options: object, device: str = "--cpu"
+) -> Callable[[], tuple[int, str]]:
     """Start two processes, the second of which stops in step 3; how the first has ended."""
     (tmp_path / "hung.py").write_text(HUNG)
-    words = (*OPTIONS, "--data", f"npz:{npz}", "--output-dir", tmp_path / "run", *options)
-    port = torch.randint(20_000, 30_000, ()).item()
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    words = ("train", *filter(None, [device]), *TINY_OPTIONS, "--data", f"npz:{npz}",
+             "--output-dir", tmp_path / "run", *options)  # fmt: skip
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
               "CIFAR_RESTARTED": "1", "TOLD": str(tmp_path / "pid"), "HOW": how}  # fmt: skip
     processes = [
         start(tmp_path / "hung.py", *words, module=False, cwd=ROOT,
-              environment={**common, "RANK": str(rank)})
+              environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]  # fmt: skip
 
@@ -245,16 +246,31 @@ def two(tmp_path: Path, npz: Path, how: str, *options: object) -> Callable[[], t
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
 def test_a_process_that_hangs_is_named_by_the_other(npz: Path, tmp_path: Path, how: str) -> None:
-    code, err = two(tmp_path, npz, how, "--collective-timeout", "4")()
+    assert_named(tmp_path, how, *two(tmp_path, npz, how, "--collective-timeout", "4")())
+
+
+def assert_named(tmp_path: Path, how: str, code: int, err: str) -> None:
     assert code == EXIT_CODE
     (line,) = complaints(err)
     pid = (tmp_path / "pid").read_text()
     why = {"stopped": r" and does not answer", "asleep": r": it is at .*/hung\.py:\d+ train_step"}
     assert re.fullmatch(
-        rf"cifar: timeout: rank 1 \(.*, pid {pid}\) has not come since step 2 \(\d s ago\)"
+        rf"cifar: timeout: rank 1 \(.*, pid {pid}\) has not come since step 2 \(\d+ s ago\)"
         rf"{why[how]}; continue from the last checkpoint with --resume",
         line,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("how", ["stopped", "asleep"])
+def test_a_process_that_hangs_is_named_by_the_other_under_nccl(
+    npz: Path, tmp_path: Path, how: str
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ends = two(tmp_path, npz, how, "--collective-timeout", "30", device="")
+    assert_named(tmp_path, how, *ends())
 
 
 @pytest.mark.slow
