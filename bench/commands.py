@@ -50,6 +50,7 @@ examples:
   bench run accuracy --data cifar10:DIR
   bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256 --channels-last --seeds 3
   bench run depths --num-processes 4 --dry-run
+  bench run scaling --num-processes 1,2,4,8
   bench run --resume 20260101-120000-quick-1f0c
   bench frontier --models resnet18,resnet34 --precisions fp32,bf16
   bench search sgd --model resnet20 --data cifar10:DIR --lr 0.01..1 --batch-size 64,128 --epochs 5
@@ -130,6 +131,10 @@ def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) 
         _print_tables([*runs.latest(run.records()).values()])
         raise
     _print_tables(records)
+    from bench.save import write_plot
+
+    if plot := write_plot(run.folder, records):
+        print(f"how it scales is drawn in {shown(plot)}")
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)
@@ -212,21 +217,26 @@ def _render(
     sort: str | None = None,
     chosen: str | None = None,
 ) -> str:
-    from bench import columns, frontier, rows, selection, table, trial_rows
+    from bench import columns, efficiency, frontier, selection, table, trial_rows
+    from bench.row_facts import Row
 
-    def picked(lines: list[rows.Row]) -> list[rows.Row]:
+    def picked(lines: list[Row]) -> list[Row]:
         if chosen is not None:
             lines = selection.filter_rows(lines, selection.parse_filter(chosen))
         return lines if sort is None else selection.sort_rows(lines, sort)
 
     cells, searches = trial_rows.told_apart(records)
     trials = [picked(trial_rows.trial_rows(search)) for search in searches]
-    lines = picked(rows.rows(cells)) if cells else []
+    lines = picked(efficiency.scaling_rows(cells)) if cells else []
     if form == "csv":
         return table.render_csv([*lines, *itertools.chain(*trials)])
     markdown = form == "markdown"
     render = table.render_markdown if markdown else partial(table.render_terminal, color=color)
-    tables = [render(lines)] if lines else []
+    swept, others = efficiency.told_apart(lines, cells)
+    tables = [render(others)] if others else []
+    if swept:
+        ordered = efficiency.in_order(swept) if sort is None else swept
+        tables.append(render(ordered, columns.scaling_columns))
     probes = [record for record in cells if record.suite == frontier.SUITE]
     if probes and chosen is None and sort is None:
         tables.append(render(frontier.frontier(probes), columns.frontier_columns))

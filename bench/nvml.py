@@ -5,6 +5,7 @@ Needs nvidia-ml-py.
 
 import importlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,34 @@ class GpuState:
     """For which heat has slowed it down since the driver was loaded."""
     power_seconds: float = math.nan
     """For which its power limit has."""
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+    """How many GPUs a process with these variables sees; 0 where NVML is missing.
+
+    CUDA_VISIBLE_DEVICES names them by number or UUID, and what stands behind the first that does
+    not exist is not seen (https://docs.nvidia.com/cuda/cuda-programming-guide/,
+    CUDA Environment Variables).
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        there = int(nvml.nvmlDeviceGetCount())
+    except ImportError:
+        return 0
+    except nvml.NVMLError:
+        return 0
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return there
+    count = 0
+    for name in named.split(","):
+        word = name.strip()
+        exists = int(word) < there if word.isdecimal() else word.startswith(("GPU-", "MIG-"))
+        if not exists:
+            break
+        count += 1
+    return count
 
 
 class Gpu:

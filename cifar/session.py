@@ -23,6 +23,7 @@ from cifar.progress import TrainingProgress
 from cifar.pulse import PULSE
 from cifar.serialize import contents
 from cifar.signals import StopSignals
+from cifar.sync_batch_norm import batch_norm_of
 from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, state_of, tensor_groups
 from cifar.weights import list_checkpoints
@@ -122,10 +123,22 @@ class Session:
             f"{trainer.model_config.label} on {dataset.name} "
             f"({len(dataset.train):,} train, {held_out}{len(dataset.test):,} test images), "
             + (f"taught by {trainer.teacher.model_config.label}, " if trainer.teacher else "")
-            + f"{config.precision}, {trainer.place.count} x {trainer.device.type}, global batch "
-            f"{trainer.loader.global_batch_size}, steps {trainer.step}..{trainer.total_steps}"
+            + f"{config.precision}, {trainer.place.count} x {trainer.device.type}"
+            + (f" under {trainer.strategy}" if trainer.engine.shares_out else "")
+            + f", global batch {trainer.loader.global_batch_size}, "
+            f"steps {trainer.step}..{trainer.total_steps}"
+            + self._exchange()
             + (f", in {self.root}" if self.root else "")
         )
+
+    def _exchange(self) -> str:
+        """What several processes share beside their gradients, and how those are averaged."""
+        trainer = self.trainer
+        if trainer.place.count == 1:
+            return ""
+        norms = batch_norm_of(trainer.module)
+        how = trainer.config.parallel.label
+        return (f", BatchNorm {norms}" if norms else "") + (f", {how}" if how else "")
 
     def _epoch_is_over(self) -> bool:
         return self.trainer.step % self.trainer.loader.steps_per_epoch == 0
@@ -235,8 +248,8 @@ class Session:
             report.write_files(folder / "report", files)
 
     def _write_final(self) -> None:
+        tensors, card = self._outcome.final()
         if self.folder:
-            tensors, card = self._outcome.final()
             folder = self.folder / "final"
             with _writing(folder):
                 checkpoint.write_checkpoint(folder, tensors, card)

@@ -20,39 +20,41 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "timm", "torch", "torchvision"}
 
 FREE_NAMES = """
     bench bench.__main__ bench.best bench.columns bench.commands bench.console bench.counters
-    bench.estimate bench.execution bench.failure bench.frontier bench.frontier_command bench.job
-    bench.judge bench.launchers bench.nvml bench.options bench.present bench.probes bench.processes
-    bench.progress bench.protocol bench.published bench.record bench.record_file bench.repeats
-    bench.rows bench.runs bench.sampler bench.save bench.search bench.selection bench.selfcheck
+    bench.efficiency bench.estimate bench.execution bench.failure bench.frontier
+    bench.frontier_command bench.job bench.judge bench.launchers bench.nvml bench.options
+    bench.present bench.probes bench.processes bench.progress bench.protocol bench.published
+    bench.record bench.record_file bench.repeats bench.row_facts bench.rows bench.runs bench.sampler
+    bench.save bench.scaling bench.scaling_plot bench.search bench.selection bench.selfcheck
     bench.space bench.spec bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows
     bench.trials bench.tuning bench.tuning_command bench.tuning_options bench.unfinished
     bench.validity cifar cifar.__main__ cifar.architectures cifar.cli cifar.commands
     cifar.comparison cifar.compilers cifar.config cifar.config.checks cifar.config.distillation
-    cifar.config.model cifar.config.precision cifar.config.pretrained cifar.config.recipe
-    cifar.config.train cifar.cost cifar.data cifar.data.archives cifar.data.arrays cifar.data.config
-    cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
-    cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
-    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
-    cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
+    cifar.config.model cifar.config.parallel cifar.config.precision cifar.config.pretrained
+    cifar.config.recipe cifar.config.train cifar.cost cifar.data cifar.data.archives
+    cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division cifar.data.download
+    cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources cifar.data.test_set
+    cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures
+    cifar.files cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
     cifar.progress cifar.pulse cifar.range_test cifar.ranks cifar.recipes cifar.restart
-    cifar.run_folder cifar.serialize cifar.signals cifar.strategy cifar.train_options
-    cifar.weights launch
+    cifar.run_folder cifar.serialize cifar.signals cifar.strategy cifar.train_options cifar.weights
+    launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
     bench.measure.augmentation_cost bench.measure.backends bench.measure.clock bench.measure.cold
     bench.measure.comparison bench.measure.compilation bench.measure.energy bench.measure.inference
     bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
-    bench.measure.subject bench.measure.training bench.measure.utilization bench.measure.validation
-    bench.observe bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
-    cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
-    cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.evaluation
-    cifar.fine_tuning cifar.latency cifar.losses cifar.lr_finder cifar.meeting cifar.meter
-    cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
-    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
-    cifar.network cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring
-    cifar.selection cifar.session cifar.teacher cifar.trainer cifar.training_state cifar.updates
-    cifar.watchdog
+    bench.measure.ranks bench.measure.subject bench.measure.training bench.measure.utilization
+    bench.measure.validation bench.observe bench.placement bench.worker cifar.accelerator
+    cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
+    cifar.data.mixing cifar.data.operations cifar.data.policies cifar.device_memory
+    cifar.distributed cifar.emulation cifar.engine cifar.evaluation cifar.exchange cifar.fine_tuning
+    cifar.fsdp cifar.latency cifar.losses cifar.lr_finder cifar.meeting cifar.meter cifar.models
+    cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
+    cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
+    cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection
+    cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_state
+    cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -60,6 +62,7 @@ CHAINS = (
     "cifar.config bench.protocol bench.spec",
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.commands",
     "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
+    "bench.spec bench.record bench.row_facts bench.rows bench.efficiency bench.save",
     "bench.rows bench.selection bench.commands",
     "bench.rows bench.frontier bench.frontier_command bench.commands",
     "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.commands",
@@ -71,8 +74,8 @@ CHAINS = (
     "bench.rows bench.trial_rows bench.tuning_command",
     "bench.processes bench.launchers",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
-    "bench.spec bench.suites",
-    "bench.record bench.judge bench.observe bench.measure bench.worker",
+    "bench.spec bench.launchers bench.scaling bench.suites",
+    "bench.record bench.judge bench.placement bench.observe bench.measure bench.worker",
     "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
@@ -83,7 +86,7 @@ CHAINS = (
     "cifar.comparison cifar.report cifar.outcome",
     "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
     "cifar.trainer cifar.lr_finder",
-    "cifar.optim cifar.trainer",
+    "cifar.optim cifar.exchange cifar.trainer",
     "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
     "cifar.accelerator cifar.trainer",
     "cifar.pulse cifar.watchdog cifar.distributed",

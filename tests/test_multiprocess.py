@@ -107,15 +107,35 @@ sys.exit(main())
 """The second process's view of the folder lags behind, as on a network file system."""
 
 
+@pytest.mark.parametrize(
+    ("exchange", "told"),
+    [
+        ((), ", BatchNorm per device, in "),
+        pytest.param(
+            ("--local-steps", 2, "--ema-decay", "0.5"),
+            ", BatchNorm per device, local2, in ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--sync-batch-norm", "--compression", "bf16", "--no-overlap", "--bucket-mib", "0.05"),
+            ", BatchNorm synchronised, sync-bn bucket0.05 no-overlap bf16-gradients, in ",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_two_processes_stopped_and_resumed_train_like_two_that_were_not(
-    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    exchange: tuple[object, ...],
+    told: str,
 ) -> None:
     """The signal reaches the second process alone; both stop after the same step."""
-    options = ("--num-processes", 2, "--dropout", "0.2")
+    options = ("--num-processes", 2, "--dropout", "0.2", *exchange)
     code, out, err = finish(launch(2, *train(toy, tmp_path / "a", *options)))
     assert code == 0, err
     assert out.count("epoch 1/2") == out.count("epoch 2/2") == out.count("weights in") == 1
-    assert "2 x cpu, global batch 32, steps 0..6" in out and complaints(err) == []
+    assert "2 x cpu, global batch 32, steps 0..6" + told in out and complaints(err) == []
     lines = metrics(tmp_path / "a")
     assert [(line["step"], line["samples_seen"]) for line in lines] == [(3, 96), (6, 192)]
     assert all(0 < line["train_loss"] < 10 for line in lines)

@@ -8,6 +8,7 @@ import tyro
 from cifar.config.checks import option_name, require
 from cifar.config.distillation import Distillation
 from cifar.config.model import ModelConfig
+from cifar.config.parallel import Parallel
 from cifar.config.precision import PrecisionName
 from cifar.config.recipe import Recipe
 from cifar.data.config import DATA_HELP, DataConfig, DataOption
@@ -33,6 +34,7 @@ class TrainConfig:
     model: ModelConfig = field(default=ModelConfig())
     recipe: Recipe = field(default=Recipe())
     distillation: Distillation = field(default=Distillation())
+    parallel: Parallel = field(default=Parallel())
     data: Annotated[DataOption, arg(help=DATA_HELP)] = field(default=DataConfig())
     limit_train: int | None = None
     """Training images to use, of every class in proportion; all of them when not given."""
@@ -70,6 +72,21 @@ class TrainConfig:
             "compile-mode",
             self.compile_mode,
             "not with --accumulation, use default",
+        )
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        require(
+            not (self.compile and self.parallel.sync_batch_norm),
+            "sync-batch-norm",
+            True,
+            "not with --compile, whose graph would break at every BatchNorm; leave out one",
+        )
+        require(
+            self.precision != "fp16" or self.parallel.local_steps == 1,
+            "local-steps",
+            self.parallel.local_steps,
+            "not with --precision fp16, whose loss scale would differ between processes; use bf16",
         )
 
     def per_device_batch_size(self, num_processes: int) -> int:
