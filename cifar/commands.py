@@ -247,7 +247,7 @@ def run_meet(argv: list[str]) -> int:
         prog="cifar meet",
         description="Check that processes which are started like this one find each other; where "
         "they do not, a line says why. Start it as you would start a training.",
-        example="torchrun --standalone --nproc-per-node 8 -m cifar meet",
+        example="RANK=0 WORLD_SIZE=2 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 cifar meet --cpu",
     )
     from cifar.accelerator import meet
     from cifar.distributed import leave

@@ -19,6 +19,7 @@ from cifar.losses import ComputeLoss
 from cifar.lr_finder import find_lr
 from cifar.memory import explained_training
 from cifar.process import differences
+from cifar.pulse import PULSE
 from cifar.range_test import RangeTest
 from cifar.ranks import is_first
 from cifar.session import Session, resume_command
@@ -82,15 +83,17 @@ def _train(
         if resume == "auto":
             assert folder is not None, "that decides"
             config, resume = found_there(folder, config, run)
-        dataset = load_dataset(config.data)
+        with PULSE.during("reading images"):  # the group may have been formed already
+            dataset = load_dataset(config.data)
         lr_files: report.Files = {}
         if range_test is not None and not resume:
             config, lr_files = find_lr(
                 config, run, dataset, range_test, compute_loss=compute_loss, update=update
             )
-        trainer = Trainer(
-            config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
-        )
+        with PULSE.during("building the model"):  # whose weights may have to be fetched
+            trainer = Trainer(
+                config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
+            )
         # Until here a signal ends the process, there is nothing to save.
         remedy = resume_command(folder) if trainer.is_main else ""
         with StopSignals(remedy) as signals:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_run import assert_same
 from training import (
+    ROOT,
     TINY_OPTIONS,
     after_step,
     cifar,
@@ -241,19 +242,34 @@ sys.exit(main())
 """
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+ACCELERATE = ("accelerate.commands.launch", "--config_file", ROOT / "launch" / "ddp.yaml",
+              "--num_processes", 2, "--main_process_port", 0,
+              "--mixed_precision", "no")  # fmt: skip
+
+
 @pytest.mark.multiprocess
-def test_killed_ranks_are_started_anew_and_go_on(npz: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "restarts"),
+    [
+        (TORCHRUN, "--max-restarts"),
+        pytest.param(ACCELERATE, "--max_restarts", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_ranks_are_started_anew_and_go_on(
+    npz: Path, tmp_path: Path, launcher: tuple[object, ...], restarts: str
+) -> None:
     """The second rank in its fourth step, then the first in its fifth; equal to a run of two."""
     (tmp_path / "restarted.py").write_text(RESTARTED)
     words = ("train", "--cpu", "--model", "resnet20-w4", "-b", "32", "--epochs", "2", "--lr",
              "0.05", "--no-report", "--data", f"npz:{npz}", *AUTO, "--output-dir")  # fmt: skip
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     once = {"CIFAR_RESTARTED": "1"}
-    code, _, err = finish(
-        start(*launcher, "--max-restarts", 2, tmp_path / "restarted.py", *words, tmp_path / "a",
+    code, out, err = finish(
+        start(*launcher, restarts, 2, tmp_path / "restarted.py", *words, tmp_path / "a",
               environment=once)
     )  # fmt: skip
     assert code == 0, err
+    assert [f"steps {step}..6" in out for step in (0, 3)] == [True, True]
     code, _, err = finish(start(*launcher, "-m", "cifar", *words, tmp_path / "b", environment=once))
     assert code == 0, err
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
