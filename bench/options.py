@@ -232,8 +232,10 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
         ConfigError: one of them is given as well.
     """
     for name, value in _given(options, excluded).items():
+        if isinstance(value, Parallel):
+            name = value.changed[0]
+            value = getattr(value, name)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        shown = shown.label if isinstance(shown, Parallel) else shown
         raise ConfigError(
             f"{option_name(name)}: {shown}: not with --resume, which does what the run was "
             "started for; leave it out"

@@ -52,7 +52,7 @@ def scaling(
     `launchers`: all there are; `counts`: `default_counts`, and one process in any case, with which
     all are compared. `batch_size` is a device's: the global batch grows with the processes (weak),
     or is as large as the processes' least common multiple of them in every cell (strong). At most
-    processes DDP runs with the exchanges of `SETTINGS` as well. Cost: on two CPU cores 12 cells of
+    processes DDP runs with the exchanges of `SETTINGS` as well. Cost: on two CPU cores 13 cells of
     two to three minutes; on a GPU less than a minute each.
     """
     counts = sorted({1, *(counts or default_counts())})

@@ -79,7 +79,9 @@ def test_a_configuration_refuses_what_does_not_go_together() -> None:
 
 @pytest.mark.parametrize("parallel", [each for each in EXCHANGES.values() if each.label])
 def test_one_process_and_other_engines_refuse_every_exchange(parallel: Parallel) -> None:
-    with pytest.raises(ConfigError, match="is for several processes; start them by"):
+    with pytest.raises(
+        ConfigError, match="is for several processes, which average something; start 2"
+    ):
         parallel.check_launch("ddp", 1)
     with pytest.raises(UnsupportedError, match="is for ddp, not for zero3; launch with"):
         parallel.check_launch("zero3", 2)

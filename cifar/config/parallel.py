@@ -56,14 +56,15 @@ class Parallel:
             steps,
             f"give 1 to {MOST_LOCAL_STEPS}",
         )
-        for name in self._changed():
+        for name in self.changed:
             remedy = (
                 f"not with --local-steps {steps}, where no step exchanges anything; leave out one"
             )
             together = steps > 1 and name in _FOR_GRADIENTS
             require(not together, option_name(name), getattr(self, name), remedy)
 
-    def _changed(self) -> list[str]:
+    @property
+    def changed(self) -> list[str]:
         """The fields that are not at their default."""
         return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
@@ -76,9 +77,9 @@ class Parallel:
             ConfigError: there is only one process.
             UnsupportedError: it is another engine's to exchange gradients.
         """
-        for name in self._changed():
+        for name in self.changed:
             option, value = option_name(name), getattr(self, name)
-            remedy = "is for several processes; start them by accelerate launch or torchrun"
+            remedy = "is for several processes, which average something; start 2 or more"
             require(num_processes > 1, option, value, remedy)
             if strategy != "ddp":
                 raise UnsupportedError(
@@ -96,7 +97,7 @@ class Parallel:
             "compression": f"{self.compression}-gradients",
             "local_steps": f"local{self.local_steps}",
         }
-        return " ".join(texts[name] for name in self._changed())
+        return " ".join(texts[name] for name in self.changed)
 
     @property
     def gradient_hook(self) -> str:
