@@ -232,14 +232,19 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
         ConfigError: one of them is given as well.
     """
     for name, value in _given(options, excluded).items():
-        if isinstance(value, Parallel):
-            name = value.changed[0]
-            value = getattr(value, name)
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        option, shown = _as_given(name, value)
         raise ConfigError(
-            f"{option_name(name)}: {shown}: not with --resume, which does what the run was "
-            "started for; leave it out"
+            f"{option}: {shown}: not with --resume, which does what the run was started for; "
+            "leave it out"
         )
+
+
+def _as_given(name: str, value: Any) -> tuple[str, object]:
+    """An option's name and value as on the command line; the first of an exchange's options."""
+    if isinstance(value, Parallel):
+        (name, *_) = value.changed
+        value = getattr(value, name)
+    return option_name(name), ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def check(tasks: Sequence[Task]) -> Fingerprints:
