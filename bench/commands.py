@@ -16,7 +16,7 @@ import tyro
 from bench import runs, selfcheck
 from bench.best import BEST_FILE
 from bench.console import expected_seconds, plural, shown, stoppable
-from bench.display import render
+from bench.display import render_records
 from bench.frontier_command import run_frontier
 from bench.options import runs_folder
 from bench.record import Record
@@ -42,6 +42,7 @@ examples:
   bench run accuracy --data cifar10:DIR
   bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256 --channels-last --seeds 3
   bench run depths --num-processes 4 --dry-run
+  bench run scaling --num-processes 1,2,4,8
   bench run --resume 20260101-120000-quick-1f0c
   bench run depths --devices 0,1,2,3
   bench run depths --slurm --slurm-partition gpu
@@ -110,7 +111,9 @@ def run_table(argv: list[str]) -> int:
     records = _named_records(options.source, runs_folder(options.runs_dir))
     if not records:
         raise UserError("records: none yet; bench run --resume RUN measures what is missing")
-    text = render(records, options.format, sys.stdout.isatty(), options.sort, options.filter)
+    text = render_records(
+        records, options.format, sys.stdout.isatty(), options.sort, options.filter
+    )
     print(text, end="")
     return 0
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from bench.cores import pinned, read_cores, shares, write_cores
 from bench.counters import usable_cores
 from bench.job import SIDE_BY_SIDE
-from bench.nvml import gpu_count, near_cores
+from bench.nvml import near_cores, visible_gpus
 from bench.present import present_environment
 from bench.record import Environment
 from bench.spec import Task
@@ -132,7 +132,7 @@ def find_machine(
             than there are cores.
     """
     if not words:
-        return _whole(num_processes, present)
+        return _whole(num_processes, present, environ)
     twice = [word for word, count in Counter(words).items() if count > 1]
     require(not twice, "devices", (twice or [""])[0], "is given twice; give each once")
     if all(word.startswith(CPU) for word in words):
@@ -148,9 +148,9 @@ def find_machine(
     return machine
 
 
-def _whole(num_processes: int, present: Present) -> Machine:
+def _whole(num_processes: int, present: Present, environ: Mapping[str, str]) -> Machine:
     """Of its GPUs those that the cells use are kept from others; cores are not, as ever."""
-    if not gpu_count():
+    if not visible_gpus(environ):
         return Machine()
     return Machine(locks=present(1).gpu_ids[:num_processes])
 

@@ -16,6 +16,22 @@ KERNEL = ("autocast", "input_dtype", "weight_dtype", *LAYOUT)
 GROWTH_INTERVAL = 2000
 """Steps after which torch.amp.GradScaler by default tries a larger loss scale, which may skip one
 (https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling)."""
+WRAPPERS: dict[str, str] = {
+    "ddp": "DistributedDataParallel",
+    "fsdp": "FSDP2",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+}
+"""What a launcher's strategy is observed to be wrapped in, see `bench.placement`; one process alone
+needs nothing of the first."""
+SHARED = {
+    "fsdp": ("weights_held", "weights_updated"),
+    "zero1": ("weights_updated",),
+    "zero2": ("weights_updated",),
+    "zero3": ("weights_held", "weights_updated"),
+}
+"""What of a strategy a process has less than all of, where there are several."""
 _PROGRESS = ("loss_scale", "recompiles")
 """What may differ between two steps of one configuration."""
 
@@ -39,7 +55,13 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
         for name, value in _asked(cell, effective, device).items()
         if effective.get(name, UNOBSERVED) != value
     ]
-    return [*told, *_skipped_graphs(cell, effective), *_disturbances(effective)]
+    return [
+        *told,
+        *_unshared(cell, effective),
+        *_missing_rounds(cell, effective),
+        *_skipped_graphs(cell, effective),
+        *_disturbances(effective),
+    ]
 
 
 def unproven(cell: Cell, effective: Labels) -> list[str]:
@@ -61,9 +83,9 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     """What the observations must be; compiled code need not show what it keeps to itself."""
     train, precision = cell.train, PRECISIONS[cell.precision]
     batch = train.recipe.global_batch_size
-    asked: Labels = {
+    return {
         "device": device,
-        "num_processes": cell.num_processes,
+        **_asked_of_placement(cell, effective, device),
         "compile": train.compile,
         **_asked_of_kernel(train, cell.precision, effective, compiled=train.compile),
         "parameter_dtype": "float32",
@@ -73,9 +95,45 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
         "samples_in_window": int(effective["timed_steps"]) * batch,
         "samples_seen": int(effective["steps"]) * batch,
     }
-    if cell.num_processes > 1:
-        asked["wrapper"] = "DistributedDataParallel"
+
+
+def _asked_of_placement(cell: Cell, effective: Labels, device: str) -> Labels:
+    """Processes with a device each, and how they work together; see `bench.placement`."""
+    asked: Labels = {"num_processes": cell.num_processes, "devices": cell.num_processes}
+    if cell.num_processes > 1 or cell.launcher != "ddp":
+        asked["backend"] = "nccl" if device == "cuda" else "gloo"
+        asked["wrapper"] = WRAPPERS[cell.launcher]
+        if cell.num_processes > 1 and effective.get("wrapper") == asked["wrapper"]:
+            asked |= _asked_of_exchange(cell, effective)
     return asked
+
+
+def _asked_of_exchange(cell: Cell, effective: Labels) -> Labels:
+    """Over what BatchNorm must take its statistics, and how DDP average gradients."""
+    parallel, asked = cell.train.parallel, Labels()
+    if effective.get("batch_norm") != "":  # the network has one
+        asked["batch_norm"] = parallel.batch_norm
+    if cell.launcher == "ddp":
+        asked["gradient_hook"] = parallel.gradient_hook
+        asked["bucket_bytes"] = parallel.bucket_bytes
+    return asked
+
+
+def _unshared(cell: Cell, effective: Labels) -> Iterable[str]:
+    """What lies on this process as a whole though the launcher's strategy shares it out."""
+    if cell.num_processes == 1:
+        return
+    for name in SHARED.get(cell.launcher, ()):
+        fraction = effective.get(name, UNOBSERVED)
+        if not isinstance(fraction, float) or fraction >= 1:
+            yield f"{name}: {fraction} where a share was asked"
+
+
+def _missing_rounds(cell: Cell, effective: Labels) -> Iterable[str]:
+    """Whether weights were averaged less often than local steps ask for."""
+    count, steps = cell.train.parallel.local_steps, int(effective["steps"])
+    if count > 1 and (rounds := int(effective.get("rounds", 0))) < steps // count:
+        yield f"rounds: {rounds} in {steps} steps where one every {count} was asked"
 
 
 def _asked_of_kernel(train: TrainConfig, name: str, seen: Labels, *, compiled: bool) -> Labels:

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +70,39 @@ def _started() -> Any:
     return nvml
 
 
-def gpu_count() -> int:
-    """GPUs of this machine, whether or not they are visible; 0 if NVML cannot be asked."""
-    with contextlib.suppress(NvmlError):
-        nvml = _started()
-        with contextlib.suppress(nvml.NVMLError):
-            return int(nvml.nvmlDeviceGetCount())
-    return 0
-
-
 def near_cores(uuid: str) -> frozenset[int]:
     """See `Gpu.near_cores`; empty too if NVML cannot be asked."""
     with contextlib.suppress(NvmlError):
         return Gpu(uuid).near_cores()
     return frozenset()
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+    """How many GPUs a process with these variables sees; 0 where NVML is missing.
+
+    CUDA_VISIBLE_DEVICES names them by number or UUID, and what stands behind the first that does
+    not exist is not seen (https://docs.nvidia.com/cuda/cuda-programming-guide/,
+    CUDA Environment Variables).
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        there = int(nvml.nvmlDeviceGetCount())
+    except ImportError:
+        return 0
+    except nvml.NVMLError:
+        return 0
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return there
+    count = 0
+    for name in named.split(","):
+        word = name.strip()
+        exists = int(word) < there if word.isdecimal() else word.startswith(("GPU-", "MIG-"))
+        if not exists:
+            break
+        count += 1
+    return count
 
 
 class Gpu:

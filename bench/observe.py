@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.judge import KERNEL, UNOBSERVED, Labels, changes
+from bench.placement import placement
 from cifar.accelerator import is_native
 from cifar.distributed import gather_text
+from cifar.sync_batch_norm import batch_norm_of
 from cifar.teacher import EVENT
 from cifar.trainer import Trainer
 
@@ -90,7 +91,13 @@ class Witness:
             "steps": self._trainer.step,
             "samples_seen": counts["samples"],
             "skipped_steps": counts["skipped_steps"],
+            **self._rounds(),
         }
+
+    def _rounds(self) -> Labels:
+        """How often local steps ended in an average of all state; nothing where there are none."""
+        local = self._trainer.config.parallel.local_steps > 1
+        return {"rounds": self._trainer.rounds.ended} if local else {}
 
     def _counts(self) -> dict[str, int]:
         """Everything counted so far; waits for the device."""
@@ -227,17 +234,14 @@ def _dtypes(image: Tensor, weight: Tensor) -> Labels:
 
 
 def _settings(trainer: Trainer) -> Labels:
-    """What switches, wrappers and parameters say."""
-    model = getattr(trainer.model, "_orig_mod", trainer.model)
+    """What switches, wrappers and parameters say; a collective call."""
     parameter = _inner_layer(trainer.module).weight
     precision = trainer.config.precision
     assert precision is not None, "a trainer has resolved it"
     scale: Labels = {} if trainer.scaler is None else {"loss_scale": trainer.scaler.get_scale()}
-    grouped = dist.is_available() and dist.is_initialized()
     return {
         "device": parameter.device.type,
-        "num_processes": dist.get_world_size() if grouped else 1,
-        "wrapper": type(model).__name__,
+        **placement(trainer),
         "parameter_dtype": _dtype_name(parameter.dtype),
         "native_dtype": is_native(precision, trainer.device),
         "emulated": trainer.emulated,
@@ -246,7 +250,20 @@ def _settings(trainer: Trainer) -> Labels:
         "cudnn_benchmark": trainer.device.type == "cuda" and torch.backends.cudnn.benchmark,
         "loss_scaling": trainer.scaler is not None,
         **scale,
+        **_exchange(trainer),
     }
+
+
+def _exchange(trainer: Trainer) -> Labels:
+    """Over what BatchNorm takes its statistics, and how DDP averages; nothing of one process."""
+    if trainer.place.count == 1:
+        return {}
+    found: Labels = {"batch_norm": batch_norm_of(trainer.module)}
+    if isinstance(trainer.wrapped, nn.parallel.DistributedDataParallel):
+        told = trainer.wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        found["gradient_hook"] = told.get("comm_hook") or "none"
+        found["bucket_bytes"] = told["bucket_cap_bytes"]
+    return found
 
 
 def _is_tf32(backend: Any) -> bool:
@@ -259,9 +276,16 @@ def _is_tf32(backend: Any) -> bool:
 
 
 def _spatial_convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """Those whose memory format can be told."""
+    """Those whose memory format can be told.
+
+    A weight that is shared out may not have its shape between two steps; its layer has the sizes.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    return [layer for layer in layers if _is_spatial(layer.weight.shape)]
+    return [
+        layer
+        for layer in layers
+        if _is_spatial((layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size))
+    ]
 
 
 def _is_spatial(shape: Sequence[int]) -> bool:

@@ -15,9 +15,10 @@ from bench.present import check_model, present_environment
 from bench.protocol import Protocol
 from bench.record import Environment
 from bench.repeats import Fingerprints
+from bench.scaling import scaling
 from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import P99_BATCHES, get_suite, override
-from cifar.config import CompileMode, option_name, require
+from cifar.config import CompileMode, Parallel, option_name, require
 from cifar.cost import check_batch
 from cifar.data.config import DATA_HELP, DataConfig, parse_data
 from cifar.errors import ConfigError, UserError
@@ -52,10 +53,11 @@ class RunOptions:
     """Micro-batches per optimiser step."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
     """Measure every cell at this many seeds."""
-    launcher: Annotated[str | None, arg(metavar="NAME")] = None
-    """How processes are started: ddp."""
-    num_processes: Annotated[int | None, arg(metavar="N")] = None
-    """Processes per cell, one per device."""
+    launcher: CommaList = ()
+    """How processes are started, e.g. ddp; every cell by each."""
+    num_processes: CommaIntegers = ()
+    """Processes per cell, one per device, e.g. 4 or 1,2,4,8; every cell in each number."""
+    parallel: Parallel = field(default=Parallel())
     train_samples: Annotated[int | None, arg(metavar="N")] = None
     """Training budget of every cell in samples; 0: speed only."""
     warmup_steps: Annotated[int | None, arg(metavar="N")] = None
@@ -96,6 +98,7 @@ CELL_OPTIONS = (
     "seeds",
     "launcher",
     "num_processes",
+    "parallel",
     "train_samples",
     "warmup_steps",
     "timed_steps",
@@ -109,6 +112,8 @@ CELL_OPTIONS = (
 )
 """The options that change the cells and protocols of a suite."""
 
+SCALING = scaling.__name__
+"""The suite that is made for the models, precisions, launchers and numbers of processes given."""
 SHAPES_TRAIN_IMAGES = 10_000
 """Of the embedded data set, which nothing can be wrong with: it need not be drawn to check it."""
 SHAPES_SIZE = (32, 32)
@@ -122,6 +127,7 @@ def build_suite(options: RunOptions) -> Suite:
         ConfigError: neither suite nor models, both, or a name or value that cannot be meant.
     """
     changes = _given(options, CELL_OPTIONS)
+    _check_counts(options.num_processes)
     require(
         not {"timed_steps", "timed_seconds"} <= changes.keys(),
         "timed-steps",
@@ -132,10 +138,23 @@ def build_suite(options: RunOptions) -> Suite:
         changes["recipe"] = get_recipe(options.recipe)
     if options.data is not None:
         changes["data"] = parse_data(options.data)
-    suite = override(_start(options), **changes)
+    if options.suite == SCALING:
+        names = {"batch_size": "batch_size", "launcher": "launchers", "num_processes": "counts"}
+        own = {name: changes.pop(given) for given, name in names.items() if given in changes}
+        start = scaling(**_given(options, ("models", "precisions")), **own)
+    else:
+        start = _start(options)
+    suite = override(start, **changes)
     for task in expand(suite):
         get_launcher(task.cell.launcher)
     return suite
+
+
+def _check_counts(counts: Sequence[int]) -> None:
+    for count in counts:
+        require(count >= 1, "num-processes", count, "give 1 or more")
+    repeated = len(set(counts)) < len(counts)
+    require(not repeated, "num-processes", ",".join(map(str, counts)), "give each number once")
 
 
 def _given(options: object, names: Iterable[str]) -> dict[str, Any]:
@@ -144,7 +163,7 @@ def _given(options: object, names: Iterable[str]) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if value is not None and value is not False and value != ()
+        if value is not None and value is not False and value not in ((), Parallel())
     }
 
 
@@ -179,6 +198,7 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
     """
     for name, value in _given(options, excluded).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        shown = shown.label if isinstance(shown, Parallel) else shown
         raise ConfigError(
             f"{option_name(name)}: {shown}: not with --resume, which does what the run was "
             "started for; leave it out"

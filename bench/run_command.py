@@ -115,6 +115,8 @@ def measure(
     config: SlurmConfig | None = None,
 ) -> int:
     """Execute a run, on SLURM if there is a `config`, print its tables; returns the exit code."""
+    from bench.save import write_plot
+
     start = time.monotonic()
     resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
     stay = f" (SLURM keeps its jobs; to end them: scancel --name {run.id})" if config else ""
@@ -125,6 +127,8 @@ def measure(
         print_tables([*runs.latest(run.records()).values()])
         raise
     print_tables(records)
+    if plot := write_plot(run.folder, records):
+        print(f"how it scales is drawn in {shown(plot)}")
     took = format_duration(time.monotonic() - start)
     broken = [record for record in records if not record.finished]
     skipped = len(run.plan.tasks) - len(records)

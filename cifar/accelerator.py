@@ -1,9 +1,10 @@
 """Starting Accelerate, and refusing what it would quietly turn into something else."""
 
+import contextlib
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import nn
 
 from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
+from cifar.distributed import join_group
 from cifar.errors import ConfigError, UnsupportedError
 from cifar.ranks import check_rendezvous, local_world_size, world_size
+from cifar.strategy import Strategy, check_settings, check_suits, launched_strategy
 
 _NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's `--mixed_precision` words and the precision that each means here."""
@@ -23,40 +26,90 @@ _STRICT = ("", "strict")
 """Values of oneDNN's default math mode that leave fp32 alone."""
 
 
-def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator, str]:
-    """The Accelerator of this process and the name of the precision to train in.
+def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator, str, Strategy]:
+    """The Accelerator of this process, the precision to train in, and the strategy launched.
 
     Raises:
         ConfigError: the precision contradicts Accelerate's, or another number of processes runs
             than was asked for or than there are GPUs for, or they could not find each other.
-        UnsupportedError: this device or stack cannot run the precision or compile, or Accelerate
-            was launched with an engine or setting that this program does not have.
+        UnsupportedError: this device or stack cannot run the precision or compile, the strategy not
+            the recipe, or Accelerate was launched with an engine or setting that this program does
+            not have.
     """
     check_launch(os.environ)
+    strategy = launched_strategy(os.environ)
     name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    cpu = launched_on_cpu(os.environ) or run.cpu or not torch.cuda.is_available()
+    cpu = runs_on_cpu(run)
     device = torch.device("cpu" if cpu else "cuda")
     check_supported(name, device)
+    check_suits(strategy, config, name)
     if config.compile:
         check_compile_mode(config.compile_mode, device)
         check_compiler(device.type)
-    if not cpu:
-        check_devices(os.environ)
-    check_rendezvous(os.environ, cpu=cpu)
+    check_grouped(strategy, os.environ)
+    meet(run)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     torch.backends.cudnn.benchmark = True  # sizes are few and fixed; a CPU has no use for it
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=precision.mixed_precision,
-        kwargs_handlers=[
-            # Buffers are made equal before they are saved or evaluated, not at every step.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
-    )
+    with _engines_hidden():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision.mixed_precision,
+            kwargs_handlers=[
+                # Buffers are made equal before they are saved or evaluated, not at every step.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                    bucket_cap_mb=config.parallel.bucket_mib,
+                )
+            ],
+        )
     assert accelerator.mixed_precision == precision.mixed_precision
-    check_processes(accelerator, run.num_processes)
-    return accelerator, name
+    check_processes(accelerator, run.num_processes, strategy)
+    return accelerator, name, strategy
+
+
+@contextlib.contextmanager
+def _engines_hidden() -> Iterator[None]:
+    """Let Accelerate form a group of processes and nothing else, whatever engine was launched.
+
+    It would have CPUs do without FSDP, and weights in bf16 with DeepSpeed: see `cifar.fsdp` and
+    `cifar.zero`, which start their engines themselves.
+    """
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    told = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(told)
+
+
+def autocast_module(accelerator: Accelerator, module: nn.Module, precision: str) -> nn.Module:
+    """A module whose `forward` runs in Accelerate's autocast, without anything else around it."""
+    if PRECISIONS[precision].autocast is None:
+        return module
+    prepared: nn.Module = accelerator.prepare_model(
+        module, device_placement=False, evaluation_mode=True
+    )
+    return prepared
+
+
+def meet(run: RunConfig) -> None:
+    """Form the group of the job's processes, which `Accelerator()` then uses.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes, or they could not find each other.
+    """
+    cpu = runs_on_cpu(run)
+    if not cpu:
+        check_devices(os.environ)
+    check_rendezvous(os.environ, cpu=cpu)
+    join_group("gloo" if cpu else "nccl", run)
+
+
+def runs_on_cpu(run: RunConfig) -> bool:
+    """Whether to train on the CPU: as told, or for want of a GPU; raises as `launched_on_cpu`."""
+    return launched_on_cpu(os.environ) or run.cpu or not torch.cuda.is_available()
 
 
 def wrap_module(accelerator: Accelerator, module: nn.Module, precision: str) -> Any:
@@ -101,11 +154,6 @@ def allow_tf32(allowed: bool) -> None:
 
 def check_launch(environ: Mapping[str, str]) -> None:
     """Raise an UnsupportedError for launcher settings that would change the training unseen."""
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise UnsupportedError(
-                f"distributed_type: {engine!r}: not supported; launch with launch/ddp.yaml"
-            )
     for name, neutral, option in (
         ("DYNAMO_BACKEND", "no", "compile"),
         ("GRADIENT_ACCUMULATION_STEPS", "1", "accumulation"),
@@ -116,6 +164,7 @@ def check_launch(environ: Mapping[str, str]) -> None:
                 f"{name.lower()}: {value!r}: accelerate was launched with it; leave it out and "
                 f"give --{option} to this program"
             )
+    check_settings(environ)
 
 
 def resolve_precision(asked: str | None, launched: str) -> str:
@@ -249,7 +298,18 @@ def check_devices(environ: Mapping[str, str]) -> None:
         )
 
 
-def check_processes(accelerator: Accelerator, expected: int | None) -> None:
+def check_grouped(strategy: Strategy, environ: Mapping[str, str]) -> None:
+    """Raise a ConfigError if an engine that works on a group of processes was given none."""
+    if strategy != "ddp" and "LOCAL_RANK" not in environ:
+        raise ConfigError(
+            f"LOCAL_RANK: not set: {strategy} needs a group of processes, even of one; start with: "
+            f"accelerate launch --config_file launch/{strategy}.yaml --num_processes 1 ..."
+        )
+
+
+def check_processes(
+    accelerator: Accelerator, expected: int | None, strategy: Strategy = "ddp"
+) -> None:
     """Raise a ConfigError unless as many processes run together as were asked for.
 
     `accelerate launch --cpu --num_processes 2` starts one process without a word, and other
@@ -261,6 +321,6 @@ def check_processes(accelerator: Accelerator, expected: int | None) -> None:
     if running != wanted or running != started:
         raise ConfigError(
             f"num-processes: {wanted}: {running} run together (WORLD_SIZE is {started}); start "
-            f"with: accelerate launch --config_file launch/ddp.yaml --num_processes {wanted} "
-            "-m cifar train ..."
+            f"with: accelerate launch --config_file launch/{strategy}.yaml --num_processes "
+            f"{wanted} -m cifar train ..."
         )

@@ -1,6 +1,7 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
 import gc
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -8,9 +9,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cifar.config import RunConfig
 from cifar.errors import Stopped
+from cifar.rendezvous import form_group
+from cifar.watchdog import BACKSTOP, Watchdog
 
 T = TypeVar("T")
+
+_WATCHDOGS: list[Watchdog] = []
+"""That of the default group, if it has one: like the group, one in a process."""
+
+
+def join_group(backend: str, run: RunConfig) -> None:
+    """Meet the other processes of the job, if there are any and this has not happened yet.
+
+    Raises as `cifar.rendezvous.form_group` does, which see.
+    """
+    group = form_group(
+        os.environ,
+        backend=backend,
+        meeting_timeout=run.meeting_timeout,
+        collective_timeout=BACKSTOP * run.collective_timeout,
+    )
+    if group is not None and group.size > 1:
+        _WATCHDOGS.append(Watchdog(group, run.collective_timeout))
+        _WATCHDOGS[-1].start()
 
 
 def is_distributed() -> bool:
@@ -51,6 +74,8 @@ def leave() -> None:
     Call it when nothing needs the models that were trained in it: they hold the group, whose
     threads abort a process that ends before them (https://github.com/pytorch/pytorch/issues/190489).
     """
+    while _WATCHDOGS:
+        _WATCHDOGS.pop().stop()
     if dist.is_available() and dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPSILON = 1e-12
 
 
+class Rows(Protocol):
+    """Where weights lie whose optimiser has a process's rows of each of them."""
+
+    def whole(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """All rows of a tensor like `weight`, of which this process has these."""
+
+    def own(self, weight: Tensor, whole: Tensor) -> Tensor:
+        """This process's rows of it."""
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for convolutions, SGD with momentum for biases, norms and the classifier.
 
@@ -21,7 +31,8 @@ class Muon(torch.optim.Optimizer):
     (https://kellerjordan.github.io/posts/muon/), and has a length relative to that of the weight,
     which keeps its own: before a BatchNorm only a weight's direction matters (as in airbench,
     https://github.com/KellerJordan/cifar10-airbench). Matrices are multiplied in the weights'
-    dtype. Weight decay is for the other parameters alone.
+    dtype. Weight decay is for the other parameters alone. Where every process has `rows` of the
+    weights, each of them computes the steps of the whole matrices.
     """
 
     def __init__(
@@ -34,6 +45,7 @@ class Muon(torch.optim.Optimizer):
         muon_momentum: float,
         momentum: float,
         nesterov: bool,
+        rows: Rows | None = None,
     ) -> None:
         """Of groups of parameters, as `torch.optim.SGD` takes them.
 
@@ -45,6 +57,7 @@ class Muon(torch.optim.Optimizer):
         groups = [{**group, **steps, "weight_decay": 0.0} for group in convolutions]
         groups += [{**group, **rates} for group in others]
         super().__init__(groups, {"lr": lr, "nesterov": nesterov})
+        self._rows = rows
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -61,7 +74,7 @@ class Muon(torch.optim.Optimizer):
             if group["relative_step"] is None:
                 torch._foreach_add_(weights, directions, alpha=-group["lr"])
             else:
-                _turn(weights, directions, group["lr"] * group["relative_step"])
+                self._turn(weights, directions, group["lr"] * group["relative_step"])
 
     def _directions(self, weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Gradients with weight decay and momentum, as `torch.optim.SGD` has them."""
@@ -75,9 +88,24 @@ class Muon(torch.optim.Optimizer):
             return momenta
         return list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
 
+    def _turn(self, weights: list[Tensor], directions: list[Tensor], relative_step: float) -> None:
+        """Move every weight against its direction."""
+        rows = self._rows
+        if rows is None:
+            for weight, new in zip(
+                weights, _turned(weights, directions, relative_step), strict=True
+            ):
+                weight.copy_(new)
+            return
+        old = [rows.whole(weight, weight) for weight in weights]
+        whole = [rows.whole(*pair) for pair in zip(weights, directions, strict=True)]
+        for weight, new in zip(weights, _turned(old, whole, relative_step), strict=True):
+            weight.copy_(rows.own(weight, new))
 
-def _turn(weights: list[Tensor], directions: list[Tensor], relative_step: float) -> None:
-    """Move every weight against its direction, made orthogonal; those of one shape together."""
+
+def _turned(weights: list[Tensor], directions: list[Tensor], relative_step: float) -> list[Tensor]:
+    """Weights moved against their directions, made orthogonal; those of one shape together."""
+    found = list(weights)
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for number, weight in enumerate(weights):
         by_shape[weight.shape].append(number)
@@ -89,7 +117,8 @@ def _turn(weights: list[Tensor], directions: list[Tensor], relative_step: float)
         new = old - step
         new *= length / (torch.linalg.matrix_norm(new, keepdim=True) + _EPSILON)
         for number, matrix in zip(numbers, new, strict=True):
-            weights[number].copy_(matrix.view(weights[number].shape))
+            found[number] = matrix.view(weights[number].shape)
+    return found
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Collection
-from typing import Any, TypeVar, cast
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from cifar.config import Recipe
 from cifar.config.recipe import CYCLED_MOMENTUM
-from cifar.muon import Muon
+from cifar.muon import Muon, Rows
 
 ONE_CYCLE_RISE, TRIANGLE_RISE = 0.3, 0.1
 """Share of the steps in which these schedules rise."""
@@ -18,8 +18,15 @@ _FIRST, _LAST = 25.0, 25e4
 """What the highest learning rate is divided by at one-cycle's beginning and end."""
 
 
+class Parametrized(Protocol):
+    """A module, or whatever else has a process's parameters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the names that a module gives them."""
+
+
 def parameter_groups(
-    module: nn.Module, recipe: Recipe, head: Collection[str] = ()
+    module: Parametrized, recipe: Recipe, head: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """All parameters in one group, or norms and biases in a second one without weight decay.
 
@@ -64,18 +71,18 @@ _ADAMS = {"adam": eager(torch.optim.Adam), "adamw": eager(torch.optim.AdamW)}
 
 
 def build_optimizer(
-    module: nn.Module, recipe: Recipe, head: Collection[str] = ()
+    module: Parametrized, recipe: Recipe, head: Collection[str] = (), rows: Rows | None = None
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser, in the fused form that torch has for CPU and GPU alike.
 
-    `head`: see `parameter_groups`.
+    `head`: see `parameter_groups`; `rows`: see `cifar.muon.Muon`.
     """
     groups = parameter_groups(module, recipe, head)
     if recipe.optimizer in _ADAMS:
         adam = _ADAMS[recipe.optimizer]
         return adam(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
     if recipe.optimizer == "muon":
-        return build_muon(groups, recipe)
+        return build_muon(groups, recipe, rows)
     optimizer = _SGD(
         groups,
         lr=recipe.lr,
@@ -91,7 +98,7 @@ def build_optimizer(
     return optimizer
 
 
-def build_muon(groups: list[dict[str, Any]], recipe: Recipe) -> Muon:
+def build_muon(groups: list[dict[str, Any]], recipe: Recipe, rows: Rows | None = None) -> Muon:
     """Muon for the convolutions among the groups' parameters, SGD for the others."""
     return _Muon(
         ({**group, "params": [p for p in group["params"] if p.ndim == 4]} for group in groups),
@@ -101,6 +108,7 @@ def build_muon(groups: list[dict[str, Any]], recipe: Recipe) -> Muon:
         muon_momentum=recipe.muon_momentum,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
+        rows=rows,
     )
 
 

@@ -104,7 +104,7 @@ class Outcome:
         return self._scored[0]
 
     def final(self) -> tuple[dict[str, Tensors], ModelCard]:
-        """The weights to publish, and what they are."""
+        """The weights to publish, and what they are; a collective call."""
         trainer, best = self._trainer, self.selection.best
         card = card_of(trainer, averaged=trainer.average is not None)
         if best is None:

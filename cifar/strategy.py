@@ -8,6 +8,7 @@ so what is asked is read here and what runs is verified.
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from cifar.config import TrainConfig
 from cifar.errors import ConfigError, UnsupportedError
 
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -51,3 +52,50 @@ def _zero_stage(environ: Mapping[str, str]) -> Strategy:
         if told == str(stage):
             return strategy
     raise ConfigError(f"zero_stage: {told!r}: must be 1, 2 or 3; {_REMEDY}")
+
+
+_SETTINGS = {
+    "FSDP_VERSION": ("2",),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none",),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none",),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none",),
+    "ACCELERATE_GRADIENT_CLIPPING": ("auto", "0", "0.0", "none"),
+}
+"""What a launcher's settings of its engine must be, for this program has one way of each."""
+
+
+def check_settings(environ: Mapping[str, str]) -> None:
+    """Raise an UnsupportedError for settings of an engine that would not be followed."""
+    strategy = launched_strategy(environ)
+    for name, neutral in _SETTINGS.items():
+        theirs = "fsdp" if name.startswith("FSDP") else "zero"
+        value = environ.get(name, neutral[0])
+        if strategy.startswith(theirs) and value.lower() not in neutral:
+            raise UnsupportedError(
+                f"{name}: {value!r}: not supported; leave it out of the configuration that "
+                f"accelerate was launched with, as launch/{strategy}.yaml does"
+            )
+
+
+def check_suits(strategy: Strategy, config: TrainConfig, precision: str) -> None:
+    """Raise an UnsupportedError for what an engine would leave out or do differently."""
+    recipe, zero = config.recipe, strategy in ZERO_STAGES
+    flat = "lays weights out contiguously"
+    whole = "holds no whole matrix on the process that changes it"
+    for refused, option, value, why in (
+        (strategy != "ddp", "channels-last", config.channels_last, flat),
+        (strategy != "ddp", "compile", config.compile, "runs Python between the layers"),
+        (zero, "optimizer", recipe.optimizer == "muon" and "muon", whole),
+        (zero, "sam-rho", recipe.sam_rho, "has gone on from the weights when SAM comes back"),
+        (zero, "frozen-epochs", recipe.frozen_epochs, "shares out what needs a gradient once"),
+        (zero, "precision", precision == "fp16" and "fp16", "scales the loss by rules of its own"),
+    ):
+        if refused and value:
+            remedy = "use another one" if isinstance(value, str) else "leave it out"
+            others = "ddp" if option in ("channels-last", "compile") else "ddp or fsdp"
+            raise UnsupportedError(
+                f"{option}: {value!r}: not with {strategy}, which {why}; {remedy}, or launch "
+                f"with {others}"
+            )

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cifar.accelerator import start_accelerator, wrap_module
+from cifar.accelerator import start_accelerator
 from cifar.checkpoint import Tensors
 from cifar.config import RunConfig, TrainConfig
 from cifar.cost import check_batch
@@ -30,8 +30,10 @@ from cifar.data.loader import (
 )
 from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
+from cifar.engine import build_engine
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.exchange import LocalSteps
 from cifar.fine_tuning import Backbone
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
@@ -39,6 +41,8 @@ from cifar.models import build_model
 from cifar.models.meta import check_images, head_names
 from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.pulse import PULSE
+from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
 
@@ -69,7 +73,7 @@ class Trainer:
         update: Update | None = None,
         is_resumed: bool = False,
     ) -> None:
-        self.accelerator, precision = start_accelerator(config, run)
+        self.accelerator, precision, self.strategy = start_accelerator(config, run)
         self.config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
         self.run = run
         self.fingerprint = dataset.fingerprint()
@@ -82,6 +86,7 @@ class Trainer:
             num_classes=len(self.dataset.classes),
             in_channels=self.dataset.train.images.shape[1],
         )
+        config.parallel.check_launch(self.strategy, self.place.count)
         self._build_data()
         self._build_model(is_resumed)
         self.teacher = load_teacher(self.config, self.dataset, self.normalization, self.device)
@@ -91,7 +96,12 @@ class Trainer:
         self.compute_loss = compute_loss or build_loss(config, self.teacher)
         self.total_steps = self._plan_steps(train_samples)
         self.step = 0
+        self._is_alone = False
         self.meter = Meter(self.device)
+        self.rounds = LocalSteps(
+            config.parallel.local_steps, self.loader.steps_per_epoch, self.total_steps
+        )
+        self.rounds.check_intervals(run)
         self.check_every = run.check_every or self._default_interval()
 
     def _build_data(self) -> None:
@@ -134,38 +144,38 @@ class Trainer:
         self.module = build_model(self.model_config)
         if not is_resumed:
             start_from_pretrained(self.module, self.model_config)
+        if config.parallel.sync_batch_norm:
+            synchronize_norms(self.module, self.device)
         self.module = self.module.to(self.device)
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
+        self.engine = build_engine(self.strategy, self.accelerator, self.module, self.config)
         tells_apart = recipe.frozen_epochs > 0 or recipe.backbone_lr != 1
         head = head_names(self.model_config) if tells_apart else frozenset()
         # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
-        self.optimizer = build_optimizer(self.module, recipe, head)
+        self.optimizer = build_optimizer(self.engine, recipe, head, self.engine.rows)
+        self.engine.adopt(self.optimizer)
         self.scaler = self.accelerator.scaler
         self._backbone = Backbone(self.module, head) if recipe.frozen_epochs else None
         if self._backbone:
             self._backbone.freeze(True)
         self._wrap_model()
         decay = recipe.ema_decay
-        self.average = WeightAverage(self.weights(), decay) if decay else None
+        self.average = WeightAverage(self.engine.live(), decay) if decay else None
 
     def _wrap_model(self) -> None:
-        precision = self.config.precision
-        assert precision is not None, "resolved"
-        # DDP has more methods than a module.
-        self.wrapped: Any = wrap_module(self.accelerator, self.module, precision)
+        self.wrapped: Any = self.engine.wrap()  # has more methods than a module
         wrapped: nn.Module = self.wrapped
-        self._no_sync = getattr(wrapped, "no_sync", contextlib.nullcontext)
+        self._compiles = self.config.compile
         if self.config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
         self.model: nn.Module = wrapped
 
     def _default_interval(self) -> int:
         """Steps between checks: processes on CPUs agree at every one, for theirs are long."""
-        if self.device.type == "cuda":
-            return 20
-        return 10 if self.place.count == 1 else 1
+        on_cpu = 10 if self.place.count == 1 else 1
+        return self.rounds.whole(20 if self.device.type == "cuda" else on_cpu)
 
     def _plan_steps(self, train_samples: int | None) -> int:
         if train_samples is None:
@@ -187,13 +197,32 @@ class Trainer:
         """Whether this is the process that writes and prints."""
         return self.place.index == 0
 
+    @property
+    def bare(self) -> nn.Module:
+        """The network to infer with weights given to it, see `cifar.engine.Engine`."""
+        return self.engine.bare
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser changes, as far as this process has it, with its gradients."""
+        return [parameter for _, parameter in self.engine.named_parameters()]
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The length of the gradient that these are this process's parts of."""
+        return self.engine.norm(gradients)
+
     def weights(self) -> Tensors:
-        """The full weights and buffers by name, without wrapper prefixes; views, not copies."""
-        return self.module.state_dict()
+        """The full weights and buffers by name, without wrapper prefixes; a collective call.
+
+        Views, not copies, of what this process holds in full.
+        """
+        return self.engine.gather(self.engine.live())
 
     def eval_weights(self) -> Tensors:
-        """The weights to evaluate and publish: their average where there is one."""
-        return self.average.weights if self.average else self.weights()
+        """The weights to evaluate and publish: their average where there is one.
+
+        Full ones; a collective call.
+        """
+        return self.engine.gather(self.average.weights) if self.average else self.weights()
 
     def lr_of(self, step: int) -> float:
         """The learning rate of the 0-based optimiser step `step`."""
@@ -214,10 +243,39 @@ class Trainer:
         schedule_momentum(self.optimizer, self.step, self.total_steps, self.config.recipe)
         batches = self.batches_of(self.step)
         passes = iter(range(2**31))
-        self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
+        with self._compiling():
+            self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
         self.step += 1
+        PULSE.at(self.step)
         if self.average:
             self.average.update()
+        if not self._is_alone:
+            self.rounds.end_if_due(self.step, self.optimizer, self.engine.live, self.average)
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether all processes have the same weights after this step, see `LocalSteps`."""
+        return self.rounds.end_at(self.step)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, steps average nothing with other processes, whose weights then differ.
+
+        BatchNorm over all processes still does. For engines that share nothing out.
+        """
+        self._is_alone = True
+        try:
+            with self.engine.accumulating():
+                yield
+        finally:
+            self._is_alone = False
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Announces the first step of a compiled model, which may take minutes."""
+        if not self._compiles:
+            return contextlib.nullcontext()
+        self._compiles = False
+        return PULSE.during("compiling")
 
     def _set_phase(self, backbone: Backbone) -> None:
         """Have the backbone frozen or not as is due in this step, whatever came before it."""
@@ -233,9 +291,10 @@ class Trainer:
             # The generators' state then needs no saving, on any number of processes, and what an
             # update computes twice drops the same features.
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
+        averages = self.config.parallel.local_steps == 1
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self._no_sync():
+            last = averages and index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.engine.accumulating():
                 loss, logits = self.compute_loss(self.model, batch)
                 self.backward(loss / len(batches) if len(batches) > 1 else loss)
             if record:
@@ -243,16 +302,18 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """As Accelerate's `backward`, which would divide the loss by 1 in every step."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.engine.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def optimizer_step(self) -> None:
         """Apply the gradients; in fp16 unscale them first and skip the step if they overflowed."""
-        if limit := self.config.recipe.clip_norm:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        limit = self.config.recipe.clip_norm
+        if self.scaler is not None and (limit or self.engine.shares_out):
+            self.scaler.unscale_(self.optimizer)
+            self.engine.after_unscaling(self.scaler, self.optimizer)
+        if limit:
+            self.engine.clip(limit)
         if self.scaler is None:
-            self.optimizer.step()
+            self.engine.step(self.optimizer)
             return
         before = self.scaler._scale.clone()  # get_scale() would wait for the device
         self.scaler.step(self.optimizer)
@@ -293,13 +354,14 @@ class Trainer:
         called equally often on all processes, so it may be a collective call. `probabilities`: see
         `cifar.evaluation.evaluate`.
         """
+        assert self.is_averaged, "processes would score different weights"
         scored = self.test_images if images is None else images
         self.synchronize_buffers()
-        self.module.eval()
+        self.bare.eval()
         chosen = weights or self.eval_weights()
 
         def forward(images: Tensor) -> Tensor:
-            return torch.func.functional_call(self.module, chosen, (images,))  # type: ignore[no-any-return]
+            return torch.func.functional_call(self.bare, chosen, (images,))  # type: ignore[no-any-return]
 
         result = evaluate(
             forward,
@@ -308,7 +370,7 @@ class Trainer:
             device=self.device,
             probabilities=probabilities,
         )
-        self.module.train()
+        self.bare.train()
         assert result.samples == len(scored), "every sample counts once"
         return result
 
@@ -319,9 +381,11 @@ class Trainer:
             if 0 < number < everywhere:
                 between()
             yield batch
+            PULSE.beat()
 
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""
         averages = [self.average.weights] if self.average else []
         names = [name for name, _ in self.module.named_buffers()]
-        broadcast_from_first([each[name] for each in (self.weights(), *averages) for name in names])
+        live = self.engine.live()
+        broadcast_from_first([each[name] for each in (live, *averages) for name in names])

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes, load_into
+from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes
 from cifar.errors import CheckpointError, TrainingError
 from cifar.meter import Meter
-from cifar.optim import load_optimizer_tensors, optimizer_tensors
 from cifar.selection import Selection
 from cifar.trainer import Trainer
 
@@ -45,13 +44,19 @@ def state_of(
 ) -> tuple[dict[str, Tensors], TrainState]:
     """Everything that the rest of the run depends on: tensors by group, and counters.
 
+    A collective call; the tensors are whole, whatever engine trains.
+
     Raises:
         TrainingError: a weight is not finite, so the state is not worth keeping.
     """
     trainer.synchronize_buffers()
-    tensors = {"model": trainer.weights(), "optimizer": optimizer_tensors(trainer.optimizer)}
+    engine = trainer.engine
+    tensors = {
+        "model": trainer.weights(),
+        "optimizer": engine.optimizer_tensors(trainer.optimizer),
+    }
     if trainer.average:
-        tensors["ema"] = trainer.average.weights
+        tensors["ema"] = engine.gather(trainer.average.weights)
     best = selection.best if selection else None
     if selection and best:
         tensors["best"] = selection.weights
@@ -96,19 +101,20 @@ def load_state(
             f"steps: {trainer.total_steps}: the run to resume has {state.total_steps}; "
             "resume with the same epochs and batch size"
         )
-    load_into(trainer.module, tensors["model"], "model")
-    load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
+    engine = trainer.engine
+    engine.load(tensors["model"], "model")
+    engine.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
     if trainer.average:
-        check_same_shapes(trainer.average.weights, tensors["ema"], "ema")
+        check_same_shapes(trainer.bare.state_dict(), tensors["ema"], "ema")
         for name, average in trainer.average.weights.items():
-            average.copy_(tensors["ema"][name])
+            average.copy_(engine.part(name, tensors["ema"][name]))
         trainer.average.updates = state.ema_updates
     if trainer.scaler is not None:
         if not state.scaler:
             raise CheckpointError("checkpoint: scaler: absent; start a new run")
         trainer.scaler.load_state_dict(state.scaler)
     if selection and state.best:
-        check_same_shapes(trainer.weights(), tensors["best"], "best")
+        check_same_shapes(trainer.bare.state_dict(), tensors["best"], "best")
         selection.best = state.best
         selection.weights = {
             name: tensor.to(trainer.device) for name, tensor in tensors["best"].items()
@@ -144,8 +150,12 @@ def set_aside(trainer: Trainer) -> Iterator[None]:
 
 
 def live_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """What a step changes, by name: weights, statistics, the optimiser's state; not copies."""
-    groups = {"model": trainer.weights(), "optimizer": optimizer_tensors(trainer.optimizer)}
+    """What a step changes, by name: weights, statistics, the optimiser's state; not copies.
+
+    As far as this process has it.
+    """
+    engine = trainer.engine
+    groups = {"model": engine.live(), "optimizer": engine.live_state(trainer.optimizer)}
     if trainer.average:
         groups["ema"] = trainer.average.weights
     return {

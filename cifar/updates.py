@@ -20,6 +20,12 @@ class Learner(Protocol):
     module: nn.Module
     optimizer: torch.optim.Optimizer
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser changes."""
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The length of the gradient that these are the parts of."""
+
     def optimizer_step(self) -> None:
         """Apply the gradients."""
 
@@ -56,9 +62,9 @@ class SharpnessAware:
         """Take one step; see `Update`."""
         trainer.optimizer.zero_grad(set_to_none=True)
         forward_backward()
-        weights: list[Tensor] = [w for w in trainer.module.parameters() if w.grad is not None]
+        weights: list[Tensor] = [w for w in trainer.parameters() if w.grad is not None]
         here = [each.detach().clone() for each in weights]
-        self._climb(weights)
+        self._climb(trainer, weights)
         trainer.optimizer.zero_grad(set_to_none=True)
         with statistics_kept(trainer.module):
             forward_backward()
@@ -67,10 +73,9 @@ class SharpnessAware:
         trainer.optimizer_step()
 
     @torch.no_grad()
-    def _climb(self, weights: list[Tensor]) -> None:
+    def _climb(self, trainer: Learner, weights: list[Tensor]) -> None:
         gradients = [each.grad for each in weights if each.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        way = torch._foreach_mul(gradients, self._rho / (norm + _EPSILON))
+        way = torch._foreach_mul(gradients, self._rho / (trainer.norm(gradients) + _EPSILON))
         torch._foreach_add_(weights, list(way))
 
 

@@ -109,8 +109,7 @@ def test_the_launchers_precision_is_trained_in_and_noted() -> None:
     [
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", "--accumulation"),
-        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "MEGATRON_LM"),
     ],
 )
 def test_launcher_settings_that_would_change_the_training_are_refused(

@@ -22,7 +22,7 @@ from bench.job import SIDE_BY_SIDE
 from bench.present import present_environment
 from bench.processes import BLAME_SECONDS, OomKills
 from bench.protocol import Protocol
-from bench.rows import _worker
+from bench.row_facts import _worker
 from bench.spec import Task, grid
 from cifar.errors import ConfigError, UserError
 
@@ -211,7 +211,7 @@ def test_more_devices_than_cores_are_refused(monkeypatch) -> None:
 
 
 def test_the_machine_as_a_whole_is_one_slot_whose_gpus_no_other_run_may_use(monkeypatch) -> None:
-    monkeypatch.setattr(devices, "gpu_count", lambda: 0)
+    monkeypatch.setattr(devices, "visible_gpus", lambda environ: 0)
 
     def asked(*_: object, **__: object):
         raise AssertionError("a machine without a GPU is not asked for any")
@@ -221,7 +221,7 @@ def test_the_machine_as_a_whole_is_one_slot_whose_gpus_no_other_run_may_use(monk
     assert [whole.needs(count) for count in (1, 8)] == [1, 1]
     place = whole.first_place(8)
     assert (place.label, place.cores, place.variables) == ("", (), {})
-    monkeypatch.setattr(devices, "gpu_count", lambda: 4)
+    monkeypatch.setattr(devices, "visible_gpus", lambda environ: 4)
     found = find_machine((), 2, present=lambda *_, **__: H200)
     assert found == Machine(locks=("GPU-a1", "GPU-a2"))
 
@@ -320,7 +320,6 @@ def fake_nvml(**answers: object) -> types.ModuleType:
     module = types.ModuleType("pynvml")
     module.NVMLError = type("NVMLError", (Exception,), {})
     module.nvmlInit = lambda: None
-    module.nvmlDeviceGetCount = lambda: 4
     module.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
     module.nvmlDeviceGetCpuAffinity = lambda handle, words: [0b1010, 1][:words] + [0] * (words - 2)
     for name, answer in answers.items():
@@ -328,21 +327,20 @@ def fake_nvml(**answers: object) -> types.ModuleType:
     return module
 
 
-def test_nvml_tells_how_many_gpus_there_are_and_which_cores_are_near(monkeypatch) -> None:
+def test_nvml_tells_which_cores_are_near(monkeypatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    assert nvml.gpu_count() == 4
     assert nvml.near_cores("GPU-a") == {1, 3, 64}
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert (nvml.gpu_count(), nvml.near_cores("GPU-a")) == (0, frozenset())
+    assert nvml.near_cores("GPU-a") == frozenset()
     broken = fake_nvml()
 
     def refuse(*_: object) -> None:
         raise broken.NVMLError("Not Supported")
 
-    broken.nvmlDeviceGetCpuAffinity = broken.nvmlDeviceGetCount = refuse
+    broken.nvmlDeviceGetCpuAffinity = refuse
     monkeypatch.setitem(sys.modules, "pynvml", broken)
-    assert (nvml.gpu_count(), nvml.near_cores("GPU-a")) == (0, frozenset())
+    assert nvml.near_cores("GPU-a") == frozenset()
 
 
 # --- Kills for lack of memory ---

@@ -1,13 +1,16 @@
 """The Accelerate configurations in launch/: complete, documented, free of what a cell decides."""
 
 import importlib.resources
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from training import TINY_OPTIONS, cifar, finish, metrics, start
 
 from bench.launchers import LAUNCHERS
+from cifar.strategy import STRATEGIES
 
 FOLDER = Path(__file__).parent.parent / "launch"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -60,3 +63,28 @@ def test_every_file_is_described():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     scripts = [path.name for path in FOLDER.glob("*.sbatch")]
     assert not [name for name in (*CONFIGS, *scripts) if name not in text]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_starts_a_training_whose_weights_one_process_evaluates(
+    name: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes = 1 if name == "single.yaml" else 2
+    launch = ("accelerate.commands.launch", "--config_file", FOLDER / name)
+    options = ("--num_processes", processes, "--main_process_port", 0, "--mixed_precision", "no")
+    run = tmp_path / "run"
+    train = ("-m", "cifar", "train", "--cpu", "--num-processes", processes, *TINY_OPTIONS,
+             "--epochs", 1, "--data", f"npz:{npz}", "--output-dir", run)  # fmt: skip
+    strategy = name.removesuffix(".yaml")
+    recipe = ("--recipe", "sgd") if strategy.startswith("zero") else ()  # the other one has Muon
+    code, out, err = finish(start(*launch, *options, *train, *recipe))
+    assert code == 0 or strategy.startswith("zero"), err  # which may abort after its last line
+    shared = strategy in STRATEGIES and strategy != "ddp"
+    assert f"{processes} x cpu" + (f" under {strategy}," if shared else ",") in out, err
+    capsys.readouterr()
+    assert cifar("evaluate", run, "--cpu", "--data", f"npz:{npz}", "--json") == 0, err
+    alone, last = json.loads(capsys.readouterr().out), metrics(run)[-1]
+    assert last["test_samples"] == alone["samples"] == 50
+    assert (last["test_top1"], last["test_top5"]) == (alone["top1"], alone["top5"])
+    assert last["test_loss"] == pytest.approx(alone["loss"], rel=1e-5)

@@ -16,7 +16,7 @@ from training import finish, reset_accelerate, save_weights, start, taught_by
 
 from bench import observe
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.judge import mismatches, unproven
+from bench.judge import WRAPPERS, mismatches, unproven
 from bench.measure.subject import Subject
 from bench.measure.training import measure_training
 from bench.observe import Witness
@@ -286,10 +286,50 @@ def test_one_skipped_step_is_how_a_scale_is_sought() -> None:
 def test_the_wrong_number_of_processes_is_told_and_a_missing_wrapper() -> None:
     cell = make_cell()
     assert told(replace(cell, num_processes=2)) == asked(
-        num_processes=(1, 2), wrapper=("ResNet", "DistributedDataParallel")
+        num_processes=(1, 2),
+        devices=(1, 2),
+        backend=("none", "gloo"),
+        wrapper=("ResNet", "DistributedDataParallel"),
     )
     (text,) = told_of_window(cell, wrap)
     assert text == "changed in the timed window: wrapper: ResNet before, Sequential after"
+
+
+SHARED_OUT = {"weights_held": 0.5, "weights_updated": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "seen", "phrase"),
+    [
+        *((name, {}, "") for name in WRAPPERS),
+        ("ddp", {"weights_held": 1.0, "weights_updated": 1.0}, ""),
+        ("zero2", {"weights_held": 1.0}, ""),
+        ("fsdp", {"wrapper": WRAPPERS["ddp"]}, "wrapper: DistributedDataParallel where FSDP2 was"),
+        ("zero3", {"wrapper": "ZeRO-2"}, "wrapper: ZeRO-2 where ZeRO-3 was asked"),
+        ("fsdp", {"weights_held": 1.0}, "weights_held: 1.0 where a share was asked"),
+        ("zero3", {"weights_held": 1.0}, "weights_held: 1.0 where a share was asked"),
+        ("zero1", {"weights_updated": 1.0}, "weights_updated: 1.0 where a share was asked"),
+        ("zero2", {"backend": "nccl"}, "backend: nccl where gloo was asked"),
+        ("ddp", {"devices": 1}, "devices: 1 where 2 was asked"),
+        ("fsdp", {"num_processes": 1}, "num_processes: 1 where 2 was asked"),
+    ],
+)
+def test_another_engine_than_the_launchers_is_told(
+    launcher: str, seen: dict[str, object], phrase: str
+) -> None:
+    one = make_cell()
+    two = {"num_processes": 2, "devices": 2, "backend": "gloo", "wrapper": WRAPPERS[launcher]}
+    own_way = {"batch_norm": "per device", "gradient_hook": "none", "bucket_bytes": 25 * 2**20}
+    effective = measured(make_subject(one)) | two | own_way | SHARED_OUT | seen
+    told = mismatches(replace(one, launcher=launcher, num_processes=2), effective, "cpu")
+    assert len(told) == bool(phrase) and "".join(told).startswith(phrase)
+
+
+def test_one_process_of_an_engine_runs_the_engine_too() -> None:
+    cell, effective = make_cell(), measured(make_subject(make_cell()))
+    assert mismatches(replace(cell, launcher="fsdp"), effective, "cpu") == asked(
+        backend=("none", "gloo"), wrapper=("ResNet", "FSDP2")
+    )
 
 
 def test_samples_that_an_update_leaves_out_are_told() -> None:
@@ -533,3 +573,34 @@ def test_what_differs_in_another_process_fails_the_record(npz: Path, tmp_path: P
     assert record.effective["wrapper"] == "DistributedDataParallel"
     assert record.effective["input_channels_last"] is False
     assert record.effective["samples_in_window"] == 48
+
+
+PLAIN = """
+import os, sys
+from pathlib import Path
+from bench import worker
+if os.environ["RANK"] == "1":
+    os.environ["LOCAL_RANK"] = "0"
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_cell_that_asked_for_fsdp_and_got_ddp_on_one_device_is_a_failed_record(
+    npz: Path, tmp_path: Path
+) -> None:
+    cell = make_cell(num_processes=2, launcher="fsdp", data=parse_data(f"npz:{npz}"))
+    protocol = replace(PROTOCOL, inference_batch_sizes=(1,), inference_iterations=1)
+    (tmp_path / CELL_FILE).write_text(to_json(Job(task=Task(cell=cell, protocol=protocol))))
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN)
+    words = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, tmp_path)
+    _, _, err = finish(start(*words))
+    record = parse_record((tmp_path / RECORD_FILE).read_text())
+    assert record.status == "failed", err
+    for phrase in (
+        "devices: 1 where 2 was asked",
+        "wrapper: DistributedDataParallel where FSDP2 was asked",
+        "weights_held: 1.0 where a share was asked",
+    ):
+        assert phrase in record.reason

@@ -59,7 +59,7 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     """
     with set_aside(subject.trainer), subject.watched("anatomy"):
         marked = _pairs(subject, _marked_step, _plain_step)
-        exchanged = _pairs(subject, _synced_step, _unsynced_step) if _has_peers(subject) else []
+        exchanged = [] if why_inseparable(subject) else _pairs(subject, *_SYNCED_AND_NOT)
     for part in PARTS:
         values = [step[part] for step, _ in marked]
         yield subject.measurement(f"step_{part}", "s", "lower", values)
@@ -70,8 +70,14 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     yield subject.measurement("pipeline_share", "fraction", "lower", share)
 
 
-def _has_peers(subject: Subject) -> bool:
-    return subject.trainer.place.count > 1
+def why_inseparable(subject: Subject) -> str:
+    """Why communication cannot be told from the rest of a step; "" where it can."""
+    trainer = subject.trainer
+    if trainer.place.count == 1:
+        return "one process has none to communicate with"
+    if trainer.engine.shares_out:
+        return f"{trainer.strategy} cannot take a step without exchanging what it has shared out"
+    return ""
 
 
 def _whole(seconds: dict[str, float]) -> float:
@@ -79,12 +85,16 @@ def _whole(seconds: dict[str, float]) -> float:
 
 
 def _communication(subject: Subject, pairs: Pairs) -> Measurement:
-    """What averaging gradients adds to a step; noise may make a single difference negative."""
+    """What averaging adds to a step: of gradients, or after a round of local steps of all state.
+
+    Noise may make a single difference negative. BatchNorm over all processes exchanges its
+    statistics in either kind of step, so that is not in it.
+    """
     name = "step_communication"
-    if not _has_peers(subject):
-        reason = "one process has none to communicate with"
+    if reason := why_inseparable(subject):
         return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
-    added = [_whole(synced) - _whole(unsynced) for synced, unsynced in pairs]
+    steps = subject.trainer.config.parallel.local_steps
+    added = [(_whole(synced) - _whole(unsynced)) / steps for synced, unsynced in pairs]
     return subject.measurement(name, "s", "lower", added)
 
 
@@ -128,18 +138,28 @@ def _marked_step(trainer: Trainer) -> Timeline:
     return timeline
 
 
-def _synced_step(trainer: Trainer) -> Timeline:
-    _align(trainer)
-    return _plain_step(trainer)
+def _synced_round(trainer: Trainer) -> Timeline:
+    align(trainer)
+    return _round(trainer)
 
 
-def _unsynced_step(trainer: Trainer) -> Timeline:
-    _align(trainer)
-    with trainer.wrapped.no_sync():
-        return _plain_step(trainer)
+def _unsynced_round(trainer: Trainer) -> Timeline:
+    align(trainer)
+    with trainer.alone():
+        return _round(trainer)
 
 
-def _align(trainer: Trainer) -> None:
+def _round(trainer: Trainer) -> Timeline:
+    """As many steps as lie between two averages: one, but with local steps."""
+    timeline = Timeline(make_clock(trainer.device))
+    _time(trainer, timeline, steps=trainer.config.parallel.local_steps)
+    return timeline
+
+
+_SYNCED_AND_NOT = (_synced_round, _unsynced_round)
+
+
+def align(trainer: Trainer) -> None:
     """Let all processes begin together, or one step would pay for the others' lag in the last.
 
     Unlike a barrier this does not hold up the program on a GPU, only the stream.
@@ -147,12 +167,13 @@ def _align(trainer: Trainer) -> None:
     reduce_sum(torch.zeros((), device=trainer.device))
 
 
-def _time(trainer: Trainer, timeline: Timeline) -> None:
+def _time(trainer: Trainer, timeline: Timeline, steps: int = 1) -> None:
     timeline.begin()
-    trainer.train_step()
-    if trainer.device.type == "cpu":
-        check_if_due(trainer)
-    timeline.end(OTHER)
+    for _ in range(steps):
+        trainer.train_step()
+        if trainer.device.type == "cpu":
+            check_if_due(trainer)
+        timeline.end(OTHER)
 
 
 @contextlib.contextmanager

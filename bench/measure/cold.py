@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.cold import STARTED, Cold
 from bench.measure.subject import Subject
 from bench.record import Measurement
-from cifar.checkpoint import write_checkpoint
+from cifar.checkpoint import Tensors, write_checkpoint
 from cifar.distributed import barrier
 from cifar.training_state import card_of
 
@@ -29,9 +29,10 @@ def measure_cold(subject: Subject) -> Iterable[Measurement]:
     """
     found: Cold | None = None
     reason = ""
+    weights = subject.trainer.eval_weights()  # a collective call
     if subject.trainer.is_main:
         try:
-            found = _run(subject)
+            found = _run(subject, weights)
         except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
             reason = _why(error)
     barrier()
@@ -52,12 +53,12 @@ def _measurement(name: str, seconds: float | None, reason: str) -> Measurement:
     )
 
 
-def _run(subject: Subject) -> Cold:
+def _run(subject: Subject, weights: Tensors) -> Cold:
     trainer = subject.trainer
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "weights")
         card = card_of(trainer, averaged=trainer.average is not None)
-        write_checkpoint(folder, {"model": trainer.eval_weights()}, card)
+        write_checkpoint(folder, {"model": weights}, card)
         command = [sys.executable, "-m", "bench.cold", str(folder), str(trainer.device)]
         environment = {**os.environ, STARTED: str(time.monotonic())}
         done = subprocess.run(

@@ -40,7 +40,7 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
     assert trainer.config.precision is not None
     compiles = trainer.config.compile or subject.protocol.inference_backends
     apart = compiling_apart() if compiles else contextlib.nullcontext()
-    with _evaluating(trainer.module), apart:
+    with _evaluating(trainer.bare), apart:
         source = Source(
             module=evaluated_module(trainer),
             precision=trainer.config.precision,
@@ -69,11 +69,14 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def evaluated_module(trainer: Trainer) -> nn.Module:
-    """The network with the weights to evaluate, a copy where they are not those it trains with."""
-    if trainer.average is None:
+    """The network with the weights to evaluate, a copy where they are not those it trains with.
+
+    A collective call, for they may be shared out.
+    """
+    if trainer.average is None and trainer.bare is trainer.module:
         return trainer.module
-    module = copy.deepcopy(trainer.module)
-    module.load_state_dict(trainer.average.weights)
+    module = copy.deepcopy(trainer.bare)
+    module.load_state_dict(trainer.eval_weights(), assign=trainer.engine.shares_out)
     return module
 
 

@@ -41,7 +41,7 @@ def measure_accuracy(subject: Subject) -> Iterable[Measurement]:
 def measure_size(subject: Subject) -> Iterable[Measurement]:
     """Parameters, and the bytes of the weights alone as a safetensors file."""
     trainer = subject.trainer
-    count = sum(parameter.numel() for parameter in trainer.module.parameters())
+    count = sum(parameter.numel() for parameter in trainer.bare.parameters())
     weights = {name: tensor.cpu().contiguous() for name, tensor in trainer.eval_weights().items()}
     for name, unit, value in (
         ("param_count", "1", count),

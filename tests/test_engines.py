@@ -1,0 +1,263 @@
+"""FSDP2 and ZeRO, in two processes by gloo: what they learn, and what their checkpoints hold."""
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from engines import (
+    KEPT,
+    ON_GPU,
+    PROCESSES,
+    RECIPES,
+    STEPS,
+    build,
+    everything,
+    losses,
+    resumed,
+    save_state,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+from training import ROOT, TINY_OPTIONS, cifar, complaints, finish, reset_accelerate, start
+
+from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
+from cifar.data.config import parse_data
+from cifar.data.sources import load_dataset
+from cifar.errors import UnsupportedError
+from cifar.strategy import STRATEGIES, Strategy, check_settings, check_suits
+from cifar.trainer import Trainer
+from cifar.zero import import_deepspeed
+
+ENGINES: dict[str, dict[str, str]] = {
+    "fsdp": {"ACCELERATE_USE_FSDP": "true"},
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        }
+        for stage in (1, 2, 3)
+    },
+}
+"""What a launcher says in the environment."""
+ONLY_FSDP = ("sam", "muon", "frozen")
+
+
+def torchrun(strategy: str, processes: int, *words: object) -> "subprocess.Popen[str]":
+    here = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return start("torch.distributed.run", "--standalone", "--nproc_per_node", processes, *words,
+                 environment={**here, **ENGINES.get(strategy, {})})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """What one process learns from the parts of every batch, and its checkpoint."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+    chosen: dict[str, tuple[str, int, dict[str, Any]]] = {
+        **{name: (name, PROCESSES, {}) for name in RECIPES},
+        "bf16": ("plain", PROCESSES, {"precision": "bf16"}),
+        "parts": ("plain", 2 * PROCESSES, {}),
+    }
+    for name, (recipe, parts, fields) in chosen.items():
+        trainer = build(recipe, parts, **fields)
+        found[name] = everything(trainer, losses(trainer, STEPS))
+    trainer = build(KEPT, PROCESSES)
+    losses(trainer, 2)
+    save_state(folder / "checkpoint", trainer)
+    found["straight"] = found["other"] = everything(trainer, losses(trainer, 2))
+    return folder, found
+
+
+def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without BatchNorm's statistics: one process takes them of all parts of a batch."""
+    return {k: v for k, v in found.items() if "running" not in k and "batches" not in k}
+
+
+def assert_alike(mine: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
+    assert mine.keys() == theirs.keys(), what
+    tolerance = {"bf16": 2e-2, "sam": 1e-4}.get(what, 1e-3 if ON_GPU else 1e-5)
+    torch.testing.assert_close(mine["losses"], theirs["losses"], rtol=tolerance, atol=0.0)
+    for name, tensor in comparable(theirs).items():
+        torch.testing.assert_close(
+            mine[name], tensor, rtol=50 * tolerance, atol=10 * tolerance,
+            msg=f"{what}: {name}: {{}}".format,
+        )  # fmt: skip
+
+
+def check_engine(
+    strategy: str, alone: tuple[Path, dict[str, dict[str, Tensor]]], ours: Path
+) -> None:
+    """What it learns, that all processes know it, and that anyone goes on from its checkpoint."""
+    folder, expected = alone
+    code, _, err = finish(torchrun(strategy, PROCESSES, "-m", "engines", folder, ours))
+    names = {file.name.rpartition("-")[0] for file in ours.glob("*.safetensors")}
+    left_out = ONLY_FSDP if strategy.startswith("zero") else ()
+    assert names == {*expected, "again"} - {*left_out}, err
+    assert code == 0 or strategy.startswith("zero"), err  # which may abort after its last line
+    found = {
+        name: [load_file(ours / f"{name}-{rank}.safetensors") for rank in range(PROCESSES)]
+        for name in names
+    }
+    for name, (first, *others) in found.items():
+        for other in others:
+            shared = comparable(first)
+            assert all(torch.equal(other[each], shared[each]) for each in shared), name
+        if name != "again":
+            assert_alike(first, expected[name], name)
+    again, straight = (comparable(found[name][0]) for name in ("again", "straight"))
+    if ON_GPU:  # whose kernels may add up in another order
+        assert_alike(again, straight, "again")
+    else:
+        assert all(torch.equal(again[name], tensor) for name, tensor in straight.items())
+    trainer = resumed(ours / "checkpoint", PROCESSES)
+    assert_alike(everything(trainer, losses(trainer, 2)), expected["straight"], "resumed alone")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_two_processes_of_an_engine_learn_what_one_does_and_take_up_each_others_checkpoints(
+    strategy: str, alone: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    """One process by accumulation, so that BatchNorm normalises by the same halves."""
+    check_engine(strategy, alone, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_an_engine_learns_on_gpus_what_one_process_does(
+    strategy: str, alone: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    """On two where there are two, else in a group of one process."""
+    check_engine(strategy, alone, tmp_path)
+
+
+def test_every_recipe_of_these_learns_something_of_its_own(
+    alone: tuple[Path, dict[str, dict[str, Tensor]]],
+) -> None:
+    """Or it would not be seen to work."""
+    _, found = alone
+    for name in RECIPES:
+        apart = (found[name]["losses"] - found["plain"]["losses"]).abs().max()
+        assert apart > 1e-3 or name == "plain", name
+
+
+REAL = """
+import json, sys
+from test_engines import real_losses
+from cifar.distributed import leave
+import os
+found = real_losses(sys.argv[1], 1)
+if os.environ["RANK"] == "0":
+    print("LOSSES", json.dumps(found), flush=True)
+leave()
+"""
+
+
+def real_losses(folder: str, parts: int) -> list[float]:
+    """Of the first 20 steps of resnet20 on CIFAR-10, without a device in between."""
+    reset_accelerate()
+    config = TrainConfig(
+        model=ModelConfig(name="resnet20"),
+        recipe=Recipe(lr=0.1, global_batch_size=128),
+        data=parse_data(f"cifar10:{folder}"),
+        limit_train=5120,
+        accumulation_steps=parts,
+    )
+    trainer = Trainer(config, RunConfig(cpu=True), load_dataset(config.data))
+    found: list[float] = losses(trainer, 20).tolist()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_have_the_losses_of_one_on_real_images(
+    cifar_data: Path, tmp_path: Path
+) -> None:
+    """The first 20 steps in fp32, to 1e-5: of the same samples, normalised by halves."""
+    alone = real_losses(str(cifar_data), 2)
+    script = tmp_path / "real.py"
+    script.write_text(REAL)
+    for strategy in STRATEGIES:
+        _, out, err = finish(torchrun(strategy, 2, script, cifar_data))
+        (told,) = [line for line in out.splitlines() if line.startswith("LOSSES ")] or [err]
+        assert json.loads(told.removeprefix("LOSSES ")) == pytest.approx(alone, rel=1e-5), strategy
+        apart = max(abs(a / b - 1) for a, b in zip(json.loads(told[7:]), alone, strict=True))
+        print(f"{strategy}: losses differ by at most {apart:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fields", "told"),
+    [
+        ("fsdp", {"channels_last": True}, "channels-last: True: not with fsdp"),
+        ("zero1", {"channels_last": True}, "channels-last: True: not with zero1"),
+        ("zero2", {"recipe": Recipe(optimizer="muon")}, "optimizer: 'muon': not with zero2"),
+        ("zero3", {"recipe": Recipe(sam_rho=0.1)}, "sam-rho: 0.1: not with zero3"),
+        ("zero1", {"recipe": Recipe(frozen_epochs=1)}, "frozen-epochs: 1: not with zero1"),
+        ("zero2", {"precision": "fp16"}, "precision: 'fp16': not with zero2"),
+        ("zero3", {"compile": True}, "compile: True: not with zero3"),
+    ],
+)
+def test_what_an_engine_would_leave_out_is_refused(
+    strategy: Strategy, fields: dict[str, Any], told: str
+) -> None:
+    config = TrainConfig(**fields)
+    with pytest.raises(UnsupportedError, match=f"^{told}.* launch with "):
+        check_suits(strategy, config, config.precision or "fp32")
+    check_suits("ddp", config, config.precision or "fp32")
+
+
+@pytest.mark.parametrize("recipe", [{"optimizer": "muon"}, {"sam_rho": 0.1}, {"frozen_epochs": 1}])
+def test_fsdp_has_what_zero_lacks(recipe: dict[str, Any]) -> None:
+    check_suits("fsdp", TrainConfig(recipe=Recipe(**recipe)), "fp16")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "setting"),
+    [
+        ("fsdp", "FSDP_VERSION=1"),
+        ("fsdp", "FSDP_OFFLOAD_PARAMS=true"),
+        ("zero2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=cpu"),
+        ("zero3", "ACCELERATE_DEEPSPEED_CONFIG_FILE=mine.json"),
+        ("zero1", "ACCELERATE_GRADIENT_CLIPPING=1.0"),
+    ],
+)
+def test_a_setting_that_would_not_be_followed_is_refused(strategy: str, setting: str) -> None:
+    name, _, value = setting.partition("=")
+    environ = {**ENGINES[strategy], name: value}
+    with pytest.raises(UnsupportedError, match=f"^{name}: '{value}': not supported; .*{strategy}"):
+        check_settings(environ)
+    check_settings({name: value})  # another engine's
+
+
+def test_an_engine_without_a_group_of_processes_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.dict(os.environ, ENGINES["fsdp"]):
+        assert cifar("train", "--cpu", "--data", f"npz:{npz}", "--output-dir", tmp_path / "a",
+                     *TINY_OPTIONS) == 2  # fmt: skip
+    (line,) = complaints(capsys.readouterr().err)
+    assert line.startswith("cifar: LOCAL_RANK: not set: fsdp needs a group of processes")
+
+
+def test_an_engine_that_does_not_suit_the_recipe_is_one_line(
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.dict(os.environ, ENGINES["zero2"]):
+        assert cifar("train", "--cpu", "--data", f"npz:{npz}", "--output-dir", tmp_path / "a",
+                     *TINY_OPTIONS, "--optimizer", "muon") == 2  # fmt: skip
+    (line,) = complaints(capsys.readouterr().err)
+    assert line.startswith("cifar: optimizer: 'muon': not with zero2")
+    assert not (tmp_path / "a").exists()
+
+
+def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        UnsupportedError, match=r"'zero2': .* install cifar-resnet-bench\[deepspeed"
+    ):
+        import_deepspeed("zero2", torch.device("cpu"))
