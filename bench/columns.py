@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.rows import Row
+from bench.row_facts import Row
 from bench.space import KINDS, show
 from cifar.comparison import HEADINGS, inference_heading, mebibytes, millions, places
 from cifar.config import option_name
@@ -49,7 +49,7 @@ def _percent(key: str) -> Show:
 
 def _text(key: str) -> Show:
     def cell(row: Row) -> str:
-        value = row[key]
+        value = row.get(key)
         return f"{value:,}" if isinstance(value, int) else str(value or DASH)
 
     return cell
@@ -96,6 +96,7 @@ IDENTITY = (
     ("batch_size", HEADINGS["batch_size"], "batch {}"),
     ("num_processes", "Procs", "{} process(es)"),
     ("launcher", "Launcher", "{}"),
+    ("exchange", "Exchange", "{}"),
     ("accumulation_steps", "Accum.", "{} accumulation step(s)"),
     ("data", "Data", ""),
     ("recipe", "Recipe", "recipe {}"),
@@ -120,13 +121,14 @@ SIZES = (
 RATE = Column(heading=HEADINGS["train_throughput"], show=_speed("train_throughput"))
 TRAINING = Column(heading=HEADINGS["training_seconds"], show=_speed("training_seconds"))
 MEMORY = Column(heading=HEADINGS["peak_memory_bytes"], show=_number("peak_memory_bytes", mebibytes))
+STRAGGLER = Column(heading="Straggler", show=_speed("straggler_ratio", unit="x", fixed=2))
 RATIO = Column(heading="vs fp32", show=_speed("vs_fp32", unit="x", fixed=2))
 
 
 def distinct(table: Sequence[Row], key: str) -> list[str]:
     """The texts of a column in order; rows that trained or finished nothing say nothing of it."""
     silent = key in ("trained_samples", "runs")
-    return list(dict.fromkeys(_text(key)(row) for row in table if row[key] or not silent))
+    return list(dict.fromkeys(_text(key)(row) for row in table if row.get(key) or not silent))
 
 
 def _identity_columns(table: Sequence[Row], always: Sequence[str]) -> list[Column]:
@@ -134,7 +136,7 @@ def _identity_columns(table: Sequence[Row], always: Sequence[str]) -> list[Colum
         Column(
             heading=heading,
             show=_text(key),
-            numeric=any(isinstance(row[key], int) for row in table),
+            numeric=any(isinstance(row.get(key), int) for row in table),
         )
         for key, heading, _ in IDENTITY
         if key in always or (key not in ALWAYS and len(distinct(table, key)) > 1)
@@ -177,7 +179,27 @@ def result_columns(table: Sequence[Row]) -> list[Column]:
     identity, status = _identity_columns(table, ALWAYS), _status_columns(table)
     training = [TRAINING] if "training_seconds" in keys else []
     published = PUBLISHED if "published_top1" in keys else ()
-    return [*identity, *SIZES, *published, *inference, RATE, *training, MEMORY, RATIO, *status]
+    ranks = [STRAGGLER] if "straggler_ratio" in keys else []
+    rates = [RATE, *training, *ranks]
+    return [*identity, *SIZES, *published, *inference, *rates, MEMORY, RATIO, *status]
+
+
+def scaling_columns(table: Sequence[Row]) -> list[Column]:
+    """The columns of rows of `bench.efficiency.scaling_rows` that were compared."""
+    keys = {key for row in table for key in row}
+    accuracy = SIZES[:1] if "top1" in keys and any(row.get("top1") for row in table) else ()
+    return [
+        *_identity_columns(table, (*ALWAYS, "num_processes", "launcher")),
+        *accuracy,
+        RATE,
+        Column(heading="Speed-up", show=_speed("speed_up", unit="x", fixed=2)),
+        Column(heading="Weak (%)", show=_speed("weak_efficiency", scale=100, fixed=1)),
+        Column(heading="Strong (%)", show=_speed("strong_efficiency", scale=100, fixed=1)),
+        Column(heading="Comm. (%)", show=_speed("communication_share", scale=100, fixed=1)),
+        STRAGGLER,
+        MEMORY,
+        *_status_columns(table),
+    ]
 
 
 def frontier_columns(table: Sequence[Row]) -> list[Column]:

@@ -18,6 +18,8 @@ _RANK = re.compile(r"^\[rank(\d+)\]:\s?")
 _LOG_LINE = re.compile(r"^(?:\[rank\d+\]:)?[EWI]\d{4} \d\d:\d\d:\d\d")
 _ROOT_RANK = re.compile(r"Root Cause .*?rank\s*:\s*(\d+)", re.DOTALL)
 _SIGNAL = re.compile(r"failed \(exitcode: -(\d+)\)|died with <Signals\.\w+: (\d+)>")
+_HUNG = re.compile(r"cifar(?:: process \d+)?: timeout: (.+?)(?:; continue from .*)?$")
+"""The line of `cifar.watchdog`, whose process ends without a traceback."""
 _FRAME = (" ", "Traceback")
 _LONGEST_REASON = 300
 
@@ -34,16 +36,14 @@ def classify(
     """
     errors = list(_tracebacks(stderr))
     own = _own_lines(stderr)
-    messages = [text for _, text in errors]
-    patterns = (OUT_OF_MEMORY, _NO_ROOM_FOR_ONEDNN) if limited else (OUT_OF_MEMORY,)
-    memory = [
-        text for text in (*messages, *own) if any(pattern.search(text) for pattern in patterns)
-    ]
-    if memory:
-        return "oom", _short(memory[0])
     number = _signal(returncode, stderr)
+    if memory := _memory(errors, own, _root_rank(stderr) if number else None, limited):
+        return "oom", memory
     if number == signal.SIGKILL and oom_kills:
-        return "oom", "killed by the kernel: the machine or the container ran out of memory"
+        which = _process(_root_rank(stderr), " was ")
+        return "oom", f"{which}killed by the kernel: the machine or the container ran out of memory"
+    if hung := [match[1] for line in own if (match := _HUNG.match(line))]:
+        return "failed", _short(hung[0])
     if errors and not (number and own and _only_peers(errors, stderr)):
         reason = _root(errors, stderr)
     elif number:
@@ -55,6 +55,24 @@ def classify(
     else:
         reason = f"exit code {returncode} without a message"
     return "failed", _short(reason)
+
+
+def _memory(
+    errors: list[tuple[int | None, str]], own: list[str], aborted: int | None, limited: bool
+) -> str:
+    """What was said of too little memory and by which process, "" if nothing was.
+
+    `aborted` is the one that a signal ended, whose last words bear no rank.
+    """
+    patterns = (OUT_OF_MEMORY, _NO_ROOM_FOR_ONEDNN) if limited else (OUT_OF_MEMORY,)
+    for rank, text in (*errors, *((aborted, line) for line in own)):
+        if any(pattern.search(text) for pattern in patterns):
+            return _short(f"{_process(rank, ': ')}{text}")
+    return ""
+
+
+def _process(rank: int | None, then: str) -> str:
+    return "" if rank is None else f"process {rank}{then}"
 
 
 def _tracebacks(stderr: str) -> Iterator[tuple[int | None, str]]:
@@ -105,6 +123,7 @@ def _only_peers(errors: list[tuple[int | None, str]], stderr: str) -> bool:
 
 
 def _root_rank(stderr: str) -> int | None:
+    """The rank that the launcher saw fail first, None if it tells none."""
     match = _ROOT_RANK.search(stderr)
     return int(match[1]) if match else None
 
@@ -134,7 +153,7 @@ def _signal(returncode: int, stderr: str) -> int:
 
 def _describe(number: int, rank: int | None) -> str:
     """What ended a process, and which one if there were several."""
-    which = "" if rank is None else f"process {rank} was "
+    which = _process(rank, " was ")
     names = {int(each): each.name for each in signal.Signals} | {signal.SIGKILL: "out of memory?"}
     name = f" ({names[number]})" if number in names else ""
     return f"{which}killed by signal {number}{name}"

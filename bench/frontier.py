@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from bench.record import Record
-from bench.rows import Row, data_set_text, rows
+from bench.row_facts import Row, data_set_text
+from bench.rows import rows
 from bench.search import LEAST_GRANULE
 
 SUITE = "frontier"

@@ -58,6 +58,7 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
     return [
         *told,
         *_unshared(cell, effective),
+        *_missing_rounds(cell, effective),
         *_skipped_graphs(cell, effective),
         *_disturbances(effective),
     ]
@@ -84,7 +85,7 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     batch = train.recipe.global_batch_size
     return {
         "device": device,
-        **_asked_of_placement(cell, device),
+        **_asked_of_placement(cell, effective, device),
         "compile": train.compile,
         **_asked_of_kernel(train, cell.precision, effective, compiled=train.compile),
         "parameter_dtype": "float32",
@@ -96,12 +97,25 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
     }
 
 
-def _asked_of_placement(cell: Cell, device: str) -> Labels:
+def _asked_of_placement(cell: Cell, effective: Labels, device: str) -> Labels:
     """Processes with a device each, and how they work together; see `bench.placement`."""
     asked: Labels = {"num_processes": cell.num_processes, "devices": cell.num_processes}
     if cell.num_processes > 1 or cell.launcher != "ddp":
         asked["backend"] = "nccl" if device == "cuda" else "gloo"
         asked["wrapper"] = WRAPPERS[cell.launcher]
+        if cell.num_processes > 1 and effective.get("wrapper") == asked["wrapper"]:
+            asked |= _asked_of_exchange(cell, effective)
+    return asked
+
+
+def _asked_of_exchange(cell: Cell, effective: Labels) -> Labels:
+    """Over what BatchNorm must take its statistics, and how DDP average gradients."""
+    parallel, asked = cell.train.parallel, Labels()
+    if effective.get("batch_norm") != "":  # the network has one
+        asked["batch_norm"] = parallel.batch_norm
+    if cell.launcher == "ddp":
+        asked["gradient_hook"] = parallel.gradient_hook
+        asked["bucket_bytes"] = parallel.bucket_bytes
     return asked
 
 
@@ -113,6 +127,13 @@ def _unshared(cell: Cell, effective: Labels) -> Iterable[str]:
         fraction = effective.get(name, UNOBSERVED)
         if not isinstance(fraction, float) or fraction >= 1:
             yield f"{name}: {fraction} where a share was asked"
+
+
+def _missing_rounds(cell: Cell, effective: Labels) -> Iterable[str]:
+    """Whether weights were averaged less often than local steps ask for."""
+    count, steps = cell.train.parallel.local_steps, int(effective["steps"])
+    if count > 1 and (rounds := int(effective.get("rounds", 0))) < steps // count:
+        yield f"rounds: {rounds} in {steps} steps where one every {count} was asked"
 
 
 def _asked_of_kernel(train: TrainConfig, name: str, seen: Labels, *, compiled: bool) -> Labels:

@@ -23,6 +23,7 @@ from bench.judge import KERNEL, UNOBSERVED, Labels, changes
 from bench.placement import placement
 from cifar.accelerator import is_native
 from cifar.distributed import gather_text
+from cifar.sync_batch_norm import batch_norm_of
 from cifar.teacher import EVENT
 from cifar.trainer import Trainer
 
@@ -90,7 +91,13 @@ class Witness:
             "steps": self._trainer.step,
             "samples_seen": counts["samples"],
             "skipped_steps": counts["skipped_steps"],
+            **self._rounds(),
         }
+
+    def _rounds(self) -> Labels:
+        """How often local steps ended in an average of all state; nothing where there are none."""
+        local = self._trainer.config.parallel.local_steps > 1
+        return {"rounds": self._trainer.rounds.ended} if local else {}
 
     def _counts(self) -> dict[str, int]:
         """Everything counted so far; waits for the device."""
@@ -243,7 +250,20 @@ def _settings(trainer: Trainer) -> Labels:
         "cudnn_benchmark": trainer.device.type == "cuda" and torch.backends.cudnn.benchmark,
         "loss_scaling": trainer.scaler is not None,
         **scale,
+        **_exchange(trainer),
     }
+
+
+def _exchange(trainer: Trainer) -> Labels:
+    """Over what BatchNorm takes its statistics, and how DDP averages; nothing of one process."""
+    if trainer.place.count == 1:
+        return {}
+    found: Labels = {"batch_norm": batch_norm_of(trainer.module)}
+    if isinstance(trainer.wrapped, nn.parallel.DistributedDataParallel):
+        told = trainer.wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        found["gradient_hook"] = told.get("comm_hook") or "none"
+        found["bucket_bytes"] = told["bucket_cap_bytes"]
+    return found
 
 
 def _is_tf32(backend: Any) -> bool:

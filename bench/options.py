@@ -2,20 +2,23 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from bench.launchers import environment_for, get_launcher
+from bench.option_types import CommaIntegers, CommaList, Flag
+from bench.place_options import PlaceOptions
 from bench.present import check_model, present_environment
 from bench.protocol import Protocol
 from bench.record import Environment
 from bench.repeats import Fingerprints
+from bench.scaling import scaling
 from bench.spec import Plan, Suite, Task, expand, grid
 from bench.suites import P99_BATCHES, get_suite, override
-from cifar.config import CompileMode, option_name, require
+from cifar.config import CompileMode, Parallel, option_name, require
 from cifar.cost import check_batch
 from cifar.data.config import DATA_HELP, DataConfig, parse_data
 from cifar.errors import ConfigError, UserError
@@ -23,44 +26,6 @@ from cifar.files import is_file, user_path
 from cifar.recipes import get_recipe
 
 arg = tyro.conf.arg
-Flag = tyro.conf.FlagCreatePairsOff[bool]
-
-
-def _split(words: list[str]) -> tuple[str, ...]:
-    parts = tuple(part.strip() for part in words[0].split(","))
-    if not all(parts):
-        raise ValueError(f"{words[0]!r}: give one or more, separated by commas")
-    return parts
-
-
-def _integers(words: list[str]) -> tuple[int, ...]:
-    if not all(part.isdecimal() for part in _split(words)):
-        raise ValueError(f"{words[0]!r}: give whole numbers, separated by commas")
-    return tuple(map(int, _split(words)))
-
-
-CommaList = Annotated[
-    tuple[str, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NAME[,NAME...]",
-        instance_from_str=_split,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(value)],
-    ),
-]
-
-
-CommaIntegers = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N[,N...]",
-        instance_from_str=_integers,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +53,11 @@ class RunOptions:
     """Micro-batches per optimiser step."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
     """Measure every cell at this many seeds."""
-    launcher: Annotated[str | None, arg(metavar="NAME")] = None
-    """How processes are started: ddp."""
-    num_processes: Annotated[int | None, arg(metavar="N")] = None
-    """Processes per cell, one per device."""
+    launcher: CommaList = ()
+    """How processes are started, e.g. ddp; every cell by each."""
+    num_processes: CommaIntegers = ()
+    """Processes per cell, one per device, e.g. 4 or 1,2,4,8; every cell in each number."""
+    parallel: Parallel = field(default=Parallel())
     train_samples: Annotated[int | None, arg(metavar="N")] = None
     """Training budget of every cell in samples; 0: speed only."""
     warmup_steps: Annotated[int | None, arg(metavar="N")] = None
@@ -118,6 +84,7 @@ class RunOptions:
     """Do what is missing in a run, given by its id or folder."""
     runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
     """Where runs are kept."""
+    place: PlaceOptions = field(default_factory=PlaceOptions)
 
 
 CELL_OPTIONS = (
@@ -131,6 +98,7 @@ CELL_OPTIONS = (
     "seeds",
     "launcher",
     "num_processes",
+    "parallel",
     "train_samples",
     "warmup_steps",
     "timed_steps",
@@ -144,6 +112,8 @@ CELL_OPTIONS = (
 )
 """The options that change the cells and protocols of a suite."""
 
+SCALING = scaling.__name__
+"""The suite that is made for the models, precisions, launchers and numbers of processes given."""
 SHAPES_TRAIN_IMAGES = 10_000
 """Of the embedded data set, which nothing can be wrong with: it need not be drawn to check it."""
 SHAPES_SIZE = (32, 32)
@@ -157,6 +127,7 @@ def build_suite(options: RunOptions) -> Suite:
         ConfigError: neither suite nor models, both, or a name or value that cannot be meant.
     """
     changes = _given(options, CELL_OPTIONS)
+    _check_counts(options.num_processes)
     require(
         not {"timed_steps", "timed_seconds"} <= changes.keys(),
         "timed-steps",
@@ -167,10 +138,23 @@ def build_suite(options: RunOptions) -> Suite:
         changes["recipe"] = get_recipe(options.recipe)
     if options.data is not None:
         changes["data"] = parse_data(options.data)
-    suite = override(_start(options), **changes)
+    if options.suite == SCALING:
+        names = {"batch_size": "batch_size", "launcher": "launchers", "num_processes": "counts"}
+        own = {name: changes.pop(given) for given, name in names.items() if given in changes}
+        start = scaling(**_given(options, ("models", "precisions")), **own)
+    else:
+        start = _start(options)
+    suite = override(start, **changes)
     for task in expand(suite):
         get_launcher(task.cell.launcher)
     return suite
+
+
+def _check_counts(counts: Sequence[int]) -> None:
+    for count in counts:
+        require(count >= 1, "num-processes", count, "give 1 or more")
+    repeated = len(set(counts)) < len(counts)
+    require(not repeated, "num-processes", ",".join(map(str, counts)), "give each number once")
 
 
 def _given(options: object, names: Iterable[str]) -> dict[str, Any]:
@@ -179,7 +163,7 @@ def _given(options: object, names: Iterable[str]) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if value is not None and value is not False and value != ()
+        if value is not None and value is not False and value not in ((), Parallel())
     }
 
 
@@ -213,15 +197,25 @@ def check_resume(options: object, excluded: Iterable[str] = RESUME_EXCLUDES) -> 
         ConfigError: one of them is given as well.
     """
     for name, value in _given(options, excluded).items():
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        option, shown = _as_given(name, value)
         raise ConfigError(
-            f"{option_name(name)}: {shown}: not with --resume, which does what the run was "
-            "started for; leave it out"
+            f"{option}: {shown}: not with --resume, which does what the run was started for; "
+            "leave it out"
         )
 
 
-def check(tasks: Sequence[Task]) -> Fingerprints:
+def _as_given(name: str, value: Any) -> tuple[str, object]:
+    """An option's name and value as on the command line; the first of an exchange's options."""
+    if isinstance(value, Parallel):
+        (name, *_) = value.changed
+        value = getattr(value, name)
+    return option_name(name), ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def check(tasks: Sequence[Task], *, whole_machine: bool = True) -> Fingerprints:
     """Refuse what no worker needs to be started for; see `check_data` and `check_devices`.
+
+    The latter is for cells that run on this machine as a whole.
 
     Raises:
         UserError: one of theirs, a variable that no worker can start with, or a library's network
@@ -229,7 +223,8 @@ def check(tasks: Sequence[Task]) -> Fingerprints:
     """
     environment_for(1, os.environ)
     fingerprints = check_data(tasks)
-    check_devices(tasks)
+    if whole_machine:
+        check_devices(tasks)
     trained = (task.cell.train for task in tasks if task.cell.train.model.library)
     for model, data in {(train.model, train.data) for train in trained}:
         check_model(model, examine(data).size)

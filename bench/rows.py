@@ -8,10 +8,10 @@ and seed share a row; runs on other hardware, software, code or data never do.
 import functools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-from bench.published import PUBLISHED
 from bench.record import DataFacts, Environment, Measurement, Record
+from bench.row_facts import Row, what
 from bench.spec import Cell
 from bench.stats import (
     FEWEST,
@@ -24,15 +24,17 @@ from bench.stats import (
 )
 from cifar.serialize import digest
 
-Row = dict[str, str | int | float | None]
-"""Column name to raw value; None: not measured."""
-
 
 @functools.lru_cache(maxsize=4096)
 def _cell_key(cell: Cell, precision: str) -> str:
     """Digest of a cell at another precision and seed 0."""
     train = replace(cell.train, seed=0, precision=precision)  # type: ignore[arg-type]
     return digest(replace(cell, train=train))
+
+
+def row_key(record: Record) -> tuple[str, str]:
+    """The columns `cell` and `protocol` of the row that a record is in."""
+    return _cell_key(record.cell, record.cell.precision), record.protocol.digest
 
 
 def _completed(records: Iterable[Record]) -> list[Record]:
@@ -85,9 +87,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Numbers that could not be taken, or were wrong, are told whatever the other runs found:
     `_status` is `failed`, `_failed` how often, and `failed_measurements` says which and why.
     """
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in _completed(records):
-        groups.setdefault(_identity(record, record.cell.precision), []).append(record)
+    groups = {_identity(group[0], group[0].cell.precision): group for group in grouped(records)}
     result = {identity: _row(group) for identity, group in groups.items()}
     for identity, group in groups.items():
         row, reference = result[identity], result.get(_identity(group[0], "fp32"), {})
@@ -95,8 +95,16 @@ def rows(records: Iterable[Record]) -> list[Row]:
         if isinstance(mine, float) and isinstance(other, float):
             row["vs_fp32"] = mine / other
             if row is not reference:
-                row |= _ratio_bounds(_rates(group), _rates(groups[_identity(group[0], "fp32")]))
+                row |= _ratio_bounds(rates(group), rates(groups[_identity(group[0], "fp32")]))
     return list(result.values())
+
+
+def grouped(records: Iterable[Record]) -> list[list[Record]]:
+    """The last record of every task, those that share a row together, in the order of the rows."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in _completed(records):
+        groups.setdefault(_identity(record, record.cell.precision), []).append(record)
+    return list(groups.values())
 
 
 def _identity(record: Record, precision: str) -> tuple[str, ...]:
@@ -117,7 +125,7 @@ def _row(group: Sequence[Record]) -> Row:
     reason = told[-1].reason if told else ""
     if told and len(told) < len(group):
         reason = f"{len(told)} of {len(group)} runs: {reason}"
-    row = _what(group[0])
+    row = what(group[0], _cell_key(group[0].cell, group[0].cell.precision))
     row |= {
         "status": status,
         "reason": " ".join(reason.split()),
@@ -201,103 +209,17 @@ def _validity(finished: Sequence[Record]) -> Row:
     return {"valid": not disturbed if finished else None, "invalid_reason": reason}
 
 
-def _rates(group: Sequence[Record]) -> list[float]:
+def rates(group: Sequence[Record]) -> list[float]:
     """Training throughput of every finished run."""
-    rates = [record.value("train_throughput") for record in group if record.status == "ok"]
-    return [rate for rate in rates if rate is not None]
+    found = [record.value("train_throughput") for record in group if record.status == "ok"]
+    return [rate for rate in found if rate is not None]
 
 
-def _ratio_bounds(rates: Sequence[float], reference: Sequence[float]) -> Row:
-    if min(len(rates), len(reference)) < FEWEST:
+def _ratio_bounds(mine: Sequence[float], reference: Sequence[float]) -> Row:
+    if min(len(mine), len(reference)) < FEWEST:
         return {}
-    low, high = ratio_interval(rates, reference)
+    low, high = ratio_interval(mine, reference)
     return {"vs_fp32_low": low, "vs_fp32_high": high}
-
-
-def _what(record: Record) -> Row:
-    """The part of a row that says what was run, on what."""
-    cell, train, environment, data = (
-        record.cell,
-        record.cell.train,
-        record.environment,
-        record.data,
-    )
-    return {
-        "hardware": environment.hardware if environment else "unknown",
-        "precision": cell.precision,
-        "model": train.model.label,
-        "layout": cell.layout,
-        "compile": cell.compiled,
-        "batch_size": train.recipe.global_batch_size,
-        "num_processes": cell.num_processes,
-        "launcher": cell.launcher,
-        "accumulation_steps": train.accumulation_steps,
-        "data": train.data.source,
-        "recipe": train.recipe.name,
-        "train_samples": record.protocol.train_samples,
-        **_published(train.recipe.name),
-        "torch": environment.torch if environment else None,
-        "code": environment.code_digest[:8] if environment else None,
-        "cell": _cell_key(cell, cell.precision),
-        "protocol": record.protocol.digest,
-        "machine": _machine(environment) if environment else None,
-        "worker": _worker(environment) if environment else None,
-        "software": _software(environment) if environment else None,
-        "source": _source(environment) if environment else None,
-        "data_set": data_set_text(data) if data else None,
-    }
-
-
-def _published(recipe: str) -> Row:
-    """The figures of the project that a recipe is made after, where there is one."""
-    figures = PUBLISHED.get(recipe)
-    return {f"published_{name}": each for name, each in asdict(figures).items()} if figures else {}
-
-
-def _machine(environment: Environment) -> str:
-    gpus = (
-        [f"{environment.gpu_count} x {environment.gpu_names[0]}, driver {environment.driver}"]
-        if environment.gpu_names
-        else []
-    )
-    cpu = f"{environment.cpu_model}, {environment.cpu_count} cores"
-    return ", ".join([*gpus, cpu, f"{environment.memory_bytes / 2**30:.0f} GiB of memory"])
-
-
-def _worker(environment: Environment) -> str:
-    threads = f"{environment.threads} thread" + ("s" if environment.threads > 1 else "")
-    variables = sorted(environment.worker_env.items())
-    return " ".join([threads, *(f"{name}={value}" for name, value in variables)])
-
-
-def _software(environment: Environment) -> str:
-    versions = (
-        ("", environment.os),
-        ("Python", environment.python),
-        ("torch", environment.torch),
-        ("accelerate", environment.accelerate),
-        ("CUDA", environment.cuda),
-        ("cuDNN", environment.cudnn),
-    )
-    return ", ".join(f"{name} {version}".strip() for name, version in versions if version)
-
-
-def _source(environment: Environment) -> str:
-    state = " with uncommitted changes" if environment.git_dirty else ""
-    commit = (
-        f"git {environment.git_sha[:12]}{state}"
-        if environment.git_sha
-        else (f"no git commit ({environment.git_reason})")
-    )
-    return f"{commit}, sources {environment.code_digest[:8]}"
-
-
-def data_set_text(data: DataFacts) -> str:
-    """What the column `data_set` says of images."""
-    return (
-        f"{data.name}, {data.train_samples:,} training and {data.test_samples:,} test images of "
-        f"{data.classes} classes, fingerprint {data.fingerprint}"
-    )
 
 
 def _metric_key(measurement: Measurement) -> str:

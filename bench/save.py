@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from bench.columns import frontier_columns
+from bench.columns import frontier_columns, scaling_columns
+from bench.efficiency import SUITE as SCALING
+from bench.efficiency import in_order, scaling_rows
 from bench.frontier import SUITE as FRONTIER
 from bench.frontier import frontier
 from bench.record import Record
@@ -11,7 +13,7 @@ from bench.record_file import read_records
 from bench.rows import rows
 from bench.runs import Run, latest
 from bench.table import render_markdown
-from cifar.errors import UserError
+from cifar.errors import OutputError, UserError
 from cifar.files import in_turn, write_atomic
 from cifar.serialize import to_json
 
@@ -41,6 +43,7 @@ def save(run: Run, results_dir: Path, tell: Callable[[str], None] = print) -> li
                 "give another folder"
             ) from None
         written += [path, path.with_suffix(".md")]
+        written += [plot] if (plot := write_plot(path.parent, read_records(path))) else []
         keys = {record.key for record in added}
         lines = (_staying(record) for record in records if record.key not in keys)
         for line in dict.fromkeys(lines):
@@ -112,7 +115,31 @@ def table(suite: str, records: Iterable[Record]) -> str:
     """The Markdown of a suite's records."""
     if suite == FRONTIER:
         return render_markdown(frontier(records), frontier_columns).rstrip()
+    if suite == SCALING:
+        return render_markdown(in_order(scaling_rows(records)), scaling_columns).rstrip()
     return render_markdown(rows(records)).rstrip()
+
+
+def write_plot(folder: Path, records: Sequence[Record]) -> Path | None:
+    """Draw how the records of the suite `scaling` scale, in a file in `folder`; None of others.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    swept = [record for record in records if record.suite == SCALING]
+    if not swept:
+        return None
+    from bench.scaling_plot import PLOT, scaling_plot
+
+    path = folder / PLOT
+    try:
+        write_atomic(path, scaling_plot(in_order(scaling_rows(swept))))
+    except OSError as error:
+        raise OutputError(
+            f"plot: {path}: cannot be written ({error.strerror}); the records are safe, make room "
+            "and draw it again with bench save"
+        ) from None
+    return path
 
 
 def _by_hardware(run: Run) -> dict[str, list[Record]]:

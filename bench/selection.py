@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from bench.rows import Row
+from bench.row_facts import Row
 from cifar.errors import UserError
 
 ALIASES = {
@@ -16,6 +16,8 @@ ALIASES = {
     "params": "param_count",
     "inference_b1": "inference_latency_b1",
     "inference_b256": "inference_latency_b256",
+    "weak": "weak_efficiency",
+    "strong": "strong_efficiency",
     "train": "train_throughput",
     "memory": "peak_memory_bytes",
 }
@@ -30,11 +32,14 @@ LARGE = (
     "output_agreement",
     "peak_flops",
     "published_top1",
+    "speed_up",
+    "strong_efficiency",
     "top1",
     "top5",
     "train_throughput",
     "validation_top1",
     "vs_fp32",
+    "weak_efficiency",
 )
 """Columns of which large values are the better ones, by their beginnings: there may be several, one
 per batch size, backend or bound."""

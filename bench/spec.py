@@ -28,8 +28,9 @@ class Cell:
     """One point of the grid: a training configuration, its launcher and its process count.
 
     Raises:
-        ConfigError: no precision or an unknown one, no process, a batch that does not divide, or
-            steps of two kinds.
+        ConfigError: no precision or an unknown one, no process, a batch that does not divide, steps
+            of two kinds, or an exchange without others to exchange with.
+        UnsupportedError: an exchange that its launcher does not do.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -51,6 +52,7 @@ class Cell:
         require(patience == 0, "patience", patience, remedy)
         require(self.num_processes >= 1, "num-processes", self.num_processes, "give 1 or more")
         self.train.per_device_batch_size(self.num_processes)
+        self.train.parallel.check_launch(self.launcher, self.num_processes)
         frozen = self.train.recipe.frozen_epochs
         remedy = "its steps cost less than the later ones; name a --recipe without"
         require(frozen == 0, "frozen-epochs", frozen, remedy)
@@ -93,6 +95,7 @@ class Cell:
             f"acc{train.accumulation_steps}" if train.accumulation_steps > 1 else "",
             f"x{self.num_processes}" if self.num_processes > 1 else "",
             self.launcher if self.launcher != "ddp" else "",
+            train.parallel.label,
             train.data.source if train.data.source != "shapes" else "",
             f"seed{train.seed}" if train.seed else "",
         )

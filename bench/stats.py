@@ -77,14 +77,18 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def straggler_ratio(step_seconds_by_rank: Ranks) -> float:
-    """The slowest rank's seconds over the median rank's; 1.0: no straggler.
+    """The slowest rank's mean step over the median rank's; 1.0: no straggler.
 
-    It tells of ranks that work by themselves, as input pipelines do. Where they average gradients
-    every rank waits for the slowest one in every step: all take as long as it, and only its lag
-    after the last exchange is left to see.
+    A straggler is a task that takes much longer than the median one of its kind, in
+    Ananthanarayanan et al. 2010 (Mantri, OSDI, section 2) 1.5 times as long. Of two ranks the
+    median is their mean, so the ratio is 2 at most.
+
+    It tells of ranks that work by themselves, as input pipelines and the steps of
+    `bench.measure.ranks` do. Where they average gradients every rank waits for the slowest one in
+    every step: all take as long as it, and only its lag after the last exchange is left to see.
     """
-    totals = [math.fsum(seconds) for seconds in step_seconds_by_rank]
-    return max(totals) / statistics.median(totals)
+    means = [statistics.fmean(seconds) for seconds in step_seconds_by_rank]
+    return max(means) / statistics.median(means)
 
 
 def median_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:

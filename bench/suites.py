@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bench.protocol import BACKENDS, Protocol
+from bench.scaling import exchange, scaling
 from bench.spec import Cell, Plan, Suite, grid, seeded
 from bench.stats import FEWEST
-from cifar.config import TrainConfig, require
+from cifar.config import Parallel, TrainConfig, require
 from cifar.data.config import DataConfig
 from cifar.errors import ConfigError
 from cifar.recipes import get_config, get_recipe
@@ -210,7 +211,10 @@ def _full_budget(recipe: str) -> Plan:
 
 SUITES: dict[str, Callable[[], Suite]] = {
     suite.__name__: suite
-    for suite in (quick, depths, precisions, accuracy, latency, anatomy, reference)
+    for suite in (
+        *(quick, depths, precisions, accuracy, latency, anatomy, reference),
+        *(scaling, exchange),
+    )
 }
 
 
@@ -226,37 +230,52 @@ def get_suite(name: str) -> Suite:
 
 
 def override(
-    suite: Suite, *, batch_size: int | None = None, seeds: int | None = None, **changes: Any
+    suite: Suite,
+    *,
+    batch_size: int | None = None,
+    seeds: int | None = None,
+    launcher: Sequence[str] = (),
+    num_processes: Sequence[int] = (),
+    **changes: Any,
 ) -> Suite:
     """The suite with these fields of `TrainConfig`, `Cell` and `Protocol` changed everywhere.
 
-    A recipe brings its own batch size unless `batch_size` is given too, and a mode of compiling is
-    that of the cells that compile. Repeats too few for an interval need not aim at one. Cells that
-    become equal are measured once (`bench.spec.expand`).
+    Every cell by each launcher, in each number of processes. A recipe brings its own batch size
+    unless `batch_size` is given too; a mode of compiling is that of the cells that compile, and an
+    exchange that of those of several processes. Repeats too few for an interval need not aim at
+    one. Cells that become equal are measured once (`bench.spec.expand`).
 
     Raises:
-        ConfigError: a value out of range, a batch that does not divide, or a mode of compiling
-            where no cell compiles.
+        ConfigError: a value out of range, a batch that does not divide, a mode of compiling where
+            no cell compiles, or an exchange where each is of one process.
+        UnsupportedError: an exchange that a cell's launcher does not do.
     """
-    train, own, protocol = (_of(cls, changes) for cls in (TrainConfig, Cell, Protocol))
-    if unknown := changes.keys() - {*train, *own, *protocol}:
+    train, protocol = (_of(cls, changes) for cls in (TrainConfig, Protocol))
+    if unknown := changes.keys() - {*train, *protocol}:
         raise TypeError(f"no such field: {', '.join(unknown)}")
 
     if (repeats := protocol.get("repeats")) is not None and repeats <= FEWEST:
         protocol.setdefault("target_interval", None)  # so few have none
 
     def changed(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-        new = tuple(_changed(cell, train, own, batch_size) for cell in cells)
+        new = tuple(
+            _changed(cell, train, batch_size, launched, count)
+            for cell in cells
+            for launched in launcher or (cell.launcher,)
+            for count in num_processes or (cell.num_processes,)
+        )
         return new if seeds is None else seeded(new, seeds)
 
-    cells = [cell for plan in suite.plans for cell in plan.cells]
-    mode = train.get("compile_mode")
-    compiles = any(train.get("compile", cell.train.compile) for cell in cells)
-    require(mode is None or compiles, "compile-mode", mode, "needs --compile")
     plans = tuple(
         Plan(protocol=replace(plan.protocol, **protocol), cells=changed(plan.cells))
         for plan in suite.plans
     )
+    cells = [cell for plan in plans for cell in plan.cells]
+    mode, parallel = train.get("compile_mode"), train.get("parallel", Parallel())
+    compiles = any(cell.train.compile for cell in cells)
+    require(mode is None or compiles, "compile-mode", mode, "needs --compile")
+    if all(cell.num_processes == 1 for cell in cells):
+        parallel.check_launch("ddp", 1)
     return replace(suite, plans=plans)
 
 
@@ -266,7 +285,7 @@ def _of(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(
-    cell: Cell, train: dict[str, Any], own: dict[str, Any], batch_size: int | None
+    cell: Cell, train: dict[str, Any], batch_size: int | None, launcher: str, num_processes: int
 ) -> Cell:
     recipe = train.get("recipe", cell.train.recipe)
     if batch_size is not None:
@@ -274,4 +293,7 @@ def _changed(
     changes = {**train, "recipe": recipe}
     if not train.get("compile", cell.train.compile):
         changes.pop("compile_mode", None)
-    return replace(cell, train=replace(cell.train, **changes), **own)
+    if num_processes == 1:
+        changes["parallel"] = Parallel()
+    changed = replace(cell.train, **changes)
+    return replace(cell, train=changed, launcher=launcher, num_processes=num_processes)

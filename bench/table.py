@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.columns import ALWAYS, DASH, IDENTITY, Column, distinct, result_columns
-from bench.rows import Row
+from bench.row_facts import Row
 from cifar.config import PRECISIONS
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _captions(table: Sequence[Row]) -> list[tuple[str, str]]:
         ("Software", "software"),
         ("Code", "source"),
         ("Data", "data_set"),
+        ("Efficiency", "compared_with"),
     )
     lines = [
         (name, text) for name, key in subjects for text in distinct(table, key) if text != DASH
@@ -94,9 +95,9 @@ def _captions(table: Sequence[Row]) -> list[tuple[str, str]]:
     shared = []
     for key, _, phrase in IDENTITY:
         values = distinct(table, key)
-        if phrase and key not in ALWAYS and len(values) == 1:
+        if phrase and key not in ALWAYS and len(values) == 1 and values != [DASH]:
             shared.append(_plural(phrase.format(values[0]), values[0]))
-    shown = r"(train_throughput|inference_latency_b\d+)_low"
+    shown = r"(train_throughput|inference_latency_b\d+|(weak|strong)_efficiency|speed_up)_low"
     if any(re.fullmatch(shown, key) for row in table for key in row):
         lines.append(("[ ]", "95 % interval of the median over processes"))
     return [*lines, ("Cells", ", ".join(shared))]

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from bench.record import Record
-from bench.rows import Row, rows
+from bench.row_facts import Row
+from bench.rows import rows
 from bench.space import KINDS, Value, reads, show, value_of
 from bench.tuning import SUITE, Trial, trials_of
 

@@ -35,6 +35,7 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
+from cifar.pulse import PULSE
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
 from cifar.trainer import Trainer
@@ -76,7 +77,8 @@ class Worker:
         names = list(later)
         for done, metric in enumerate(later.values()):
             self._keep(unfinished(self._record(status, reason), names[done:]))
-            _take(subject, metric)
+            with PULSE.during(names[done]):  # some take long, on the first process alone
+                _take(subject, metric)
         return self._record(status, reason)
 
     def _train(self, task: Task) -> tuple[Subject, Status, str]:

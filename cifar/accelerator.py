@@ -14,6 +14,7 @@ from torch import nn
 
 from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
+from cifar.distributed import join_group
 from cifar.errors import ConfigError, UnsupportedError
 from cifar.ranks import check_rendezvous, local_world_size, world_size
 from cifar.strategy import Strategy, check_settings, check_suits, launched_strategy
@@ -38,17 +39,15 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
     check_launch(os.environ)
     strategy = launched_strategy(os.environ)
     name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    cpu = launched_on_cpu(os.environ) or run.cpu or not torch.cuda.is_available()
+    cpu = runs_on_cpu(run)
     device = torch.device("cpu" if cpu else "cuda")
     check_supported(name, device)
     check_suits(strategy, config, name)
     if config.compile:
         check_compile_mode(config.compile_mode, device)
         check_compiler(device.type)
-    if not cpu:
-        check_devices(os.environ)
-    check_rendezvous(os.environ, cpu=cpu)
     check_grouped(strategy, os.environ)
+    meet(run)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     torch.backends.cudnn.benchmark = True  # sizes are few and fixed; a CPU has no use for it
@@ -58,7 +57,11 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
             mixed_precision=precision.mixed_precision,
             kwargs_handlers=[
                 # Buffers are made equal before they are saved or evaluated, not at every step.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                    bucket_cap_mb=config.parallel.bucket_mib,
+                )
             ],
         )
     assert accelerator.mixed_precision == precision.mixed_precision
@@ -89,6 +92,24 @@ def autocast_module(accelerator: Accelerator, module: nn.Module, precision: str)
         module, device_placement=False, evaluation_mode=True
     )
     return prepared
+
+
+def meet(run: RunConfig) -> None:
+    """Form the group of the job's processes, which `Accelerator()` then uses.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes, or they could not find each other.
+    """
+    cpu = runs_on_cpu(run)
+    if not cpu:
+        check_devices(os.environ)
+    check_rendezvous(os.environ, cpu=cpu)
+    join_group("gloo" if cpu else "nccl", run)
+
+
+def runs_on_cpu(run: RunConfig) -> bool:
+    """Whether to train on the CPU: as told, or for want of a GPU; raises as `launched_on_cpu`."""
+    return launched_on_cpu(os.environ) or run.cpu or not torch.cuda.is_available()
 
 
 def wrap_module(accelerator: Accelerator, module: nn.Module, precision: str) -> Any:

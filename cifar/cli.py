@@ -18,12 +18,14 @@ from typing import Any, TypeVar, cast
 import tyro
 
 from cifar import ranks
-from cifar.errors import CifarError, ConfigError, OutOfMemoryError, UserError
+from cifar.errors import CifarError, ConfigError, OutOfMemoryError, UnmetError, UserError
 
 T = TypeVar("T")
 
 FIRST_PROCESS_SECONDS = 10.0
 """How long a process waits for the first one to meet the same bad input and end the job."""
+MEMORY_SECONDS = 2.0
+"""The same for memory: what does not fit in one process is met in the others at the same time."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """What a full or broken disk says; of files that the programs write, they tell the name."""
@@ -171,7 +173,8 @@ def run_program(
 ) -> int:
     """Run the command that `argv` names and return the exit code.
 
-    0 done, 1 failed, 2 bad input, 128 + signal when stopped. An error is one line on stderr; under
+    0 done, 1 failed, 2 bad input, 3 when another process is missing (`cifar.watchdog`),
+    128 + signal when stopped. An error is one line on stderr; under
     a launcher the first process alone prints it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -181,7 +184,7 @@ def run_program(
         sys.stdout.flush()
         return code
     except (UserError, OutOfMemoryError) as error:  # one process may meet it alone
-        complain_of_input(prog, str(error))
+        complain_of_input(prog, error)
         return error.exit_code
     except CifarError as error:
         complain(prog, str(error))
@@ -254,17 +257,26 @@ def complain(prog: str, message: str) -> None:
         print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def complain_of_input(prog: str, message: str) -> None:
+def complain_of_input(prog: str, error: CifarError) -> None:
     """The same, but another process speaks up if it alone has met the error.
 
     It waits first: the launcher ends all processes as soon as one of them has failed, which must
-    not be before the first has printed.
+    not be before the first has printed. Of memory it is said which process had too little.
     """
     rank = _rank()
-    if rank:
-        time.sleep(FIRST_PROCESS_SECONDS)
+    if rank and not isinstance(error, UnmetError):
+        is_memory = isinstance(error, OutOfMemoryError)
+        time.sleep(MEMORY_SECONDS if is_memory else FIRST_PROCESS_SECONDS)
+    if rank or (isinstance(error, OutOfMemoryError) and _is_one_of_several()):
         prog = f"{prog}: process {rank}"
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _is_one_of_several() -> bool:
+    try:
+        return ranks.world_size(os.environ) > 1
+    except ConfigError:
+        return False
 
 
 def _rank() -> int:

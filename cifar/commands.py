@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from cifar import run_folder
+from cifar import restart, run_folder
 from cifar.cli import Command, parse, run_program
-from cifar.config import MOST_PIXELS, ModelConfig, require
+from cifar.config import MOST_PIXELS, ModelConfig, RunConfig, require
 from cifar.data.config import DATA_HELP, DataConfig, DataOption, Published
 from cifar.errors import ConfigError
 from cifar.evaluate_options import run_evaluate
@@ -23,8 +23,9 @@ from cifar.files import user_path
 from cifar.lr_find_options import run_lr_find
 from cifar.process import ensure_environment
 from cifar.range_test import RangeTest
-from cifar.ranks import is_first
+from cifar.ranks import is_first, world_size
 from cifar.recipes import get_recipe
+from cifar.signals import end_with_launcher
 from cifar.train_options import TrainOptions, read_train_options
 
 arg = tyro.conf.arg
@@ -47,6 +48,7 @@ examples:
 
 def run_train(argv: list[str]) -> int:
     """`cifar train`."""
+    end_with_launcher(os.environ)  # before all that takes long, in which the launcher may end
     options = read_train_options(argv)
     if options.folder is not None:
         stored = run_folder.read_config(options.folder)
@@ -64,7 +66,7 @@ def _train(options: TrainOptions, folder: Path | None) -> None:
         options.train,
         options.run,
         folder,
-        resume=options.resume is not None,
+        resume="auto" if options.is_auto else options.resume is not None,
         range_test=RangeTest() if options.finds_lr else None,
     )
     if is_first(os.environ):
@@ -79,6 +81,15 @@ def _owned_folder(options: TrainOptions) -> Iterator[Path | None]:
 
     The others read a run to resume; of a new one they know no folder.
     """
+    if options.is_auto:
+        assert options.run.output_dir is not None, "was required"
+        folder = user_path(options.run.output_dir, "output-dir")
+        taken: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if is_first(os.environ):
+            taken = restart.taken_up(folder, options.train, options.run, finds_lr=options.finds_lr)
+        with taken:
+            yield folder
+        return
     if options.folder is not None:
         first = is_first(os.environ)
         with run_folder.resumed(options.folder) if first else contextlib.nullcontext():
@@ -218,10 +229,41 @@ def run_download(argv: list[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeetOptions:
+    """Options of `cifar meet`."""
+
+    cpu: bool = False
+    """Meet by the network of the machines alone (gloo), although there are GPUs (NCCL)."""
+    meeting_timeout: float = 45.0
+    """Seconds that the processes may start apart."""
+
+
+def run_meet(argv: list[str]) -> int:
+    """`cifar meet`."""
+    options = parse(
+        MeetOptions,
+        argv,
+        prog="cifar meet",
+        description="Check that processes which are started like this one find each other; where "
+        "they do not, a line says why. Start it as you would start a training.",
+        example="RANK=0 WORLD_SIZE=2 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 cifar meet --cpu",
+    )
+    from cifar.accelerator import meet
+    from cifar.distributed import leave
+
+    meet(RunConfig(cpu=options.cpu, meeting_timeout=options.meeting_timeout))
+    if is_first(os.environ):
+        print(f"all {world_size(os.environ)} have met")
+    leave()
+    return 0
+
+
 COMMANDS = {
     "train": Command(help="train a model, or resume a run", run=run_train),
     "lr-find": Command(help="suggest a learning rate by a range test", run=run_lr_find),
     "evaluate": Command(help="score saved weights on a test split", run=run_evaluate),
+    "meet": Command(help="check that processes find each other", run=run_meet),
     "summary": Command(help="print the layer table of a model", run=run_summary),
     "show-augmentation": Command(help="picture what a recipe makes of images", run=run_show),
     "download": Command(help="fetch CIFAR-10, CIFAR-100 or Tiny ImageNet", run=run_download),

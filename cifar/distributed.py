@@ -1,16 +1,47 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
+import contextlib
 import gc
-from collections.abc import Callable, Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar.errors import Stopped
+from cifar.config import RunConfig
+from cifar.errors import Stopped, TrainingError
+from cifar.rendezvous import form_group
+from cifar.watchdog import BACKSTOP, Watchdog
 
 T = TypeVar("T")
+
+_PEER_GONE = re.compile(
+    r"Connection (?:closed|reset) by peer|Broken pipe|pair closure|Timed out waiting \d+ms"
+    r"|ncclRemoteError|NCCL communicator was aborted"
+)
+"""What gloo and NCCL say where another process has ended."""
+
+_WATCHDOGS: list[Watchdog] = []
+"""That of the default group, if it has one: like the group, one in a process."""
+
+
+def join_group(backend: str, run: RunConfig) -> None:
+    """Meet the other processes of the job, if there are any and this has not happened yet.
+
+    Raises as `cifar.rendezvous.form_group` does, which see.
+    """
+    group = form_group(
+        os.environ,
+        backend=backend,
+        meeting_timeout=run.meeting_timeout,
+        collective_timeout=BACKSTOP * run.collective_timeout,
+    )
+    if group is not None and group.size > 1:
+        _WATCHDOGS.append(Watchdog(group, run.collective_timeout))
+        _WATCHDOGS[-1].start()
 
 
 def is_distributed() -> bool:
@@ -45,12 +76,33 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def explained_peers() -> Iterator[None]:
+    """While entered, the end of another process is an error that says so, instead of torch's.
+
+    Raises:
+        TrainingError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _PEER_GONE.search(str(error)):
+            raise
+        told = " ".join(str(error).split())
+        raise TrainingError(
+            "processes: another one has ended or cannot be reached any more, its own words or the "
+            f"launcher's say why ({told.partition('. This')[0][-120:]})"
+        ) from None
+
+
 def leave() -> None:
     """End this process's part in the group; without it NCCL warns of leaked resources.
 
     Call it when nothing needs the models that were trained in it: they hold the group, whose
     threads abort a process that ends before them (https://github.com/pytorch/pytorch/issues/190489).
     """
+    while _WATCHDOGS:
+        _WATCHDOGS.pop().stop()
     if dist.is_available() and dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()

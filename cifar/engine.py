@@ -19,6 +19,7 @@ from cifar.accelerator import autocast_module, wrap_module
 from cifar.checkpoint import Tensors, check_same_shapes, load_into
 from cifar.config import TrainConfig
 from cifar.distributed import broadcast_from_first, reduce_sum
+from cifar.exchange import register_hook
 from cifar.muon import Rows
 from cifar.optim import load_optimizer_tensors, optimizer_tensors
 
@@ -44,6 +45,7 @@ class Engine:
         assert config.precision is not None, "resolved"
         self.module = self.bare = module
         self._accelerator, self._precision = accelerator, config.precision
+        self._parallel = config.parallel
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser of this process changes, with the gradient that it reads."""
@@ -55,6 +57,7 @@ class Engine:
     def wrap(self) -> Any:
         """What a step calls; made anew when parameters have been frozen or set free."""
         self._wrapped = wrap_module(self._accelerator, self.module, self._precision)
+        register_hook(self._wrapped, self._parallel)
         return self._wrapped
 
     def accumulating(self) -> AbstractContextManager[None]:

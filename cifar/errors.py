@@ -17,6 +17,10 @@ class ConfigError(UserError):
     """A configuration that cannot be meant: unknown name, value out of range, conflict."""
 
 
+class UnmetError(ConfigError):
+    """This process has not met the others of its job, and it alone can say so."""
+
+
 class DataError(UserError):
     """A data set that is missing, damaged or of the wrong form."""
 

@@ -31,7 +31,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], title: str) -> bytes:
     `metrics` are the lines of `metrics.jsonl`. The loss of training is what was minimised, so it
     holds label smoothing and mixing; its top-1 is that of augmented images, while training.
     """
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in metrics]
     for axes, name, scale, label in (
@@ -49,7 +49,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], title: str) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(title, parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def range_test(curve: Curve, suggested: float | None, title: str) -> bytes:
@@ -57,7 +57,7 @@ def range_test(curve: Curve, suggested: float | None, title: str) -> bytes:
 
     What lies further above the beginning than that above the lowest loss is cut off.
     """
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     axes.plot(curve.lrs, curve.losses, color=_QUIET, linewidth=0.8, label="loss")
     axes.plot(curve.lrs, curve.smoothed, color=_TRAIN, label="smoothed")
@@ -74,14 +74,14 @@ def range_test(curve: Curve, suggested: float | None, title: str) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(title, parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], title: str) -> bytes:
     """`matrix[i, j]`: samples of class i predicted as j, coloured by their share of class i."""
     count = len(classes)
     side = min(24.0, 4.0 + 0.35 * count)
-    figure = _figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     totals = matrix.sum(1, keepdims=True)
     shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
@@ -98,14 +98,14 @@ def confusion(matrix: npt.NDArray[np.int64], classes: Sequence[str], title: str)
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(cell), ha="center", va="center", color=colour, fontsize=8)
     axes.set_title(title, parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def class_accuracy(accuracy: Sequence[float | None], classes: Sequence[str], title: str) -> bytes:
     """A bar per class that has samples, the worst on top, and a line at their mean."""
     pairs = zip(classes, accuracy, strict=True)
     known = sorted(((value, name) for name, value in pairs if value is not None), reverse=True)
-    figure = _figure(7, 1.2 + 0.24 * len(known))
+    figure = new_figure(7, 1.2 + 0.24 * len(known))
     axes = figure.subplots()
     values = [100 * value for value, _ in known]
     bars = axes.barh(range(len(known)), values, color=_TRAIN)
@@ -117,12 +117,12 @@ def class_accuracy(accuracy: Sequence[float | None], classes: Sequence[str], tit
     axes.set_xlim(0, 109)
     axes.set_xlabel("top-1 (%); dashed: mean over classes")
     axes.set_title(title, parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def calibration(bins: tuple[CalibrationBin, ...], title: str) -> bytes:
     """A reliability diagram over a histogram of the confidence."""
-    figure = _figure(5.5, 6.5)
+    figure = new_figure(5.5, 6.5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     middles = [(each.low + each.high) / 2 for each in bins]
     width = 0.94 / len(bins)
@@ -147,7 +147,7 @@ def calibration(bins: tuple[CalibrationBin, ...], title: str) -> bytes:
     below.bar(middles, [each.samples for each in bins], width, color=_QUIET)
     below.set_xlabel("confidence")
     below.set_ylabel("samples")
-    return _png(figure)
+    return as_png(figure)
 
 
 def prediction_grid(
@@ -160,7 +160,7 @@ def prediction_grid(
     """
     chosen = _chosen(predictions)
     rows = max(1, -(-len(chosen) // GRID_COLUMNS))
-    figure = _figure(1.55 * GRID_COLUMNS, 1.9 * rows + 0.6)
+    figure = new_figure(1.55 * GRID_COLUMNS, 1.9 * rows + 0.6)
     grid = figure.subplots(rows, GRID_COLUMNS, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -169,7 +169,7 @@ def prediction_grid(
         text, colour = _caption(predictions, sample, classes)
         axes.set_title(text, color=colour, fontsize=8, parse_math=False)
     figure.suptitle(title, parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _chosen(predictions: Predictions) -> list[int]:
@@ -208,19 +208,20 @@ def text_page(text: str) -> bytes:
     """Lines of text in a font of equal widths, as of a table."""
     lines = text.splitlines()
     width = max(map(len, lines), default=1)
-    figure = _figure(0.075 * width + 0.4, 0.155 * len(lines) + 0.3)
+    figure = new_figure(0.075 * width + 0.4, 0.155 * len(lines) + 0.3)
     figure.text(0, 1, text, family="monospace", fontsize=9, va="top", parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """Of that size in inches, and no part of pyplot's global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _png(figure: "Figure") -> bytes:
+def as_png(figure: "Figure") -> bytes:
+    """The picture as a file's contents."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         # a class may be named in a script that the font has no glyphs for: boxes will have to do

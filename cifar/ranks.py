@@ -32,6 +32,19 @@ def local_world_size(environ: Mapping[str, str]) -> int:
     return _first_number(_LOCAL_WORLD_SIZE, environ, 1, _LARGEST, 1)
 
 
+def local_rank(environ: Mapping[str, str]) -> int:
+    """The number of this process among those on this machine; -1 without a launcher.
+
+    Raises:
+        ConfigError: not such a number, or not below `LOCAL_WORLD_SIZE`.
+    """
+    if "LOCAL_RANK" not in environ:
+        return -1
+    is_counted = any(name in environ for name in _LOCAL_WORLD_SIZE)
+    most = local_world_size(environ) - 1 if is_counted else _LARGEST
+    return _number("LOCAL_RANK", environ, -1, most)
+
+
 def rank(environ: Mapping[str, str]) -> int:
     """The number of this process among all, from 0.
 
@@ -62,11 +75,10 @@ def check_rendezvous(environ: Mapping[str, str], *, cpu: bool) -> None:
     missing.
     """
     size = world_size(environ)
-    local_rank = _number("LOCAL_RANK", environ, -1, _LARGEST) if "LOCAL_RANK" in environ else -1
-    if size == 1 and local_rank < 0:
+    if local_rank(environ) < 0 and size == 1:
         return
-    names = ("MASTER_ADDR",) if cpu else ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
+    on_gpus = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in ("MASTER_ADDR",) if cpu else on_gpus:
         if not environ.get(name):
             raise ConfigError(
                 f"{name}: not set: needed for processes to find each other; start by accelerate "

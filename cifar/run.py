@@ -4,22 +4,32 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
-from cifar import report
-from cifar.accelerator import shortfall_of
+import torch
+
+from cifar import report, run_folder
+from cifar.accelerator import meet, runs_on_cpu, shortfall_of
+from cifar.checkpoint import newest_whole
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
-from cifar.distributed import then_leave
+from cifar.distributed import reduce_max, then_leave
 from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
 from cifar.lr_finder import find_lr
 from cifar.memory import explained_training
 from cifar.process import differences
+from cifar.pulse import PULSE
 from cifar.range_test import RangeTest
+from cifar.ranks import is_first
 from cifar.session import Session, resume_command
 from cifar.signals import StopSignals
 from cifar.trainer import Trainer
 from cifar.updates import Update
+from cifar.weights import list_checkpoints
+
+Resume = bool | Literal["auto"]
+"""Whether to go on with the run in a folder; auto: if it has a checkpoint there."""
 
 
 def train(
@@ -27,17 +37,17 @@ def train(
     run: RunConfig,
     folder: Path | None,
     *,
-    resume: bool,
+    resume: Resume,
     range_test: RangeTest | None = None,
     compute_loss: ComputeLoss | None = None,
     update: Update | None = None,
 ) -> Evaluation:
     """Train as configured, writing to `folder` (None on processes that write nothing).
 
-    With a range test the learning rate is the one that it finds. Loss and update are those of
-    `cifar.trainer`; nothing on disk knows of others, so give them again to resume. Returns the
-    evaluation of the final weights on the whole test split: those of the last epoch, or where the
-    recipe has patience those of the best one on the validation images.
+    With a range test the learning rate is the one that it finds, or has found when the run began.
+    Loss and update are those of `cifar.trainer`; nothing on disk knows of others, so give them
+    again to resume. Returns the evaluation of the final weights on the whole test split: those of
+    the last epoch, or where the recipe has patience those of the best one on the validation images.
 
     Raises:
         UserError: bad input.
@@ -64,21 +74,26 @@ def _train(
     run: RunConfig,
     folder: Path | None,
     *,
-    resume: bool,
+    resume: Resume,
     range_test: RangeTest | None,
     compute_loss: ComputeLoss | None,
     update: Update | None,
 ) -> Evaluation:
     with explained_training(config):
-        dataset = load_dataset(config.data)
+        if resume == "auto":
+            assert folder is not None, "that decides"
+            config, resume = found_there(folder, config, run)
+        with PULSE.during("reading images"):  # the group may have been formed already
+            dataset = load_dataset(config.data)
         lr_files: report.Files = {}
-        if range_test is not None:
+        if range_test is not None and not resume:
             config, lr_files = find_lr(
                 config, run, dataset, range_test, compute_loss=compute_loss, update=update
             )
-        trainer = Trainer(
-            config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
-        )
+        with PULSE.during("building the model"):  # whose weights may have to be fetched
+            trainer = Trainer(
+                config, run, dataset, compute_loss=compute_loss, update=update, is_resumed=resume
+            )
         # Until here a signal ends the process, there is nothing to save.
         remedy = resume_command(folder) if trainer.is_main else ""
         with StopSignals(remedy) as signals:
@@ -90,6 +105,23 @@ def _train(
             if trainer.is_main:
                 _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
             return session.fit()
+
+
+def found_there(folder: Path, config: TrainConfig, run: RunConfig) -> tuple[TrainConfig, bool]:
+    """What to train, and whether to go on with it: the first process looks, for all.
+
+    The run's own configuration knows what was resolved or found when it began.
+    """
+    meet(run)
+    found = 0
+    if is_first(os.environ):
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        warn = functools.partial(print, file=sys.stderr, flush=True)
+        found = int(newest_whole(checkpoints, warn) is not None)
+    device = torch.device("cpu" if runs_on_cpu(run) else "cuda")
+    if not reduce_max(torch.tensor(found, device=device)):
+        return config, False
+    return run_folder.read_config(folder).train, True
 
 
 def _tell_of_speed(trainer: Trainer) -> None:

@@ -241,6 +241,8 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
 
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the lines after `step`, whose epochs will be trained again."""
+    if not (folder / METRICS).exists():
+        return
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
     replace_file(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 

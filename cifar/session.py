@@ -14,14 +14,16 @@ from cifar import checkpoint, report, run_folder
 from cifar.config import TrainConfig
 from cifar.data.config import DataConfig
 from cifar.device_memory import reset_peak_memory
-from cifar.distributed import barrier, broadcast_from_first
+from cifar.distributed import barrier, broadcast_from_first, explained_peers
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.memory import explained_training
 from cifar.outcome import Outcome
 from cifar.progress import TrainingProgress
+from cifar.pulse import PULSE
 from cifar.serialize import contents
 from cifar.signals import StopSignals
+from cifar.sync_batch_norm import batch_norm_of
 from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, state_of, tensor_groups
 from cifar.weights import list_checkpoints
@@ -71,6 +73,7 @@ class Session:
         if self.folder is None:
             return
         run_folder.write_config(self.folder, self.trainer.config, self.trainer.run)
+        run_folder.rewind_metrics(self.folder, 0)  # of a start none of whose checkpoints is whole
         if lr_files:
             folder = self.folder / "lr-find"
             with _writing(folder):
@@ -84,7 +87,7 @@ class Session:
             Stopped: by a signal, after saving.
         """
         try:
-            with explained_training(self.trainer.config):
+            with explained_training(self.trainer.config), explained_peers():
                 return self._fit()
         except TrainingError as error:
             raise type(error)(f"{error}; {self._saved()}") from None
@@ -124,8 +127,18 @@ class Session:
             + (f" under {trainer.strategy}" if trainer.engine.shares_out else "")
             + f", global batch {trainer.loader.global_batch_size}, "
             f"steps {trainer.step}..{trainer.total_steps}"
+            + self._exchange()
             + (f", in {self.root}" if self.root else "")
         )
+
+    def _exchange(self) -> str:
+        """What several processes share beside their gradients, and how those are averaged."""
+        trainer = self.trainer
+        if trainer.place.count == 1:
+            return ""
+        norms = batch_norm_of(trainer.module)
+        how = trainer.config.parallel.label
+        return (f", BatchNorm {norms}" if norms else "") + (f", {how}" if how else "")
 
     def _epoch_is_over(self) -> bool:
         return self.trainer.step % self.trainer.loader.steps_per_epoch == 0
@@ -204,7 +217,7 @@ class Session:
         tensors, state = state_of(self.trainer, self._seconds, self._outcome.selection)
         if self.folder:
             folder = self._checkpoint_folder()
-            with _writing(folder):
+            with _writing(folder), PULSE.during("writing a checkpoint"):
                 checkpoint.write_checkpoint(folder, tensors, card_of(self.trainer), state)
         self._since = time.monotonic()
 
@@ -218,16 +231,21 @@ class Session:
     def _finish(self) -> Evaluation:
         """Write the final weights and the report on them."""
         result = self._outcome.settle(self._progress.say)
-        self._write_final()
+        with PULSE.during("writing the final weights"):
+            self._write_final()
         self._stop_if_asked()
         if self.folder and self.trainer.run.report:
-            metrics = run_folder.read_metrics(self.folder)
-            compared = self._outcome.compare(self.folder / "final", metrics)
-            files = {**self._outcome.report(metrics), **report.comparison_files(compared)}
-            with _writing(self.folder / "report"):
-                report.write_files(self.folder / "report", files)
+            with PULSE.during("writing the report"):
+                self._write_report(self.folder)
         barrier()
         return result
+
+    def _write_report(self, folder: Path) -> None:
+        metrics = run_folder.read_metrics(folder)
+        compared = self._outcome.compare(folder / "final", metrics)
+        files = {**self._outcome.report(metrics), **report.comparison_files(compared)}
+        with _writing(folder / "report"):
+            report.write_files(folder / "report", files)
 
     def _write_final(self) -> None:
         tensors, card = self._outcome.final()

@@ -1,6 +1,7 @@
 """Signals as a wish to stop: the first is noted, a second one stops the process at once."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ under one, another signal within this time after the first is taken for that."""
 REPEAT_SECONDS = 0.1
 """Without a launcher: `timeout` signals its child and then the group that it is in."""
 
+_PR_SET_PDEATHSIG = 1
 _END = 0
 """Is no signal's number."""
 
@@ -33,6 +35,16 @@ def echo_seconds(environ: Mapping[str, str]) -> float:
     """
     launched = "TORCHELASTIC_RUN_ID" in environ or world_size(environ) > 1
     return ECHO_SECONDS if launched else REPEAT_SECONDS
+
+
+def end_with_launcher(environ: Mapping[str, str]) -> None:
+    """Let this process get a SIGTERM when torchrun, or Accelerate by it, ends without one.
+
+    After a SIGKILL of the launcher a run would go on unseen, and hold its folder against the next
+    start. Linux alone can do that (prctl(2), PR_SET_PDEATHSIG).
+    """
+    if "TORCHELASTIC_RUN_ID" in environ and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignals:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from cifar import run_folder
+from cifar import restart, run_folder
 from cifar.cli import parse
 from cifar.config import (
     IMAGENET,
@@ -37,14 +37,22 @@ class TrainOptions:
     train: TrainConfig
     run: RunConfig
     resume: Annotated[str | None, arg(metavar="RUN")] = None
-    """Continue the run in this folder from its newest checkpoint."""
+    """Continue the run in this folder from its newest checkpoint; auto: the one in --output-dir, or
+    start it there if it has no checkpoint yet."""
     finds_lr: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
     """Whether a range test chooses the learning rate: `--lr auto`."""
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the run's folder decides if there is one to resume."""
+        return self.resume == restart.AUTO
+
+    @property
     def folder(self) -> Path | None:
-        """The folder of the run to resume."""
-        return None if self.resume is None else user_path(self.resume, "resume")
+        """The folder of the run to resume, if it is known to be one."""
+        if self.resume is None or self.is_auto:
+            return None
+        return user_path(self.resume, "resume")
 
 
 def for_another(name: str, named: ModelConfig) -> ModelConfig:
@@ -72,7 +80,9 @@ AUTO = "auto"
 def read_train_options(argv: list[str]) -> TrainOptions:
     """The options, starting from the run to resume or else from the recipe that is named."""
     resume, finds_lr = _value_of("--resume", argv), _value_of("--lr", argv) == AUTO
-    if resume is not None:
+    starts = resume is None or resume == restart.AUTO
+    if not starts:
+        assert resume is not None
         stored = run_folder.read_config(user_path(resume, "resume"))
         start = TrainOptions(train=stored.train, run=stored.run)
         remedy = (
@@ -90,9 +100,15 @@ def read_train_options(argv: list[str]) -> TrainOptions:
         example="cifar train --model resnet18 --data cifar10 --precision bf16 --channels-last",
         default=start,
     )
-    if resume is None:
+    if starts:
         check_changes(start.train.recipe, options.train.recipe, argv)
         _check_lr(start.train.recipe, options.train.recipe, argv)
+    require(
+        not options.is_auto or options.run.output_dir is not None,
+        "resume",
+        restart.AUTO,
+        "needs the folder that the run is to be in; give it by --output-dir",
+    )
     check_skips(options.train.precision, argv)
     options.train.model.check_installed()
     if finds_lr:

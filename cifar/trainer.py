@@ -33,6 +33,7 @@ from cifar.emulation import emulate_if_needed
 from cifar.engines import build_engine
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.exchange import LocalSteps
 from cifar.fine_tuning import Backbone
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
@@ -40,6 +41,8 @@ from cifar.models import build_model
 from cifar.models.meta import check_images, head_names
 from cifar.models.pretrained import expected_statistics, start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.pulse import PULSE
+from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
 from cifar.updates import Update, build_update
 
@@ -83,6 +86,7 @@ class Trainer:
             num_classes=len(self.dataset.classes),
             in_channels=self.dataset.train.images.shape[1],
         )
+        config.parallel.check_launch(self.strategy, self.place.count)
         self._build_data()
         self._build_model(is_resumed)
         self.teacher = load_teacher(self.config, self.dataset, self.normalization, self.device)
@@ -92,7 +96,12 @@ class Trainer:
         self.compute_loss = compute_loss or build_loss(config, self.teacher)
         self.total_steps = self._plan_steps(train_samples)
         self.step = 0
+        self._is_alone = False
         self.meter = Meter(self.device)
+        self.rounds = LocalSteps(
+            config.parallel.local_steps, self.loader.steps_per_epoch, self.total_steps
+        )
+        self.rounds.check_intervals(run)
         self.check_every = run.check_every or self._default_interval()
 
     def _build_data(self) -> None:
@@ -135,6 +144,8 @@ class Trainer:
         self.module = build_model(self.model_config)
         if not is_resumed:
             start_from_pretrained(self.module, self.model_config)
+        if config.parallel.sync_batch_norm:
+            synchronize_norms(self.module, self.device)
         self.module = self.module.to(self.device)
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
@@ -156,15 +167,15 @@ class Trainer:
     def _wrap_model(self) -> None:
         self.wrapped: Any = self.engine.wrap()  # has more methods than a module
         wrapped: nn.Module = self.wrapped
+        self._compiles = self.config.compile
         if self.config.compile:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
         self.model: nn.Module = wrapped
 
     def _default_interval(self) -> int:
         """Steps between checks: processes on CPUs agree at every one, for theirs are long."""
-        if self.device.type == "cuda":
-            return 20
-        return 10 if self.place.count == 1 else 1
+        on_cpu = 10 if self.place.count == 1 else 1
+        return self.rounds.whole(20 if self.device.type == "cuda" else on_cpu)
 
     def _plan_steps(self, train_samples: int | None) -> int:
         if train_samples is None:
@@ -232,10 +243,39 @@ class Trainer:
         schedule_momentum(self.optimizer, self.step, self.total_steps, self.config.recipe)
         batches = self.batches_of(self.step)
         passes = iter(range(2**31))
-        self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
+        with self._compiling():
+            self._update(self, lambda: self._forward_backward(batches, record=next(passes) == 0))
         self.step += 1
+        PULSE.at(self.step)
         if self.average:
             self.average.update()
+        if not self._is_alone:
+            self.rounds.end_if_due(self.step, self.optimizer, self.engine.live, self.average)
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether all processes have the same weights after this step, see `LocalSteps`."""
+        return self.rounds.end_at(self.step)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, steps average nothing with other processes, whose weights then differ.
+
+        BatchNorm over all processes still does. For engines that share nothing out.
+        """
+        self._is_alone = True
+        try:
+            with self.engine.accumulating():
+                yield
+        finally:
+            self._is_alone = False
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Announces the first step of a compiled model, which may take minutes."""
+        if not self._compiles:
+            return contextlib.nullcontext()
+        self._compiles = False
+        return PULSE.during("compiling")
 
     def _set_phase(self, backbone: Backbone) -> None:
         """Have the backbone frozen or not as is due in this step, whatever came before it."""
@@ -251,8 +291,9 @@ class Trainer:
             # The generators' state then needs no saving, on any number of processes, and what an
             # update computes twice drops the same features.
             torch.manual_seed(hash((self.config.seed, self.step, self.place.index)) % 2**63)
+        averages = self.config.parallel.local_steps == 1
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
+            last = averages and index == len(batches) - 1
             with contextlib.nullcontext() if last else self.engine.accumulating():
                 loss, logits = self.compute_loss(self.model, batch)
                 self.backward(loss / len(batches) if len(batches) > 1 else loss)
@@ -313,6 +354,7 @@ class Trainer:
         called equally often on all processes, so it may be a collective call. `probabilities`: see
         `cifar.evaluation.evaluate`.
         """
+        assert self.is_averaged, "processes would score different weights"
         scored = self.test_images if images is None else images
         self.synchronize_buffers()
         self.bare.eval()
@@ -339,6 +381,7 @@ class Trainer:
             if 0 < number < everywhere:
                 between()
             yield batch
+            PULSE.beat()
 
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""

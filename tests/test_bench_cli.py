@@ -106,6 +106,12 @@ BAD = {
     "--compile-mode": [*CELLS, "--compile", "--compile-mode=nope"],
     "accumulation: 0: give 1 to 65536": [*CELLS, "--accumulation", "0"],
     "accumulation: 3: not with --resume": ["run", "--resume", "nope", "--accumulation", "3"],
+    "local-steps: 3: not with --resume": ["run", "--resume", "nope", "--local-steps", "3"],
+    "overlap: False: is for several processes": ["run", "quick", "--no-overlap"],
+    "compression: 'bf16': is for ddp, not for fsdp": [
+        *("run", "quick", "--num-processes", "2", "--launcher", "fsdp", "--compression", "bf16")
+    ],
+    "num-processes: '2,2': give each number once": ["run", "quick", "--num-processes", "2,2"],
     "seeds: 3: not with --resume": ["run", "--resume", "nope", "--seeds", "3"],
     "suite: quick: not with --resume": ["run", "quick", "--resume", "nope"],
     "runs-dir: ": ["run", "quick", "--runs-dir", "file/runs"],

@@ -12,7 +12,8 @@ from conftest import make_dataset
 from PIL import Image
 from training import TINY_OPTIONS, cifar, finish, start, train
 
-from cifar.cli import FIRST_PROCESS_SECONDS, complain_of_input
+from cifar.cli import FIRST_PROCESS_SECONDS, MEMORY_SECONDS, complain_of_input
+from cifar.errors import DataError, OutOfMemoryError, UnmetError
 from cifar.evaluation import Evaluation
 from cifar.recipes import get_recipe
 from cifar.train_options import read_train_options
@@ -31,7 +32,7 @@ LONG = "x" * 300
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("fly",), r"command: 'fly': choose one of train, lr-find, evaluate, summary, show-aug"),
+        (("fly",), r"command: 'fly': choose one of train, lr-find, evaluate, meet, summary, show"),
         (("train", "--speed", "9"), r"--speed"),
         (("train", "--model", "resnet19"), r"model: 'resnet19': choose one of .*resnet18"),
         (("train", "--recipe", "fast"), r"recipe: 'fast': choose one of default"),
@@ -403,13 +404,30 @@ def test_another_process_waits_for_the_first_before_it_complains(
     waited: list[float] = []
     monkeypatch.setattr("cifar.cli.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "0")
-    complain_of_input("cifar", "data: gone")
+    complain_of_input("cifar", DataError("data: gone"))
     assert waited == []
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    complain_of_input("cifar", "data: gone")
+    complain_of_input("cifar", DataError("data: gone"))
     assert waited == [FIRST_PROCESS_SECONDS]
     assert capsys.readouterr().err == "cifar: data: gone\ncifar: process 3: data: gone\n"
+    complain_of_input("cifar", UnmetError("MASTER_ADDR: 'x': unknown"))
+    assert waited == [FIRST_PROCESS_SECONDS], "which no other one can say for it"
+
+
+def test_a_process_that_lacks_memory_is_named_after_a_moment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In which the others may have met the same."""
+    waited: list[float] = []
+    monkeypatch.setattr("cifar.cli.time.sleep", waited.append)
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        complain_of_input("cifar", OutOfMemoryError("memory: no"))
+    assert waited == [MEMORY_SECONDS] and MEMORY_SECONDS < FIRST_PROCESS_SECONDS
+    who = ("cifar", "cifar: process 0", "cifar: process 1")
+    assert capsys.readouterr().err == "".join(f"{each}: memory: no\n" for each in who)
 
 
 HELP = """

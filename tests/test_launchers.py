@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -481,6 +482,37 @@ def test_a_rank_that_breaks_alone_leaves_the_record_of_the_training(tmp_path, mo
     assert record.effective["num_processes"] == 2
 
 
+FULL = """
+import sys
+from pathlib import Path
+import torch
+from bench import worker
+from cifar.trainer import Trainer
+
+original = Trainer.train_step
+def train_step(self):
+    original(self)
+    if self.step == 2 and self.place.index == 1:
+        torch.empty(2**60, dtype=torch.uint8)
+Trainer.train_step = train_step
+sys.exit(worker.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_runs_out_of_memory_is_told_in_the_record(tmp_path, monkeypatch):
+    """And no other waits for it: the cell may take two minutes."""
+    (tmp_path / "full.py").write_text(FULL)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{FAKE.parents[1]}")
+    monkeypatch.setattr(launchers, "WORKER", "full")
+    protocol = Protocol(warmup_steps=0, timed_steps=2, timeout=120.0)
+    (cell,) = grid(["resnet20-w4"], ["fp32"], batch_sizes=(16,), num_processes=2)
+    record = launch(Job(task=Task(cell=cell, protocol=protocol)), tmp_path)
+    assert record.status == "oom"
+    assert re.match("process 1: RuntimeError: .*DefaultCPUAllocator", record.reason)
+    assert record.environment is not None and record.data is not None
+
+
 # --- Causes ---
 
 LAUNCHER_TAIL = """\
@@ -579,8 +611,36 @@ COMPILER = (
             "failed",
             "bench.worker: data: no such folder",
         ),
-        (torchrun(traceback(CUDA, rank=1) + traceback(PEER, rank=0)), "oom", CUDA),
-        (torchrun(traceback(PEER, rank=0) + traceback(CUDA, rank=1), rank=0), "oom", CUDA),
+        (
+            torchrun(traceback(CUDA, rank=1) + traceback(PEER, rank=0)),
+            "oom",
+            f"process 1: {CUDA}",
+        ),
+        (
+            torchrun(traceback(PEER, rank=0) + traceback(CUDA, rank=1), rank=0),
+            "oom",
+            f"process 1: {CUDA}",
+        ),
+        (
+            torchrun(
+                "terminate called after throwing an instance of 'std::bad_alloc'\n",
+                code=-6,
+                signal_name=" (SIGABRT)",
+            ),
+            "oom",
+            "process 1: terminate called after throwing an instance of 'std::bad_alloc'",
+        ),
+        (
+            torchrun(
+                "cifar: timeout: rank 1 (node7, pid 9) has not come since step 12 (600 s ago) and "
+                "does not answer; continue from the last checkpoint with --resume\n"
+                + traceback(PEER, rank=2),
+                code=3,
+                rank=0,
+            ),
+            "failed",
+            "rank 1 (node7, pid 9) has not come since step 12 (600 s ago) and does not answer",
+        ),
         (
             simple(traceback("RuntimeError: CUDA error: out of memory")),
             "oom",
@@ -663,6 +723,8 @@ def test_a_kill_is_out_of_memory_only_with_the_kernels_word_for_it():
     status, reason = classify(-9, "", oom_kills=1)
     assert status == "oom"
     assert "killed by the kernel" in reason
+    which = "process 1 was killed by the kernel"
+    assert classify(1, torchrun(code=-9), oom_kills=1)[1].startswith(which)
     assert classify(1, traceback("ValueError: bad"), oom_kills=1)[0] == "failed"
     assert classify(-11, "", oom_kills=1) == ("failed", "killed by signal 11 (SIGSEGV)")
 

@@ -19,22 +19,26 @@ HEAVY = {"accelerate", "deepspeed", "pandas", "timm", "torch", "torchvision"}
 """What the torch-free half does without: each takes longer to import than the programs may."""
 
 FREE_NAMES = """
-    bench bench.__main__ bench.best bench.columns bench.commands bench.console bench.counters
-    bench.estimate bench.execution bench.failure bench.frontier bench.frontier_command bench.job
-    bench.judge bench.launchers bench.nvml bench.options bench.present bench.probes bench.processes
-    bench.progress bench.protocol bench.published bench.record bench.record_file bench.repeats
-    bench.rows bench.runs bench.sampler bench.save bench.search bench.selection bench.selfcheck
-    bench.space bench.spec bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows
-    bench.trials bench.tuning bench.tuning_command bench.tuning_options bench.unfinished
-    bench.validity cifar cifar.__main__ cifar.architectures cifar.cli cifar.commands
-    cifar.comparison cifar.compilers cifar.config cifar.config.checks cifar.config.distillation
-    cifar.config.model cifar.config.precision cifar.config.pretrained cifar.config.recipe
-    cifar.config.train cifar.cost cifar.data cifar.data.archives cifar.data.arrays cifar.data.config
-    cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
-    cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
-    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
-    cifar.lr_find_options cifar.memory cifar.predictions cifar.process cifar.progress
-    cifar.range_test cifar.ranks cifar.recipes cifar.run_folder cifar.serialize cifar.signals
+    bench bench.__main__ bench.attempt bench.best bench.cluster bench.columns bench.commands
+    bench.console bench.cores bench.counters bench.device_lock bench.devices bench.display
+    bench.efficiency bench.estimate bench.execution bench.failure bench.frontier
+    bench.frontier_command bench.job bench.job_runner bench.judge bench.launchers bench.nvml
+    bench.option_types bench.options bench.place_options bench.pool bench.present bench.probes
+    bench.processes bench.progress bench.protocol bench.published bench.record bench.record_file
+    bench.repeats bench.row_facts bench.rows bench.run_command bench.runs bench.sampler bench.save
+    bench.scaling bench.scaling_plot bench.search bench.selection bench.selfcheck bench.slurm
+    bench.slurm_config bench.space bench.spec bench.stats bench.suites bench.table bench.trial_plan
+    bench.trial_rows bench.trials bench.tuning bench.tuning_command bench.tuning_options
+    bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
+    cifar.commands cifar.comparison cifar.compilers cifar.config cifar.config.checks
+    cifar.config.distillation cifar.config.model cifar.config.parallel cifar.config.precision
+    cifar.config.pretrained cifar.config.recipe cifar.config.train cifar.cost cifar.data
+    cifar.data.archives cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division
+    cifar.data.download cifar.data.folder cifar.data.images cifar.data.shapes cifar.data.sources
+    cifar.data.test_set cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors
+    cifar.evaluate_options cifar.figures cifar.files cifar.interface cifar.lr_find_options
+    cifar.memory cifar.predictions cifar.process cifar.progress cifar.pulse cifar.range_test
+    cifar.ranks cifar.recipes cifar.restart cifar.run_folder cifar.serialize cifar.signals
     cifar.strategy cifar.train_options cifar.weights launch
 """
 TORCH_NAMES = """
@@ -42,16 +46,17 @@ TORCH_NAMES = """
     bench.measure.augmentation_cost bench.measure.backends bench.measure.clock bench.measure.cold
     bench.measure.comparison bench.measure.compilation bench.measure.energy bench.measure.inference
     bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
-    bench.measure.subject bench.measure.training bench.measure.utilization bench.measure.validation
-    bench.observe bench.placement bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
-    cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
-    cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.engine
-    cifar.engines cifar.evaluation cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses
-    cifar.lr_finder cifar.meter cifar.models cifar.models.libraries cifar.models.meta
-    cifar.models.pretrained cifar.models.resnet cifar.models.resnet9 cifar.models.summary
-    cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome cifar.report cifar.run
-    cifar.scoring cifar.selection cifar.session cifar.teacher cifar.trainer cifar.training_state
-    cifar.updates cifar.zero
+    bench.measure.ranks bench.measure.subject bench.measure.training bench.measure.utilization
+    bench.measure.validation bench.observe bench.placement bench.worker cifar.accelerator
+    cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
+    cifar.data.mixing cifar.data.operations cifar.data.policies cifar.device_memory
+    cifar.distributed cifar.emulation cifar.engine cifar.engines cifar.evaluation cifar.exchange
+    cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses cifar.lr_finder cifar.meeting
+    cifar.meter cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
+    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
+    cifar.network cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring
+    cifar.selection cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer
+    cifar.training_state cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -59,6 +64,7 @@ CHAINS = (
     "cifar.config bench.protocol bench.spec",
     "cifar.config cifar.recipes bench.spec bench.record bench.launchers bench.runs bench.commands",
     "bench.spec bench.record bench.rows bench.columns bench.table bench.save",
+    "bench.spec bench.record bench.row_facts bench.rows bench.efficiency bench.save",
     "bench.rows bench.selection bench.commands",
     "bench.rows bench.frontier bench.frontier_command bench.commands",
     "bench.spec bench.search bench.runs bench.probes bench.frontier_command bench.commands",
@@ -68,9 +74,13 @@ CHAINS = (
     "bench.tuning bench.best bench.tuning_command",
     "bench.space bench.columns bench.tuning_command",
     "bench.rows bench.trial_rows bench.tuning_command",
-    "bench.processes bench.launchers",
+    "bench.processes bench.launchers bench.present bench.devices bench.pool bench.execution "
+    "bench.slurm bench.run_command bench.commands",
+    "bench.cores bench.devices bench.console",
+    "bench.slurm_config bench.runs bench.place_options bench.options bench.run_command",
+    "bench.attempt bench.job_runner bench.slurm",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
-    "bench.spec bench.suites",
+    "bench.spec bench.launchers bench.scaling bench.suites",
     "bench.record bench.judge bench.placement bench.observe bench.measure bench.worker",
     "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
@@ -85,6 +95,12 @@ CHAINS = (
     "cifar.optim cifar.engine cifar.fsdp cifar.engines cifar.trainer",
     "cifar.engine cifar.zero cifar.engines",
     "cifar.config cifar.strategy cifar.accelerator cifar.engine",
+    "cifar.optim cifar.exchange cifar.trainer",
+    "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
+    "cifar.accelerator cifar.trainer",
+    "cifar.pulse cifar.watchdog cifar.distributed",
+    "cifar.meeting cifar.watchdog",
+    "cifar.run_folder cifar.restart cifar.train_options",
     "cifar.data.operations cifar.data.policies cifar.data.augment cifar.data.loader cifar.losses "
     "cifar.trainer",
     "cifar.updates cifar.trainer",

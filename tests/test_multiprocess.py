@@ -107,15 +107,35 @@ sys.exit(main())
 """The second process's view of the folder lags behind, as on a network file system."""
 
 
+@pytest.mark.parametrize(
+    ("exchange", "told"),
+    [
+        ((), ", BatchNorm per device, in "),
+        pytest.param(
+            ("--local-steps", 2, "--ema-decay", "0.5"),
+            ", BatchNorm per device, local2, in ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--sync-batch-norm", "--compression", "bf16", "--no-overlap", "--bucket-mib", "0.05"),
+            ", BatchNorm synchronised, sync-bn bucket0.05 no-overlap bf16-gradients, in ",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_two_processes_stopped_and_resumed_train_like_two_that_were_not(
-    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    exchange: tuple[object, ...],
+    told: str,
 ) -> None:
     """The signal reaches the second process alone; both stop after the same step."""
-    options = ("--num-processes", 2, "--dropout", "0.2")
+    options = ("--num-processes", 2, "--dropout", "0.2", *exchange)
     code, out, err = finish(launch(2, *train(toy, tmp_path / "a", *options)))
     assert code == 0, err
     assert out.count("epoch 1/2") == out.count("epoch 2/2") == out.count("weights in") == 1
-    assert "2 x cpu, global batch 32, steps 0..6" in out and complaints(err) == []
+    assert "2 x cpu, global batch 32, steps 0..6" + told in out and complaints(err) == []
     lines = metrics(tmp_path / "a")
     assert [(line["step"], line["samples_seen"]) for line in lines] == [(3, 96), (6, 192)]
     assert all(0 < line["train_loss"] < 10 for line in lines)
@@ -254,6 +274,38 @@ def test_ctrl_c_reaches_every_process_twice_and_yet_the_run_is_saved(
     assert code != 0
     (line,) = complaints(err)
     assert line.startswith("cifar: stopped by signal 2 after step ")
+
+
+FULL = """
+import os, sys
+import torch
+from cifar.commands import main
+from cifar.trainer import Trainer
+original = Trainer.train_step
+def train_step(self):
+    original(self)
+    if self.step == 4 and self.place.index == 1:
+        torch.empty(2**60, dtype=torch.uint8)
+Trainer.train_step = train_step
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_ends_all_and_is_named(toy: Path, tmp_path: Path) -> None:
+    """The other one waits for it in a collective call meanwhile."""
+    (tmp_path / "full.py").write_text(FULL)
+    begun = time.monotonic()
+    process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+                    tmp_path / "full.py", *train(toy, tmp_path / "run"),
+                    environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
+    code, _, err = finish(process, seconds=60)
+    assert code != 0 and time.monotonic() - begun < 60
+    (line,) = complaints(err)
+    assert line.startswith(
+        "cifar: process 1: memory: model resnet20-w4 with batch size 32 does not"
+    )
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000000003"
 
 
 @pytest.mark.parametrize(

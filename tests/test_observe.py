@@ -319,7 +319,8 @@ def test_another_engine_than_the_launchers_is_told(
 ) -> None:
     one = make_cell()
     two = {"num_processes": 2, "devices": 2, "backend": "gloo", "wrapper": WRAPPERS[launcher]}
-    effective = measured(make_subject(one)) | two | SHARED_OUT | seen
+    own_way = {"batch_norm": "per device", "gradient_hook": "none", "bucket_bytes": 25 * 2**20}
+    effective = measured(make_subject(one)) | two | own_way | SHARED_OUT | seen
     told = mismatches(replace(one, launcher=launcher, num_processes=2), effective, "cpu")
     assert len(told) == bool(phrase) and "".join(told).startswith(phrase)
 

@@ -51,10 +51,10 @@ def test_a_wheel_holds_the_packages_and_nothing_else(wheel):
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix == ".py" or (package == "launch" and path.suffix == ".yaml")
+        if path.suffix == ".py" or (package == "launch" and path.suffix in (".sbatch", ".yaml"))
     }
     assert files == expected
-    assert "launch/ddp.yaml" in files
+    assert {"launch/ddp.yaml", "launch/slurm.sbatch"} <= files
     assert "cifar/models/__init__.py" in files
 
 

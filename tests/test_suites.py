@@ -101,8 +101,8 @@ def test_override_reaches_every_cell_and_protocol():
         channels_last=True,
         compile=True,
         seeds=2,
-        launcher="fsdp",
-        num_processes=2,
+        launcher=("fsdp",),
+        num_processes=(2,),
         train_samples=640,
         warmup_steps=1,
         timed_steps=3,
@@ -128,7 +128,7 @@ def test_a_field_that_nothing_has_is_refused():
 
 def test_a_recipe_brings_its_batch_size_unless_one_is_given():
     recipe = Recipe(name="other", lr=0.2, global_batch_size=96)
-    alone = override(quick(), recipe=recipe, num_processes=3)
+    alone = override(quick(), recipe=recipe, num_processes=(3,))
     assert {task.cell.train.recipe for task in expand(alone)} == {recipe}
     both = override(quick(), recipe=recipe, batch_size=32)
     assert {task.cell.train.recipe.global_batch_size for task in expand(both)} == {32}
@@ -141,7 +141,7 @@ def test_cells_that_an_override_makes_equal_are_measured_once():
 
 def test_override_refuses_what_a_cell_refuses():
     with pytest.raises(ConfigError, match="nearest that does: 63 or 66"):
-        override(quick(), num_processes=3)
+        override(quick(), num_processes=(3,))
     with pytest.raises(ConfigError, match="compile-mode: 'reduce-overhead': needs --compile"):
         override(quick(), compile_mode="reduce-overhead")
     with pytest.raises(ConfigError, match="compile-mode: 'default': needs --compile"):

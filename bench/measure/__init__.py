@@ -11,6 +11,7 @@ from bench.measure.compilation import measure_compilation
 from bench.measure.inference import measure_inference
 from bench.measure.outcome import measure_accuracy, measure_size
 from bench.measure.pipeline import measure_pipeline
+from bench.measure.ranks import measure_ranks
 from bench.measure.subject import Metric
 from bench.measure.training import measure_training
 from bench.measure.utilization import measure_flops, measure_utilization
@@ -21,6 +22,7 @@ CORE: tuple[Metric, ...] = (measure_training, measure_accuracy, measure_size)
 TRIAL: tuple[Metric, ...] = (measure_validation,)
 """The same of a cell that is trained to be compared with others on held-out images."""
 BASIC: dict[str, Metric] = {
+    "ranks": measure_ranks,
     "flops": measure_flops,
     "inference": measure_inference,
     "compilation": measure_compilation,

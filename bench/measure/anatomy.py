@@ -59,7 +59,7 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     """
     with set_aside(subject.trainer), subject.watched("anatomy"):
         marked = _pairs(subject, _marked_step, _plain_step)
-        exchanged = [] if _why_inseparable(subject) else _pairs(subject, *_SYNCED_AND_NOT)
+        exchanged = [] if why_inseparable(subject) else _pairs(subject, *_SYNCED_AND_NOT)
     for part in PARTS:
         values = [step[part] for step, _ in marked]
         yield subject.measurement(f"step_{part}", "s", "lower", values)
@@ -70,7 +70,7 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     yield subject.measurement("pipeline_share", "fraction", "lower", share)
 
 
-def _why_inseparable(subject: Subject) -> str:
+def why_inseparable(subject: Subject) -> str:
     """Why communication cannot be told from the rest of a step; "" where it can."""
     trainer = subject.trainer
     if trainer.place.count == 1:
@@ -85,11 +85,16 @@ def _whole(seconds: dict[str, float]) -> float:
 
 
 def _communication(subject: Subject, pairs: Pairs) -> Measurement:
-    """What averaging gradients adds to a step; noise may make a single difference negative."""
+    """What averaging adds to a step: of gradients, or after a round of local steps of all state.
+
+    Noise may make a single difference negative. BatchNorm over all processes exchanges its
+    statistics in either kind of step, so that is not in it.
+    """
     name = "step_communication"
-    if reason := _why_inseparable(subject):
+    if reason := why_inseparable(subject):
         return Measurement(name=name, unit="s", better="lower", status="absent", reason=reason)
-    added = [_whole(synced) - _whole(unsynced) for synced, unsynced in pairs]
+    steps = subject.trainer.config.parallel.local_steps
+    added = [(_whole(synced) - _whole(unsynced)) / steps for synced, unsynced in pairs]
     return subject.measurement(name, "s", "lower", added)
 
 
@@ -133,21 +138,28 @@ def _marked_step(trainer: Trainer) -> Timeline:
     return timeline
 
 
-def _synced_step(trainer: Trainer) -> Timeline:
-    _align(trainer)
-    return _plain_step(trainer)
+def _synced_round(trainer: Trainer) -> Timeline:
+    align(trainer)
+    return _round(trainer)
 
 
-def _unsynced_step(trainer: Trainer) -> Timeline:
-    _align(trainer)
-    with trainer.wrapped.no_sync():
-        return _plain_step(trainer)
+def _unsynced_round(trainer: Trainer) -> Timeline:
+    align(trainer)
+    with trainer.alone():
+        return _round(trainer)
 
 
-_SYNCED_AND_NOT = (_synced_step, _unsynced_step)
+def _round(trainer: Trainer) -> Timeline:
+    """As many steps as lie between two averages: one, but with local steps."""
+    timeline = Timeline(make_clock(trainer.device))
+    _time(trainer, timeline, steps=trainer.config.parallel.local_steps)
+    return timeline
 
 
-def _align(trainer: Trainer) -> None:
+_SYNCED_AND_NOT = (_synced_round, _unsynced_round)
+
+
+def align(trainer: Trainer) -> None:
     """Let all processes begin together, or one step would pay for the others' lag in the last.
 
     Unlike a barrier this does not hold up the program on a GPU, only the stream.
@@ -155,12 +167,13 @@ def _align(trainer: Trainer) -> None:
     reduce_sum(torch.zeros((), device=trainer.device))
 
 
-def _time(trainer: Trainer, timeline: Timeline) -> None:
+def _time(trainer: Trainer, timeline: Timeline, steps: int = 1) -> None:
     timeline.begin()
-    trainer.train_step()
-    if trainer.device.type == "cpu":
-        check_if_due(trainer)
-    timeline.end(OTHER)
+    for _ in range(steps):
+        trainer.train_step()
+        if trainer.device.type == "cpu":
+            check_if_due(trainer)
+        timeline.end(OTHER)
 
 
 @contextlib.contextmanager

@@ -214,14 +214,14 @@ def _steps(trainer: Trainer, count: int) -> None:
 
 
 def _window_steps(subject: Subject, pace: float | None) -> int:
-    """Steps to time, one at least: see `fitting_steps`.
+    """Steps to time, one at least: see `fitting_steps`; whole rounds of local steps.
 
     One step of the budget is kept for the observation after the window.
     """
     trainer = subject.trainer
     steps = fitting_steps(subject.protocol, pace)
     left = trainer.total_steps - trainer.step - 1
-    return min(least(steps, subject.device), left)
+    return min(trainer.rounds.whole(least(steps, subject.device)), left)
 
 
 def fitting_steps(protocol: Protocol, pace: float | None) -> int:

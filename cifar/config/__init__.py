@@ -3,6 +3,7 @@
 from cifar.config.checks import OPTION_NAMES, option_name, require
 from cifar.config.distillation import Distillation, Teacher, check_same_teacher, check_teacher
 from cifar.config.model import LIBRARIES, MOST_CHANNELS, MOST_CLASSES, MOST_PIXELS, ModelConfig
+from cifar.config.parallel import Parallel
 from cifar.config.precision import PRECISIONS, Precision, PrecisionName
 from cifar.config.pretrained import IMAGENET, Pretrained, parse_pretrained
 from cifar.config.recipe import AUGMENTATIONS, READ_BY, Recipe
@@ -21,6 +22,7 @@ __all__ = [
     "CompileMode",
     "Distillation",
     "ModelConfig",
+    "Parallel",
     "Precision",
     "PrecisionName",
     "Pretrained",

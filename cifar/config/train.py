@@ -8,6 +8,7 @@ import tyro
 from cifar.config.checks import option_name, require
 from cifar.config.distillation import Distillation
 from cifar.config.model import ModelConfig
+from cifar.config.parallel import Parallel
 from cifar.config.precision import PrecisionName
 from cifar.config.recipe import Recipe
 from cifar.data.config import DATA_HELP, DataConfig, DataOption
@@ -20,6 +21,8 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 """What torch.compile calls its modes."""
 MOST_PARTS = 65_536
 """Micro-batches of a step."""
+MOST_SECONDS = 7 * 24 * 3600.0
+"""That a process may wait for another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,7 @@ class TrainConfig:
     model: ModelConfig = field(default=ModelConfig())
     recipe: Recipe = field(default=Recipe())
     distillation: Distillation = field(default=Distillation())
+    parallel: Parallel = field(default=Parallel())
     data: Annotated[DataOption, arg(help=DATA_HELP)] = field(default=DataConfig())
     limit_train: int | None = None
     """Training images to use, of every class in proportion; all of them when not given."""
@@ -68,6 +72,21 @@ class TrainConfig:
             "compile-mode",
             self.compile_mode,
             "not with --accumulation, use default",
+        )
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        require(
+            not (self.compile and self.parallel.sync_batch_norm),
+            "sync-batch-norm",
+            True,
+            "not with --compile, whose graph would break at every BatchNorm; leave out one",
+        )
+        require(
+            self.precision != "fp16" or self.parallel.local_steps == 1,
+            "local-steps",
+            self.parallel.local_steps,
+            "not with --precision fp16, whose loss scale would differ between processes; use bf16",
         )
 
     def per_device_batch_size(self, num_processes: int) -> int:
@@ -110,6 +129,10 @@ class RunConfig:
     """Write pictures and tables of the run at its end, into its folder `report`."""
     max_skipped_steps: int = 20
     """fp16: stop after this many skipped steps in a row."""
+    meeting_timeout: float = 45.0
+    """Seconds that the processes of a job may start apart."""
+    collective_timeout: float = 600.0
+    """Seconds without progress after which processes that wait for another one name it and end."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -121,3 +144,7 @@ class RunConfig:
         ):
             value = getattr(self, name)
             require(value is None or value >= 1, option_name(name), value, "give 1 or more")
+        for name in ("meeting_timeout", "collective_timeout"):
+            seconds = getattr(self, name)
+            good = 1 <= seconds <= MOST_SECONDS
+            require(good, option_name(name), seconds, f"give 1 to {MOST_SECONDS:g} seconds")

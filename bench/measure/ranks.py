@@ -1,0 +1,53 @@
+"""How fast each of several processes is by itself: who holds up the others."""
+
+from collections.abc import Iterable
+
+from bench.measure.anatomy import align, why_inseparable
+from bench.measure.clock import make_clock, synchronize
+from bench.measure.subject import Subject
+from bench.record import Measurement
+from bench.stats import straggler_ratio
+from cifar.training_state import set_aside
+
+
+def measure_ranks(subject: Subject) -> Iterable[Measurement]:
+    """Seconds of every rank's steps when it waits for no other, and the straggler ratio of them.
+
+    The ranks work at the same time, as in training, and begin every step together; but gradients
+    are not averaged and nothing is checked, so that each takes its own time. In the steps of the
+    throughput all take as long as the slowest. The first step warms up. One process has no others,
+    and tells nothing.
+    """
+    if subject.trainer.place.count == 1:
+        return
+    if reason := _never_alone(subject):
+        for name, unit in (("rank_step", "s"), ("straggler_ratio", "1")):
+            yield Measurement(name=name, unit=unit, better="lower", status="absent", reason=reason)
+        return
+    with set_aside(subject.trainer), subject.watched("ranks"):
+        mine = _steps_alone(subject)
+    found = subject.measurement("rank_step", "s", "lower", mine)
+    yield found
+    ratio = straggler_ratio(found.samples)
+    yield Measurement(name="straggler_ratio", unit="1", better="lower", samples=((ratio,),))
+
+
+def _never_alone(subject: Subject) -> str:
+    """Why a step cannot be taken without the other processes; empty if it can."""
+    if subject.trainer.config.parallel.sync_batch_norm:
+        return "BatchNorm over all processes waits for them in every layer"
+    return why_inseparable(subject)
+
+
+def _steps_alone(subject: Subject) -> list[float]:
+    trainer, clocks = subject.trainer, []
+    synchronize(subject.device)
+    for _ in range(1 + subject.protocol.timed_steps):
+        clock = make_clock(subject.device)
+        align(trainer)
+        clock.mark()
+        with trainer.alone():
+            trainer.train_step()
+        clock.mark()
+        clocks.append(clock)
+    return [clock.seconds()[0] for clock in clocks[1:]]

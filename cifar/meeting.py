@@ -1,0 +1,268 @@
+"""How the processes of a job find each other at the store that their launcher names.
+
+Rank 0 greets the others, looks at what each was told, and gives the group a name that no earlier
+start had: after an elastic restart the launcher's store still holds the addresses of the processes
+before, at which the new ones would wait (`TORCHELASTIC_RESTART_COUNT` does not tell starts apart:
+every node counts its own failures).
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from cifar.errors import ConfigError, UnmetError
+from cifar.interface import source_towards
+from cifar.ranks import rank, world_size
+
+POLL_SECONDS = 0.05
+"""Between two looks at what other processes have written."""
+FAREWELL_SECONDS = 1.0
+"""How long rank 0 keeps its store after a refusal, for the others to read it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """Where the processes meet; `is_launchers` if the launcher and not rank 0 has the store."""
+
+    host: str
+    port: int
+    is_launchers: bool
+
+    def connect(self, timeout: float, *, serve: bool = False) -> TCPStore:
+        """A connection of one's own, or the store itself; seconds for every answer.
+
+        Raises:
+            RuntimeError: nothing answers there, or the port is taken.
+        """
+        return TCPStore(
+            self.host,
+            self.port,
+            None,
+            serve,
+            timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The processes that have met: where, under which name, which of how many this is."""
+
+    address: Address
+    name: str
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """What a process says of itself; `token` tells one start from another."""
+
+    rank: int
+    size: int
+    host: str
+    pid: int
+    gpu: str = ""
+    """The GPU's own number; "" on a CPU."""
+    source: str = ""
+    """Its address on the way to the store."""
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.host}, pid {self.pid}"
+
+
+def address_of(environ: Mapping[str, str]) -> Address:
+    """Where the launcher says to meet, with Accelerate's default for the port."""
+    agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return Address(
+        host=environ["MASTER_ADDR"],
+        port=int(environ.get("MASTER_PORT") or 29500),
+        is_launchers=agents,
+    )
+
+
+class Meeting:
+    """One process's part in a meeting: rank 0 leads, the others follow.
+
+    `environ` must have passed `cifar.ranks.check_rendezvous`; `gpu` is the number of the process's
+    own one, "" on a CPU.
+    """
+
+    def __init__(self, environ: Mapping[str, str], gpu: str, timeout: float) -> None:
+        self._address = address_of(environ)
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._me = Hello(
+            rank=rank(environ),
+            size=world_size(environ),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            gpu=gpu,
+            source=_source(self._address),
+        )
+
+    def hold(self) -> tuple[Group, TCPStore, list[Hello]]:
+        """Meet the others; the group, its store and what everyone has said, by rank.
+
+        Raises:
+            ConfigError: the processes do not fit together; all of them say so.
+            UnmetError: this one has not met the others.
+        """
+        store = self._open()
+        name, peers = self._lead(store) if self._me.rank == 0 else self._follow(store)
+        me = self._me
+        return Group(address=self._address, name=name, rank=me.rank, size=me.size), store, peers
+
+    def _open(self) -> TCPStore:
+        """The store, served by rank 0 unless the launcher has it."""
+        serve = self._me.rank == 0 and not self._address.is_launchers
+        try:
+            return self._address.connect(self._timeout, serve=serve)
+        except RuntimeError as error:
+            if serve and "EADDRINUSE" in str(error):
+                raise UnmetError(
+                    f"MASTER_PORT: '{self._address.port}': in use on {self._me.host} by another "
+                    "program, or by another process with RANK 0; give a free one"
+                ) from None
+            raise UnmetError(self.unreachable()) from None
+
+    def unreachable(self) -> str:
+        """What to say where nothing answers."""
+        where, port = self._address.host, self._address.port
+        return (
+            f"MASTER_ADDR: {where!r}: rank {self._me.rank} on {self._me.host} has reached nothing "
+            f"at port {port} (MASTER_PORT) within {self._timeout:g} s; give the address of rank "
+            "0's machine, start that one too, and let the port through its firewall"
+        )
+
+    def _lead(self, store: TCPStore) -> tuple[str, list[Hello]]:
+        """Greet all ranks; those of an earlier start may be greeted too, but do not answer."""
+        name, met = secrets.token_hex(8), {0: self._me}
+        try:
+            while len(met) < self._me.size:
+                for each in range(1, self._me.size):
+                    self._greet(store, name, each, met)
+                if len(met) < self._me.size:
+                    self._check_time(lambda: _absent(met, self._me, self._timeout))
+            peers = [met[each] for each in range(self._me.size)]
+            check_gpus(peers)
+        except ConfigError as error:
+            _refuse(store, met, self._me.size, str(error))
+            raise
+        store.set(f"go/{name}", json.dumps([asdict(peer) for peer in peers]))
+        return name, peers
+
+    def _greet(self, store: TCPStore, name: str, other: int, met: dict[int, Hello]) -> None:
+        """Answer a rank's hello; it is met once it has seen that."""
+        if not store.check([f"hello/{other}"]):
+            return
+        hello = Hello(**json.loads(store.get(f"hello/{other}")))
+        if other in met:
+            if hello != met[other]:
+                raise ConfigError(
+                    f"RANK: '{other}': given to two processes ({met[other].label}; {hello.label}); "
+                    "number the processes from 0, or start by accelerate launch or torchrun"
+                )
+            return
+        store.set(f"answer/{hello.token}", name)
+        if store.check([f"here/{name}/{hello.token}"]):
+            met[other] = hello
+            if hello.size != self._me.size:
+                raise ConfigError(
+                    f"WORLD_SIZE: '{hello.size}': given to rank {other} ({hello.label}), but "
+                    f"'{self._me.size}' to rank 0 ({self._me.label}); start all nodes with the "
+                    "same numbers of nodes and of processes"
+                )
+
+    def _follow(self, store: TCPStore) -> tuple[str, list[Hello]]:
+        """Say hello until rank 0 answers, then wait until all are there."""
+        me = self._me
+        try:
+            store.set(f"hello/{me.rank}", json.dumps(asdict(me)))
+            name = self._await(store, f"answer/{me.token}")
+            store.set(f"here/{name}/{me.token}", "")
+            peers = [Hello(**each) for each in json.loads(self._await(store, f"go/{name}"))]
+        except RuntimeError:
+            raise UnmetError(
+                f"MASTER_ADDR: {self._address.host!r}: the store at port {self._address.port} has "
+                "gone while the processes met; look at what rank 0 says"
+            ) from None
+        return name, peers
+
+    def _await(self, store: TCPStore, key: str) -> str:
+        """The value of a key once it is set; a refusal is raised."""
+        refusal = f"refusal/{self._me.rank}/{self._me.token}"
+        while True:
+            if store.check([refusal]):
+                raise ConfigError(store.get(refusal).decode())
+            if store.check([key]):
+                return store.get(key).decode()
+            self._check_time(
+                lambda: (
+                    f"RANK: '{self._me.rank}': rank 0 has not come to {self._address.host}:"
+                    f"{self._address.port} or not answered this process ({self._me.label}) within "
+                    f"{self._timeout:g} s; start rank 0, and no two processes with one RANK"
+                )
+            )
+
+    def _check_time(self, told: Callable[[], str]) -> None:
+        if time.monotonic() >= self._deadline:
+            raise UnmetError(told())
+        time.sleep(POLL_SECONDS)
+
+
+def _absent(met: Mapping[int, Hello], me: Hello, timeout: float) -> str:
+    missing = [str(each) for each in range(me.size) if each not in met]
+    which = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+    return (
+        f"WORLD_SIZE: '{me.size}': rank {which} has not come within {timeout:g} s; start as many "
+        "processes on as many nodes as that, or give a longer --meeting-timeout"
+    )
+
+
+def _refuse(store: TCPStore, met: Mapping[int, Hello], size: int, text: str) -> None:
+    """Let every process that has said hello know why there is no group."""
+    waiting = [each for each in range(1, size) if store.check([f"hello/{each}"])]
+    last = [Hello(**json.loads(store.get(f"hello/{each}"))) for each in waiting]
+    for hello in (*met.values(), *last):
+        store.set(f"refusal/{hello.rank}/{hello.token}", text)
+    time.sleep(FAREWELL_SECONDS)
+
+
+def check_gpus(peers: list[Hello]) -> None:
+    """Raise a ConfigError if two processes have one GPU, as with the same `LOCAL_RANK`."""
+    owners: dict[str, Hello] = {}
+    for peer in peers:
+        other = owners.setdefault(peer.gpu, peer) if peer.gpu else peer
+        if other is not peer:
+            raise ConfigError(
+                f"LOCAL_RANK: ranks {other.rank} and {peer.rank} on {peer.host} have the same GPU "
+                f"({peer.gpu}); number the processes of a machine from 0, one for each GPU"
+            )
+
+
+def _source(address: Address) -> str:
+    """This machine's address on the way to the store.
+
+    Raises:
+        UnmetError: the host's name means nothing here.
+    """
+    try:
+        return source_towards(address.host, address.port)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no host's name"
+        raise UnmetError(
+            f"MASTER_ADDR: {address.host!r}: unknown here ({reason}); give the address of rank 0's "
+            "machine"
+        ) from None

@@ -1,0 +1,198 @@
+"""Processes that meet, and those that cannot: one line that says why, in time, from each."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from meet_all import TIMEOUT
+from torch.distributed import TCPStore
+from training import ROOT, finish, free_port, start
+
+from cifar import interface
+from cifar.errors import ConfigError
+from cifar.interface import choose_interface, interface_of, source_towards
+from cifar.meeting import Hello, check_gpus
+
+pytestmark = pytest.mark.multiprocess
+
+
+def listening() -> socket.socket:
+    """A port of another program, which takes connections and says nothing."""
+    taken = socket.create_server(("127.0.0.1", 0))
+    taken.setblocking(False)
+    return taken
+
+
+def process(rank: int, size: int, port: int, **variables: str) -> dict[str, str]:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), **where, **variables}
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What became of the processes of all jobs, by `job-number`."""
+
+    folder: Path
+    ends: dict[str, tuple[int, float]]
+
+    def of(self, job: str) -> list[tuple[int, str]]:
+        """Exit code and the program's own lines, by process; torch's log is left out."""
+        found = []
+        for name in sorted(each for each in self.ends if each.startswith(f"{job}-")):
+            text = (self.folder / f"{name}.out").read_text() + self.err(name)
+            lines = [each for each in text.splitlines() if re.match("met as|meeting|cifar", each)]
+            found.append((self.ends[name][0], "\n".join(lines)))
+        return found
+
+    def err(self, name: str) -> str:
+        return (self.folder / f"{name}.err").read_text()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """All jobs, started at once, for each takes as long as its processes wait in vain."""
+    folder = tmp_path_factory.mktemp("jobs")
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    store.set("hello/1", json.dumps({"rank": 1, "size": 2, "host": "old", "pid": 1, "token": "x"}))
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with listening() as silent, listening() as taken:
+        ports = {"silent": silent.getsockname()[1], "taken": taken.getsockname()[1]}
+
+        def job(*ranks_and_sizes: tuple[int, int], **variables: str) -> list[dict[str, str]]:
+            port = free_port()
+            return [process(*each, port, **variables) for each in ranks_and_sizes]
+
+        listed = {
+            "two": job((0, 2), (1, 2)),
+            "alone": job((0, 1), LOCAL_RANK="0"),
+            "restarted": [process(each, 2, store.port, **agent) for each in (0, 1)],
+            "unreachable": job((1, 2)),
+            "nowhere": job((1, 2), MASTER_ADDR="nowhere.invalid"),
+            "silent": [process(1, 2, ports["silent"])],
+            "taken": [process(0, 2, ports["taken"])],
+            "sizes": job((0, 2), (1, 3)),
+            "absent": job((0, 4), (1, 4)),
+            "twice": job((0, 3), (1, 3), (1, 3)),
+            "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
+        }
+        listed["twice"][2]["LATE"] = "1"
+        (folder / "jobs.json").write_text(json.dumps(listed))
+        program = [sys.executable, str(ROOT / "tests" / "meet_all.py"), str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run(program, env=environment, timeout=120, check=True)
+    return Jobs(folder, json.loads((folder / "ends.json").read_text()))
+
+
+def test_two_processes_meet(jobs: Jobs) -> None:
+    assert jobs.of("two") == [(0, "met as 0 of 2"), (0, "met as 1 of 2")]
+
+
+def test_one_process_that_a_launcher_started_has_a_group_too(jobs: Jobs) -> None:
+    assert jobs.of("alone") == [(0, "met as 0 of 1")]
+
+
+def test_processes_started_anew_do_not_wait_for_those_before_them(jobs: Jobs) -> None:
+    """The launcher's store still holds what a process of the first start has said."""
+    assert jobs.of("restarted") == [(0, "met as 0 of 2"), (0, "met as 1 of 2")]
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ("unreachable", "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached nothing at port"),
+        ("nowhere", r"MASTER_ADDR: 'nowhere\.invalid': unknown here \(.*\); give the address of"),
+        ("silent", "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached nothing at port"),
+        ("taken", r"MASTER_PORT: '\d+': in use on .* by another program"),
+        ("local", "LOCAL_RANK: '2': must be -1 to 1; start by"),
+    ],
+)
+def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, said: str) -> None:
+    ((code, line),) = jobs.of(job)
+    assert code == 2
+    assert re.match(f"(meeting|cifar)(: process 1)?: {said}", line) and "\n" not in line, line
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ("sizes", r"WORLD_SIZE: '3': given to rank 1 \(.*, pid \d+\), but '2' to rank 0"),
+        ("absent", "WORLD_SIZE: '4': rank 2, 3 has not come within 6 s; start as many processes"),
+        ("twice", r"RANK: '1': given to two processes \(.*, pid \d+; .*, pid \d+\)"),
+    ],
+)
+def test_processes_that_do_not_fit_together_are_all_told(jobs: Jobs, job: str, said: str) -> None:
+    ends = jobs.of(job)
+    assert [code for code, _ in ends] == [2] * len(ends)
+    for number, (_, line) in enumerate(ends):
+        who = "meeting" if number == 0 else "meeting: process 1"
+        assert re.match(f"{who}: {said}", line) and "\n" not in line, line
+
+
+def test_they_are_told_in_time_and_without_a_traceback(jobs: Jobs) -> None:
+    for name, (_, seconds) in jobs.ends.items():
+        assert seconds < TIMEOUT + 20, name
+        assert "Traceback" not in jobs.err(name)
+
+
+def test_two_processes_with_one_gpu_are_refused() -> None:
+    hellos = [
+        Hello(rank=each, size=3, host="node", pid=each, gpu=gpu)
+        for each, gpu in enumerate(("a", "b", "a"))
+    ]
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK: ranks 0 and 2 on node have .* same GPU"):
+        check_gpus(hellos)
+    check_gpus(hellos[:2])
+    check_gpus([Hello(rank=each, size=2, host="node", pid=each) for each in (0, 1)])
+
+
+@pytest.fixture
+def wires(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose address on the wire is 10.0.0.1."""
+    monkeypatch.delenv(interface.VARIABLE, raising=False)
+    names = {"127.0.0.1": "lo", "10.0.0.1": "wire"}
+    monkeypatch.setattr(interface, "interface_of", lambda address: names.get(address, ""))
+    monkeypatch.setattr(interface, "source_towards", lambda host: {"10.0.0.2": "10.0.0.1"}[host])
+
+
+@pytest.mark.parametrize(
+    ("own", "sources", "chosen"),
+    [
+        ("127.0.0.1", ["127.0.0.1", "127.0.0.1"], None),
+        ("10.0.0.1", ["10.0.0.1", "10.0.0.2"], "wire"),
+        ("127.0.0.1", ["127.0.0.1", "10.0.0.2"], "wire"),
+        ("", ["", "10.0.0.2"], None),
+    ],
+)
+@pytest.mark.usefixtures("wires")
+def test_gloo_takes_the_interface_that_leads_to_other_machines(
+    own: str, sources: list[str], chosen: str | None
+) -> None:
+    choose_interface(own, sources)
+    assert os.environ.pop(interface.VARIABLE, None) == chosen
+
+
+@pytest.mark.usefixtures("wires")
+def test_an_interface_that_the_user_names_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(interface.VARIABLE, "mine")
+    choose_interface("10.0.0.1", ["10.0.0.1", "10.0.0.2"])
+    assert os.environ[interface.VARIABLE] == "mine"
+
+
+def test_the_interface_of_this_machine_is_found() -> None:
+    assert source_towards("127.0.0.1") == "127.0.0.1"
+    assert interface_of("127.0.0.1").startswith("lo")
+    assert interface_of("192.0.2.1") == ""
+
+
+@pytest.mark.gpu
+def test_one_process_on_a_gpu_meets_itself_by_nccl() -> None:
+    words = ("torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "cifar", "meet")
+    code, out, err = finish(start(*words))
+    assert (code, out.strip()) == (0, "all 1 have met"), err

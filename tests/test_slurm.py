@@ -1,0 +1,177 @@
+"""launch/slurm.sbatch, with a scontrol and an srun that start two "nodes" on this machine."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training import ROOT, TINY_OPTIONS, complaints, finish, metrics
+
+from cifar.checkpoint import list_checkpoints
+
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do
+    [[ $1 == *=* ]] && shift || shift 2
+done
+echo "$@" >> "$FAKE_LOG"
+pids=()
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" &
+    pids+=($!)
+done
+trap 'kill -USR1 "${pids[@]}"' USR1
+trap 'kill -TERM "${pids[@]}"' TERM
+code=0
+for pid in "${pids[@]}"; do
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+    wait "$pid" || code=$?
+done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1 $2" in
+    "show hostnames") [[ $3 == none ]] || printf '127.0.0.1\\n127.0.0.1\\n' ;;
+    *) echo "scontrol $*" >> "$FAKE_LOG" ;;
+esac
+"""
+
+Sbatch = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path) -> Sbatch:
+    """Runs the script as SLURM would, in a folder of its own."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+
+    def run(*words: object, **variables: str) -> subprocess.Popen[str]:
+        path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        variables = {
+            "SLURM_JOB_ID": "17",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "PYTHONPATH": str(ROOT),
+            "PATH": path,
+            "FAKE_LOG": str(tmp_path / "log"),
+            **variables,
+        }
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *map(str, words)],
+            cwd=tmp_path,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return run
+
+
+def wait_for_epoch(process: subprocess.Popen[str], folder: Path) -> None:
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return re.findall("^scontrol .*$", (tmp_path / "log").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_job_whose_time_is_up_is_saved_put_back_and_goes_on(
+    sbatch: Sbatch, npz: Path, tmp_path: Path
+) -> None:
+    words = ("--cpu", "--data", f"npz:{npz}", *TINY_OPTIONS, "--epochs", 20)
+    folder = tmp_path / "runs" / "slurm" / "17"
+    job = sbatch(*words)
+    wait_for_epoch(job, folder)
+    job.send_signal(signal.SIGUSR1)  # to the script alone, as --signal=B: does
+    code, out, err = finish(job)
+    assert code == 0, err
+    assert "2 x cpu, global batch 32, steps 0..60" in out
+    (line,) = complaints(err)
+    step = int(re.match(r"cifar: stopped by signal 10 after step (\d+);", line)[1])
+    assert list_checkpoints(folder / "checkpoints")[-1].name == f"step-{step:09d}"
+    assert calls(tmp_path) == ["scontrol requeue 17"]
+    assert "back into the queue" in err
+
+    code, out, err = finish(sbatch(*words))
+    assert code == 0, err
+    assert f"steps {step}..60" in out
+    assert [line["step"] for line in metrics(folder)] == [*range(3, 61, 3)]
+    assert len(calls(tmp_path)) == 1, "a finished job stays finished"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_job_that_is_cancelled_is_saved_and_does_not_come_back(
+    sbatch: Sbatch, npz: Path, tmp_path: Path
+) -> None:
+    job = sbatch("--cpu", "--data", f"npz:{npz}", *TINY_OPTIONS, "--epochs", 4000,
+                 "--output-dir", tmp_path / "mine")  # fmt: skip
+    wait_for_epoch(job, tmp_path / "mine")
+    job.send_signal(signal.SIGTERM)
+    code, _, err = finish(job)
+    assert code != 0
+    assert complaints(err)[0].startswith("cifar: stopped by signal 15 after step ")
+    assert list_checkpoints(tmp_path / "mine" / "checkpoints") and calls(tmp_path) == []
+
+
+def test_every_node_gets_the_same_command(sbatch: Sbatch, tmp_path: Path) -> None:
+    """Two nodes of four processes each; what the user gives comes last, and wins."""
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/bin/sh\necho "$@" > "$FAKE_LOG"\ncase "$*" in *meet*) ;; *) exit 7;; esac\n'
+    )
+    code, _, err = finish(sbatch("--output-dir", "/shared/run", SLURM_GPUS_ON_NODE="4"))
+    assert (code, err) == (7, "")
+    words = (tmp_path / "log").read_text().split()
+    assert words[: words.index("python")] == [
+        *("--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=0")
+    ]
+    text = " ".join(words)
+    assert "--nnodes 2 --nproc-per-node 4 --max-restarts 3" in text
+    assert "--rdzv-endpoint 127.0.0.1:20017 --rdzv-id 17" in text
+    assert text.endswith(
+        "-m cifar train --resume auto --output-dir runs/slurm/17 --output-dir /shared/run"
+    )
+
+
+def test_nodes_that_do_not_meet_end_the_job_at_once(sbatch: Sbatch, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/bin/sh\necho "$MASTER_ADDR:$MASTER_PORT $WORLD_SIZE $*" >> "$FAKE_LOG"\nexit 2\n'
+    )
+    assert finish(sbatch())[0] == 2
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert line.startswith("127.0.0.1:20017 2 --nodes 2 --ntasks 2")
+    assert line.endswith("RANK=$SLURM_NODEID exec python -m cifar meet --cpu")
+
+
+def test_a_job_without_hosts_is_refused_in_a_line(sbatch: Sbatch) -> None:
+    code, _, err = finish(sbatch(SLURM_JOB_NODELIST="none"))
+    assert code == 2
+    assert err == "slurm.sbatch: SLURM_JOB_NODELIST: 'none': names no host\n"
+
+
+def test_the_script_asks_slurm_for_what_it_relies_on() -> None:
+    options = re.findall(r"^#SBATCH (\S+)$", SCRIPT.read_text(), re.MULTILINE)
+    assert {"--requeue", "--signal=B:USR1@120", "--ntasks-per-node=1"} <= set(options)
+    assert not [each for each in options if re.match("--(nodes|gpus|gres|ntasks=)", each)]
+
+
+def test_shellcheck_finds_nothing() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck")
+    done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
