@@ -1,5 +1,6 @@
 """FSDP2 and ZeRO, in two processes by gloo: what they learn, and what their checkpoints hold."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from training import ROOT, TINY_OPTIONS, cifar, complaints, finish, reset_accelerate, start
 
+from bench.environment import collect
 from bench.judge import WRAPPERS
 from cifar.config import ModelConfig, Recipe, RunConfig, TrainConfig
 from cifar.data.config import parse_data
@@ -291,3 +293,9 @@ def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
         UnsupportedError, match=r"'zero2': .* install cifar-resnet-bench\[deepspeed"
     ):
         import_deepspeed("zero2", torch.device("cpu"))
+
+
+def test_a_record_names_the_deepspeed_that_trained_and_no_other() -> None:
+    assert "deepspeed" not in collect().tools
+    with mock.patch.dict(os.environ, ENGINES["zero2"]):
+        assert collect().tools["deepspeed"] == importlib.metadata.version("deepspeed")
