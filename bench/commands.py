@@ -3,10 +3,7 @@
 It imports no torch; its workers do.
 """
 
-import itertools
-import shlex
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,26 +13,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench import execution, runs, selfcheck
+from bench import runs, selfcheck
 from bench.best import BEST_FILE
-from bench.console import expected_seconds, plural, show_plan, shown, stoppable
+from bench.console import expected_seconds, plural, shown, stoppable
+from bench.display import render_records
 from bench.frontier_command import run_frontier
-from bench.options import (
-    RunOptions,
-    build_suite,
-    check,
-    check_resume,
-    runs_folder,
-)
+from bench.options import runs_folder
 from bench.record import Record
 from bench.record_file import TornLineWarning, read_records
-from bench.repeats import Fingerprints, interleaved
+from bench.run_command import run_run
 from bench.spec import expand
 from bench.suites import SUITES
 from bench.tuning_command import run_search
 from cifar.cli import Command, complain, parse, run_program
 from cifar.config import require
-from cifar.errors import OutputError, Stopped, UserError
+from cifar.errors import UserError
 from cifar.files import is_file, user_path
 from cifar.progress import format_duration
 
@@ -52,6 +44,8 @@ examples:
   bench run depths --num-processes 4 --dry-run
   bench run scaling --num-processes 1,2,4,8
   bench run --resume 20260101-120000-quick-1f0c
+  bench run depths --devices 0,1,2,3
+  bench run depths --slurm --slurm-partition gpu
   bench frontier --models resnet18,resnet34 --precisions fp32,bf16
   bench search sgd --model resnet20 --data cifar10:DIR --lr 0.01..1 --batch-size 64,128 --epochs 5
   bench table --sort train --filter precision=bf16
@@ -87,68 +81,6 @@ def run_list(argv: list[str]) -> int:
     return 0
 
 
-def run_run(argv: list[str]) -> int:
-    """`bench run`."""
-    options = parse(
-        RunOptions,
-        argv,
-        prog="bench run",
-        description="Measure a suite, or the cells that the options name; then print the tables.",
-        example="bench run --models resnet18,resnet34 --precisions fp32,bf16 -b 256",
-    )
-    folder = runs_folder(options.runs_dir)
-    past = runs.history(folder)
-    if options.resume is not None:
-        check_resume(options)
-        run = runs.find(options.resume, folder).with_timeout(options.timeout)
-        selfcheck.refuse(run)
-        if run.plan.search is not None:
-            raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
-        if run.plan.tuning is not None:
-            raise UserError(f"run: {run.id!r}: is a search for a recipe; give it to bench search")
-        fingerprints = check(run.plan.tasks)
-        if options.dry_run:
-            return show_plan(execution.missing(run, fingerprints=fingerprints), past)
-    else:
-        suite = build_suite(options)
-        tasks = expand(suite)
-        fingerprints = check(tasks)
-        if options.dry_run:
-            return show_plan(interleaved(tasks), past)
-        runs.check_writable(folder)
-        run = runs.create(suite, folder, argv)
-    return _measure(run, past, fingerprints)
-
-
-def _measure(run: runs.Run, past: Sequence[Record], fingerprints: Fingerprints) -> int:
-    """Execute a run, print its tables, and return the exit code."""
-    start = time.monotonic()
-    resume = f"bench run --resume {shlex.quote(shown(run.folder))}"
-    try:
-        with stoppable(resume):
-            records = execution.execute(run, past=past, fingerprints=fingerprints)
-    except (Stopped, OutputError):
-        _print_tables([*runs.latest(run.records()).values()])
-        raise
-    _print_tables(records)
-    from bench.save import write_plot
-
-    if plot := write_plot(run.folder, records):
-        print(f"how it scales is drawn in {shown(plot)}")
-    took = format_duration(time.monotonic() - start)
-    broken = [record for record in records if not record.finished]
-    skipped = len(run.plan.tasks) - len(records)
-    more = f" ({skipped} more were not needed)" if skipped else ""
-    cells = plural(len(records), "cell")
-    print(f"{cells} in {took}{more}; records and logs are in {shown(run.folder)}")
-    if broken:
-        print(f"{len(broken)} did not finish; to try them again: {resume}")
-    if disturbed := [record for record in records if not record.valid]:
-        them = "it" if len(disturbed) == 1 else "them"
-        print(f"{len(disturbed)} disturbed; to measure {them} again: {resume}")
-    return 1 if broken else 0
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableOptions:
     """Options of `bench table`."""
@@ -179,7 +111,9 @@ def run_table(argv: list[str]) -> int:
     records = _named_records(options.source, runs_folder(options.runs_dir))
     if not records:
         raise UserError("records: none yet; bench run --resume RUN measures what is missing")
-    text = _render(records, options.format, sys.stdout.isatty(), options.sort, options.filter)
+    text = render_records(
+        records, options.format, sys.stdout.isatty(), options.sort, options.filter
+    )
     print(text, end="")
     return 0
 
@@ -202,45 +136,6 @@ def _named_records(names: Sequence[str], folder: Path) -> list[Record]:
             found = run.records()
         records += found
     return records
-
-
-def _print_tables(records: Sequence[Record]) -> None:
-    """For the terminal; nothing if there are no records."""
-    if records:
-        print(_render(records, "terminal", sys.stdout.isatty()))
-
-
-def _render(
-    records: Sequence[Record],
-    form: Literal["terminal", "markdown", "csv"],
-    color: bool,
-    sort: str | None = None,
-    chosen: str | None = None,
-) -> str:
-    from bench import columns, efficiency, frontier, selection, table, trial_rows
-    from bench.row_facts import Row
-
-    def picked(lines: list[Row]) -> list[Row]:
-        if chosen is not None:
-            lines = selection.filter_rows(lines, selection.parse_filter(chosen))
-        return lines if sort is None else selection.sort_rows(lines, sort)
-
-    cells, searches = trial_rows.told_apart(records)
-    trials = [picked(trial_rows.trial_rows(search)) for search in searches]
-    lines = picked(efficiency.scaling_rows(cells)) if cells else []
-    if form == "csv":
-        return table.render_csv([*lines, *itertools.chain(*trials)])
-    markdown = form == "markdown"
-    render = table.render_markdown if markdown else partial(table.render_terminal, color=color)
-    swept, others = efficiency.told_apart(lines, cells)
-    tables = [render(others)] if others else []
-    if swept:
-        ordered = efficiency.in_order(swept) if sort is None else swept
-        tables.append(render(ordered, columns.scaling_columns))
-    probes = [record for record in cells if record.suite == frontier.SUITE]
-    if probes and chosen is None and sort is None:
-        tables.append(render(frontier.frontier(probes), columns.frontier_columns))
-    return "\n".join([*tables, *(render(each, columns.trial_columns) for each in trials)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

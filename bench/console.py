@@ -4,10 +4,12 @@ import contextlib
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from bench.cores import pinned, write_cores
+from bench.devices import Machine
 from bench.estimate import estimate_seconds
 from bench.launchers import argv_for, environment_for
 from bench.record import Record
@@ -22,8 +24,17 @@ def expected_seconds(tasks: Sequence[Task], past: Sequence[Record]) -> float:
     return sum(estimate_seconds(task.cell, task.protocol, history=past) for task in tasks)
 
 
-def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
-    """Print what would be started, and the time it would take; returns the exit code."""
+def show_plan(
+    tasks: Sequence[Task],
+    past: Sequence[Record],
+    machine: Machine | None = None,
+    submitted: Callable[[Task], str] | None = None,
+) -> int:
+    """Print what would be started, and the time it would take; returns the exit code.
+
+    On a `machine`, side by side if it has several devices, or as jobs that `submitted` describes.
+    """
+    machine = machine or Machine()
     seconds = {
         cell: estimate_seconds(*cell, history=past)
         for cell in {(task.cell, task.protocol) for task in tasks}
@@ -32,14 +43,26 @@ def show_plan(tasks: Sequence[Task], past: Sequence[Record]) -> int:
         about = format_duration(seconds[task.cell, task.protocol])
         repeat = f" repeat {task.repeat}" if task.repeat else ""
         print(f"[{number}/{len(tasks)}] {task.cell.label}{repeat}  about {about}")
-        chosen = recorded_environment(environment_for(task.cell.num_processes, os.environ))
-        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in chosen.items())
-        print(f"  {settings} {shlex.join(argv_for(task.cell, Path('FOLDER')))}")
-    total = sum(seconds[task.cell, task.protocol] for task in tasks)
+        print(f"  {submitted(task) if submitted else _command(task, machine)}")
+    total = sum(
+        seconds[task.cell, task.protocol] * machine.share(task.cell.num_processes) for task in tasks
+    )
     basis = "earlier runs, where they tell, and rules of thumb" if past else "rules of thumb alone"
     source = f" (from {basis})" if tasks else ""
     print(f"{counted(tasks)}, about {format_duration(total)}{source}")
     return 0
+
+
+def _command(task: Task, machine: Machine) -> str:
+    """What a shell would be given, on the first of the devices."""
+    count = task.cell.num_processes
+    place = machine.first_place(count)
+    with pinned(place.cores):
+        environment = environment_for(count, os.environ) | place.variables
+    settings = recorded_environment(environment)
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    words += ["taskset", "--cpu-list", write_cores(place.cores)] if place.cores else []
+    return " ".join([*words, shlex.join(argv_for(task.cell, Path("FOLDER")))])
 
 
 def counted(tasks: Sequence[Task]) -> str:

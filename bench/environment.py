@@ -16,6 +16,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from bench.cores import write_cores
+from bench.counters import usable_cores
+from bench.job import SIDE_BY_SIDE
 from bench.record import Environment, this_host
 from cifar.compilers import compiler_versions
 from cifar.process import available_cores, recorded_environment
@@ -36,6 +39,9 @@ def collect() -> Environment:
         memory_bytes=psutil.virtual_memory().total,
         gpu_names=tuple(gpu.name for gpu in gpus),
         gpu_memory_bytes=tuple(gpu.total_memory for gpu in gpus),
+        gpu_ids=tuple(f"GPU-{gpu.uuid}" for gpu in gpus),
+        cores=write_cores(usable_cores()),
+        side_by_side=int(os.environ.get(SIDE_BY_SIDE, "1")),
         driver=_driver(),
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

@@ -16,9 +16,8 @@ from bench.columns import frontier_columns
 from bench.console import plural, show_plan, shown, stoppable
 from bench.frontier import SUITE, frontier
 from bench.launchers import get_launcher
+from bench.option_types import CommaList, Flag
 from bench.options import (
-    CommaList,
-    Flag,
     check,
     check_resume,
     examine,

@@ -13,6 +13,9 @@ RECORD_FILE = "record.json"
 LAUNCHED = "BENCH_LAUNCHED"
 """Environment variable: when the processes were started, in seconds of `time.monotonic`, a clock
 that all processes of a machine share."""
+SIDE_BY_SIDE = "BENCH_SIDE_BY_SIDE"
+"""Environment variable: how many devices of this machine the run measures on at the same time, see
+`bench.devices`; 1 if it is not set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from bench.failure import classify
 from bench.job import CELL_FILE, LAUNCHED, RECORD_FILE, Job
-from bench.processes import GRACE_SECONDS, MARK, end, oom_kills
+from bench.processes import GRACE_SECONDS, MARK, OOM_KILLS, end
 from bench.record import Record, Status
 from bench.record_file import parse_record
 from bench.spec import Cell
@@ -137,12 +138,12 @@ def _empty_compile_cache(folder: Path) -> Iterator[dict[str, str]]:
 class Ending:
     """How a job's processes ended; `returncode` is negative for a signal.
 
-    `pruned` says why they were ended early.
+    `pruned` says why they were ended early, `started` is a moment of `OomKills.mark`.
     """
 
     returncode: int
     timed_out: bool = False
-    oom_kills: int = 0
+    started: float = 0.0
     pruned: str = ""
 
 
@@ -201,7 +202,7 @@ def _run(
 ) -> Ending:
     """Start the command, wait until it ends or its time is up, and leave no process behind."""
     mark = f"{os.getpid()}:{time.monotonic_ns()}:{folder}"
-    kills, timed_out, pruned = oom_kills(), False, ""
+    started, timed_out, pruned = OOM_KILLS.mark(), False, ""
     process: subprocess.Popen[bytes] | None = None
     try:
         with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
@@ -217,12 +218,12 @@ def _run(
     except subprocess.TimeoutExpired:
         timed_out = True
     finally:
-        end(mark, grace)
+        end([mark], grace)
         returncode = process.poll() if process else None
     return Ending(
         returncode=-signal.SIGKILL if returncode is None else returncode,
         timed_out=timed_out,
-        oom_kills=oom_kills() - kills,
+        started=started,
         pruned=pruned,
     )
 
@@ -251,11 +252,11 @@ def _judge(job: Job, folder: Path, ending: Ending) -> Record:
     try:
         record = parse_record((folder / RECORD_FILE).read_text("utf-8"), source=RECORD_FILE)
     except FileNotFoundError:
-        return _failure(job, *_why(job, folder, ending))
+        return failure(job, *_why(job, folder, ending))
     except (UserError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        return _failure(job, "failed", f"unreadable {RECORD_FILE}: {' '.join(str(error).split())}")
+        return failure(job, "failed", f"unreadable {RECORD_FILE}: {' '.join(str(error).split())}")
     if record.key != job.task.key:
-        return _failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
+        return failure(job, "failed", f"{RECORD_FILE} is of another cell: {record.cell.label}")
     if is_unfinished(record):
         why = ending.pruned
         return pruned(record, why) if why else explained(record, *_why(job, folder, ending))
@@ -269,19 +270,19 @@ def _why(job: Job, folder: Path, ending: Ending) -> tuple[Status, str]:
     """What ended the processes before their record was finished."""
     if ending.timed_out:
         return "timeout", _stopped(job)
-    return classify(
-        ending.returncode,
-        _tail(folder / "stderr"),
-        oom_kills=ending.oom_kills,
-        limited=job.task.protocol.memory_limit is not None,
-    )
+    limited = job.task.protocol.memory_limit is not None
+    told = partial(classify, ending.returncode, _tail(folder / "stderr"), limited=limited)
+    if told() == told(oom_kills=1):  # else a kill would be taken from the cell it belongs to
+        return told()
+    return told(oom_kills=OOM_KILLS.claim(ending.started))
 
 
 def _stopped(job: Job) -> str:
     return f"stopped after {job.task.protocol.timeout:g} s"
 
 
-def _failure(job: Job, status: Status, reason: str) -> Record:
+def failure(job: Job, status: Status, reason: str) -> Record:
+    """The record of a job whose processes left none."""
     return Record(
         cell=job.task.cell,
         protocol=job.task.protocol,

@@ -3,8 +3,10 @@
 Needs nvidia-ml-py.
 """
 
+import contextlib
 import importlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,10 @@ SLOWDOWN = 0x08
 All four are bits of `nvmlClocksEventReasons`:
 https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
 """
+
+
+_WORD_BITS = 64
+"""Of the masks in which NVML tells CPU cores: an unsigned long on 64-bit Linux."""
 
 
 class NvmlError(CifarError):
@@ -45,6 +51,30 @@ class GpuState:
     """For which heat has slowed it down since the driver was loaded."""
     power_seconds: float = math.nan
     """For which its power limit has."""
+
+
+def _started() -> Any:
+    """The module `pynvml`, ready to be asked.
+
+    Raises:
+        NvmlError: nvidia-ml-py is not installed, or there is no driver.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        raise NvmlError("the package nvidia-ml-py is not installed") from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise NvmlError(f"NVML: {error}") from None
+    return nvml
+
+
+def near_cores(uuid: str) -> frozenset[int]:
+    """See `Gpu.near_cores`; empty too if NVML cannot be asked."""
+    with contextlib.suppress(NvmlError):
+        return Gpu(uuid).near_cores()
+    return frozenset()
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int:
@@ -83,12 +113,8 @@ class Gpu:
     """
 
     def __init__(self, uuid: str) -> None:
+        self._nvml = _started()
         try:
-            self._nvml: Any = importlib.import_module("pynvml")
-        except ImportError:
-            raise NvmlError("the package nvidia-ml-py is not installed") from None
-        try:
-            self._nvml.nvmlInit()
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
         except self._nvml.NVMLError as error:
             raise NvmlError(f"NVML: {error}") from None
@@ -130,6 +156,17 @@ class Gpu:
             return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
         except self._nvml.NVMLError as error:
             raise NvmlError(f"NVML: {error}") from None
+
+    def near_cores(self) -> frozenset[int]:
+        """The numbers of the CPU cores on this GPU's socket; empty if that is not told."""
+        words = -(-(os.cpu_count() or 1) // _WORD_BITS)
+        masks = self._ask("nvmlDeviceGetCpuAffinity", words) or ()
+        return frozenset(
+            word * _WORD_BITS + bit
+            for word, mask in enumerate(masks)
+            for bit in range(_WORD_BITS)
+            if mask >> bit & 1
+        )
 
     def _ask(self, query: str, *words: Any) -> Any:
         """The answer, or None if this GPU, its driver or the binding has none."""

@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from bench.launchers import environment_for, get_launcher
+from bench.option_types import CommaIntegers, CommaList, Flag
+from bench.place_options import PlaceOptions
 from bench.present import check_model, present_environment
 from bench.protocol import Protocol
 from bench.record import Environment
@@ -24,44 +26,6 @@ from cifar.files import is_file, user_path
 from cifar.recipes import get_recipe
 
 arg = tyro.conf.arg
-Flag = tyro.conf.FlagCreatePairsOff[bool]
-
-
-def _split(words: list[str]) -> tuple[str, ...]:
-    parts = tuple(part.strip() for part in words[0].split(","))
-    if not all(parts):
-        raise ValueError(f"{words[0]!r}: give one or more, separated by commas")
-    return parts
-
-
-def _integers(words: list[str]) -> tuple[int, ...]:
-    if not all(part.isdecimal() for part in _split(words)):
-        raise ValueError(f"{words[0]!r}: give whole numbers, separated by commas")
-    return tuple(map(int, _split(words)))
-
-
-CommaList = Annotated[
-    tuple[str, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NAME[,NAME...]",
-        instance_from_str=_split,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(value)],
-    ),
-]
-
-
-CommaIntegers = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N[,N...]",
-        instance_from_str=_integers,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +84,7 @@ class RunOptions:
     """Do what is missing in a run, given by its id or folder."""
     runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
     """Where runs are kept."""
+    place: PlaceOptions = field(default_factory=PlaceOptions)
 
 
 CELL_OPTIONS = (
@@ -247,8 +212,10 @@ def _as_given(name: str, value: Any) -> tuple[str, object]:
     return option_name(name), ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def check(tasks: Sequence[Task]) -> Fingerprints:
+def check(tasks: Sequence[Task], *, whole_machine: bool = True) -> Fingerprints:
     """Refuse what no worker needs to be started for; see `check_data` and `check_devices`.
+
+    The latter is for cells that run on this machine as a whole.
 
     Raises:
         UserError: one of theirs, a variable that no worker can start with, or a library's network
@@ -256,7 +223,8 @@ def check(tasks: Sequence[Task]) -> Fingerprints:
     """
     environment_for(1, os.environ)
     fingerprints = check_data(tasks)
-    check_devices(tasks)
+    if whole_machine:
+        check_devices(tasks)
     trained = (task.cell.train for task in tasks if task.cell.train.model.library)
     for model, data in {(train.model, train.data) for train in trained}:
         check_model(model, examine(data).size)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from bench.launchers import environment_for
 from bench.record import Environment
@@ -15,13 +16,16 @@ MODULE = "bench.environment"
 _LIMIT_SECONDS = 120
 
 
-def present_environment(num_processes: int) -> Environment:
-    """The environment of one of `num_processes` workers on this machine.
+def present_environment(
+    num_processes: int, *, variables: Mapping[str, str] = MappingProxyType({})
+) -> Environment:
+    """The environment of one of `num_processes` workers, with these variables, on this machine.
 
     Raises:
         CifarError: the process failed; the message is its last line.
     """
-    done = _answer([sys.executable, "-m", MODULE], environment_for(num_processes, os.environ))
+    environment = {**environment_for(num_processes, os.environ), **variables}
+    done = _answer([sys.executable, "-m", MODULE], environment)
     if done.returncode:
         raise CifarError(f"environment: cannot be read: {_last_line(done)}")
     return from_json(Environment, done.stdout, source=MODULE)

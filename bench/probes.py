@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from bench.execution import Launch, Present, measure, taken_up
+from bench.devices import Present
+from bench.execution import Launch, measure, taken_up
 from bench.launchers import launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome

@@ -24,14 +24,21 @@ def outcome(record: Record) -> str:
 
 
 class SuiteProgress:
-    """Shows which cell runs, what became of the earlier ones, and how long the rest may take."""
+    """Shows which cells run, what became of the earlier ones, and how long the rest may take.
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    Where cells run `side_by_side` a log has a line for the start of each and one for its end.
+    """
+
+    def __init__(
+        self, total: int, stream: TextIO | None = None, *, side_by_side: bool = False
+    ) -> None:
         self._total = total
         self._stream = stream or sys.stderr
+        self._side_by_side = side_by_side
         self._bar: Any = None
         self._task: Any = None
-        self._line = ""
+        self._lines: dict[int, str] = {}
+        self._finished = 0
 
     def __enter__(self) -> "SuiteProgress":
         if self._stream.isatty():
@@ -58,29 +65,49 @@ class SuiteProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is not None and self._line:
+        elif kind is not None and self._lines and not self._side_by_side:
             print(file=self._stream, flush=True)
 
-    def start(self, number: int, label: str, seconds_left: float | None) -> None:
-        """Cell `number` (from 1) starts; from here `seconds_left` are expected (None: unknown)."""
-        self._line = f"[{number}/{self._total}] {label} ..."
-        if self._bar is not None:
-            left = "" if seconds_left is None else f"about {format_duration(seconds_left)} left"
-            self._bar.update(
-                self._task, description=self._line, completed=number - 1, left=left, refresh=True
-            )
-        else:
-            print(self._line, end="", file=self._stream, flush=True)
+    def start(
+        self, number: int, label: str, seconds_left: float | None, *, begins: bool = True
+    ) -> None:
+        """Cell `number` (from 1) starts; from here `seconds_left` are expected (None: unknown).
 
-    def finish(self, text: str, seconds_left: float | None) -> None:
-        """That became of the cell that started last; the ones after it may take that long."""
+        If it does not begin, as it was measured before, what became of it follows at once.
+        """
+        self._lines[number] = f"[{number}/{self._total}] {label} ..."
+        if self._bar is not None:
+            self._show(seconds_left)
+        elif not self._side_by_side:
+            print(self._lines[number], end="", file=self._stream, flush=True)
+        elif begins:
+            print(self._lines[number], file=self._stream, flush=True)
+
+    def finish(self, text: str, seconds_left: float | None, number: int | None = None) -> None:
+        """What became of a cell, the last that started if no `number` is given.
+
+        Those after it, and those that run, may take that long.
+        """
+        line = self._lines.pop(next(reversed(self._lines)) if number is None else number)
+        self._finished += 1
         text = f" {text}"
         if seconds_left:
             text += f", about {format_duration(seconds_left)} left"
         if self._bar is not None:
-            self._bar.console.print(
-                self._line + text, highlight=False, markup=False, soft_wrap=True
-            )
+            self._bar.console.print(line + text, highlight=False, markup=False, soft_wrap=True)
+            if self._lines:
+                self._show(seconds_left)
         else:
-            print(text, file=self._stream, flush=True)
-        self._line = ""
+            print(line + text if self._side_by_side else text, file=self._stream, flush=True)
+
+    def _show(self, seconds_left: float | None) -> None:
+        """On the live line: what runs, the last of them if they are several."""
+        line, count = next(reversed(self._lines.values())), len(self._lines)
+        left = "" if seconds_left is None else f"about {format_duration(seconds_left)} left"
+        self._bar.update(
+            self._task,
+            description=line if count == 1 else f"{line} and {count - 1} beside",
+            completed=self._finished if self._side_by_side else min(self._lines) - 1,
+            left=left,
+            refresh=True,
+        )

@@ -17,6 +17,7 @@ LARGEST = 1e100
 """No sample's size is beyond it, nor that of a number of seconds below its inverse, so that sums
 and ratios of them are numbers too."""
 MOST_BYTES = 2**63
+_WHICH_GPUS = "CUDA_VISIBLE_DEVICES"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 Label = str | int | float | bool
@@ -114,6 +115,14 @@ class Environment:
     """One name per visible GPU."""
     gpu_memory_bytes: tuple[int, ...] = ()
     """The whole memory of each of them; empty in records that do not tell."""
+    gpu_ids: tuple[str, ...] = ()
+    """The UUID of each of them, `GPU-...`; empty in records that do not tell."""
+    cores: str = ""
+    """The numbers of the CPU cores that this process may run on, `0-3,8`; empty in records that do
+    not tell."""
+    side_by_side: int = 1
+    """Devices of this machine that the run measured on at the same time, this one's included: the
+    others had other GPUs and cores, but the same memory, caches and power supply."""
     driver: str | None = None
     """Of the GPUs."""
 
@@ -151,6 +160,11 @@ class Environment:
             require(0 <= size < MOST_BYTES, "memory", size, f"give less than {MOST_BYTES} bytes")
 
     @property
+    def settings(self) -> dict[str, str]:
+        """The worker's environment variables without the one that says which of the GPUs it has."""
+        return {name: value for name, value in self.worker_env.items() if name != _WHICH_GPUS}
+
+    @property
     def gpu_count(self) -> int:
         """Visible GPUs."""
         return len(self.gpu_names)
@@ -168,28 +182,37 @@ class Environment:
         slug = re.sub(r"[^a-z0-9.]+", "-", text).strip("-.") or "unknown"
         return f"{slug}-x{self.gpu_count}" if self.gpu_names else f"{slug}-{self.cpu_count}c"
 
+    @property
+    def packages(self) -> tuple[str | None, ...]:
+        """The interpreter and the libraries that are the same on all nodes of a cluster."""
+        return (
+            *(self.python, self.torch, self.torchvision),
+            *(self.accelerate, self.numpy, self.cuda),
+        )
+
     def key(self) -> dict[str, Any]:
         """What must be equal for two records to be comparable, by part.
 
         The code is known by the digest of its sources, not by its commit: a commit may change only
-        prose, and uncommitted changes count. Memory size is left out; a reboot may change it.
+        prose, and uncommitted changes count. Memory size is left out; a reboot may change it. So
+        are which of equal GPUs it was and the numbers of the cores, but not how many devices were
+        measured on at the same time.
         """
         return {
             "code": self.code_digest,
             "software": (
                 self.os,
-                self.python,
-                self.torch,
-                self.torchvision,
-                self.accelerate,
-                self.numpy,
-                self.cuda,
+                *self.packages,
                 self.cudnn,
                 self.driver,
                 tuple(sorted(self.tools.items())),
             ),
             "hardware": (self.cpu_model, self.cpu_count, self.gpu_names),
-            "worker environment": (tuple(sorted(self.worker_env.items())), self.threads),
+            "worker environment": (
+                tuple(sorted(self.settings.items())),
+                self.threads,
+                self.side_by_side,
+            ),
         }
 
 

@@ -35,16 +35,21 @@ def interleaved(tasks: Sequence[Task]) -> tuple[Task, ...]:
 
 
 def is_from_here(record: Record, environment: Environment, fingerprints: Fingerprints) -> bool:
-    """Whether a record was taken in the circumstances, and of the images, of here and now.
-
-    One that died before it read any images tells of whichever there are.
-    """
-    images = fingerprints.get(record.cell.train.data)
+    """Whether a record was taken in the circumstances, and of the images, of here and now."""
     return (
         record.environment is not None
         and record.environment.key() == environment.key()
-        and (images is None or record.data is None or record.data.fingerprint == images)
+        and is_of_images(record, fingerprints)
     )
+
+
+def is_of_images(record: Record, fingerprints: Fingerprints) -> bool:
+    """Whether a record is of the images that there are now.
+
+    One that died before it read any tells of whichever there are.
+    """
+    images = fingerprints.get(record.cell.train.data)
+    return images is None or record.data is None or record.data.fingerprint == images
 
 
 class Repeats:

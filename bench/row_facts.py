@@ -69,8 +69,10 @@ def _machine(environment: Environment) -> str:
 
 def _worker(environment: Environment) -> str:
     threads = f"{environment.threads} thread" + ("s" if environment.threads > 1 else "")
-    variables = sorted(environment.worker_env.items())
-    return " ".join([threads, *(f"{name}={value}" for name, value in variables)])
+    variables = sorted(environment.settings.items())
+    text = " ".join([threads, *(f"{name}={value}" for name, value in variables)])
+    beside = environment.side_by_side
+    return f"{text}, {beside} devices side by side" if beside > 1 else text
 
 
 def _software(environment: Environment) -> str:

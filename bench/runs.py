@@ -16,6 +16,7 @@ from typing import ClassVar
 from bench.record import Record
 from bench.record_file import read_records
 from bench.search import Search
+from bench.slurm_config import SlurmConfig
 from bench.spec import Suite, Task, expand
 from bench.tuning import Tuning
 from cifar import files
@@ -45,6 +46,10 @@ class RunPlan:
     """How a memory frontier is searched; None: the tasks are all there is."""
     tuning: Tuning | None = None
     """What a search for a recipe tries, of which the one task holds what all trials share."""
+    devices: tuple[str, ...] = ()
+    """The devices of this machine that it measures on side by side, as the user named them."""
+    slurm: SlurmConfig | None = None
+    """How its jobs are submitted to SLURM; None: it measures on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +123,8 @@ def create(
     *,
     search: Search | None = None,
     tuning: Tuning | None = None,
+    devices: tuple[str, ...] = (),
+    slurm: SlurmConfig | None = None,
 ) -> Run:
     """Make a new run's folder; its id is UTC time, suite and a random part.
 
@@ -132,6 +139,8 @@ def create(
         tasks=expand(suite),
         search=search,
         tuning=tuning,
+        devices=devices,
+        slurm=slurm,
     )
     folder = runs_dir / f"{now:%Y%m%d-%H%M%S}-{suite.name}-{secrets.token_hex(2)}"
     try:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from bench.console import plural
-from bench.execution import Present, measure, taken_up
-from bench.job import RECORD_FILE, Job
-from bench.launchers import Watch, environment_for, launch
+from bench.devices import Present
+from bench.execution import measure, taken_up
+from bench.job import RECORD_FILE
+from bench.launchers import environment_for, launch
+from bench.pool import LaunchInPlace
 from bench.present import present_environment
 from bench.progress import SuiteProgress
 from bench.record import Environment, Record
@@ -31,17 +32,10 @@ from cifar.progress import format_duration
 Variables = Mapping[str, str]
 
 
-class Launch(Protocol):
-    """Trains a trial in fresh processes with these variables; see `bench.launchers.launch`."""
-
-    def __call__(self, job: Job, folder: Path, *, variables: Variables, watch: Watch) -> Record:
-        """Its record."""
-
-
 def execute(
     run: Run,
     *,
-    launch: Launch = launch,
+    launch: LaunchInPlace = launch,
     present: Present = present_environment,
     fingerprints: Fingerprints = UNCHANGED,
     parallel: int | None = None,
@@ -123,7 +117,7 @@ class _Execution:
     """The loop over trials; a thread waits for each, and this one alone proposes and prints."""
 
     def __init__(
-        self, run: Run, launch: Launch, known: dict[int, Record], taken: list[Variables]
+        self, run: Run, launch: LaunchInPlace, known: dict[int, Record], taken: list[Variables]
     ) -> None:
         self._run, self._launch, self._places = run, launch, taken
         self._plan = TrialPlan(run, known)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, cast, get_origin
 import tyro
 
 from bench.launchers import get_launcher
-from bench.options import Flag, examine
+from bench.option_types import Flag
+from bench.options import examine
 from bench.present import present_environment
 from bench.record import Environment
 from bench.space import (

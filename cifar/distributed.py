@@ -1,8 +1,10 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
+import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,11 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar.config import RunConfig
-from cifar.errors import Stopped
+from cifar.errors import Stopped, TrainingError
 from cifar.rendezvous import form_group
 from cifar.watchdog import BACKSTOP, Watchdog
 
 T = TypeVar("T")
+
+_PEER_GONE = re.compile(
+    r"Connection (?:closed|reset) by peer|Broken pipe|pair closure|Timed out waiting \d+ms"
+    r"|ncclRemoteError|NCCL communicator was aborted"
+)
+"""What gloo and NCCL say where another process has ended."""
 
 _WATCHDOGS: list[Watchdog] = []
 """That of the default group, if it has one: like the group, one in a process."""
@@ -66,6 +74,25 @@ def barrier() -> None:
     """Wait for all processes."""
     if is_distributed():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def explained_peers() -> Iterator[None]:
+    """While entered, the end of another process is an error that says so, instead of torch's.
+
+    Raises:
+        TrainingError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _PEER_GONE.search(str(error)):
+            raise
+        told = " ".join(str(error).split())
+        raise TrainingError(
+            "processes: another one has ended or cannot be reached any more, its own words or the "
+            f"launcher's say why ({told.partition('. This')[0][-120:]})"
+        ) from None
 
 
 def leave() -> None:

@@ -14,7 +14,7 @@ from cifar import checkpoint, report, run_folder
 from cifar.config import TrainConfig
 from cifar.data.config import DataConfig
 from cifar.device_memory import reset_peak_memory
-from cifar.distributed import barrier, broadcast_from_first
+from cifar.distributed import barrier, broadcast_from_first, explained_peers
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
 from cifar.memory import explained_training
@@ -87,7 +87,7 @@ class Session:
             Stopped: by a signal, after saving.
         """
         try:
-            with explained_training(self.trainer.config):
+            with explained_training(self.trainer.config), explained_peers():
                 return self._fit()
         except TrainingError as error:
             raise type(error)(f"{error}; {self._saved()}") from None

@@ -1,12 +1,16 @@
-"""The program `bench`, with workers that measure nothing (see fake_worker)."""
+"""The program `bench`, with workers that measure nothing (see fake_worker).
+
+$FAKE_GRACE is how long they are asked to end, $FAKE_LOCKS begins the names of locked devices.
+"""
 
 import functools
+import os
 import sys
 from pathlib import Path
 
 import fake_worker
 
-from bench import execution, launchers, probes, trials
+from bench import device_lock, devices, execution, launchers, probes, slurm, trials
 from bench.commands import main
 
 
@@ -15,14 +19,20 @@ def fake_argv(cell, folder):
     return [sys.executable, str(worker), str(folder)]
 
 
-def present(num_processes):
+def present(num_processes, **_):
     return fake_worker.environment()
 
 
 def install():
-    launch = functools.partial(launchers.launch, argv_for=fake_argv, grace=0.5)
+    grace = float(os.environ.get("FAKE_GRACE", "0.5"))
+    launch = functools.partial(launchers.launch, argv_for=fake_argv, grace=grace)
+    device_lock.PREFIX += os.environ.get("FAKE_LOCKS", "")
     execution.execute = functools.partial(execution.execute, launch=launch, present=present)
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)
+    devices.find_machine = functools.partial(devices.find_machine, present=present)
+    slurm.PROGRAM = "fake_job_runner"
+    slurm.POLL_SECONDS, slurm.ASK_SECONDS, slurm.SETTLE_SECONDS = 0.05, 0.1, 0.2
+    slurm.current = functools.partial(slurm.current, present=present)
     execution.missing = functools.partial(execution.missing, present=present)
     probes.missing = functools.partial(probes.missing, present=present)
     launchers.LOOK_SECONDS = 0.05

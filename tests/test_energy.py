@@ -100,6 +100,16 @@ def test_one_process_counts_for_the_machine(sockets: Path) -> None:
     assert counter.joules((), ()) == 0.0
 
 
+def test_a_machine_s_counter_is_no_cell_s_where_others_run_beside_it(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENCH_SIDE_BY_SIDE", "2")
+    reason = find_counter(CPU, counts_machine=True, root=sockets)
+    assert reason == "no energy counter: RAPL counts the cells that run beside this one too"
+    monkeypatch.setenv("BENCH_SIDE_BY_SIDE", "1")
+    assert isinstance(find_counter(CPU, counts_machine=True, root=sockets), RaplCounter)
+
+
 def test_a_cpu_without_a_counter_says_so(tmp_path: Path) -> None:
     add_zone(tmp_path, "intel-rapl:0", "psys")
     for root in (tmp_path, tmp_path / "nothing"):

@@ -11,7 +11,7 @@ from fake_worker import environment
 
 import bench.commands as bench_program
 import cifar.commands as cifar_program
-from bench import frontier_command, tuning_command, tuning_options
+from bench import frontier_command, run_command, tuning_command, tuning_options
 from bench.frontier_command import FrontierOptions, build_searches
 from bench.options import Examined, RunOptions, build_suite
 from bench.tuning_options import SearchOptions, build_search
@@ -66,7 +66,7 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
         raise Parsed(parse(cls, argv, **settings))
 
     commands = (
-        *(frontier_command, tuning_command),
+        *(frontier_command, run_command, tuning_command),
         *(train_options, evaluate_options, lr_find_options),
     )
     for module in (*PROGRAMS.values(), *commands):

@@ -10,12 +10,12 @@ from fake_bench import present
 from fake_worker import record_of
 
 from bench import execution, runs
-from bench.commands import _measure
 from bench.job import Job
 from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.repeats import Repeats
 from bench.rows import rows
+from bench.run_command import measure
 from bench.runs import Run
 from bench.spec import Plan, Suite, Task, grid
 from bench.unfinished import explained, unfinished
@@ -46,7 +46,7 @@ class FakeLaunch:
         self._rates = rates
         self.started: list[tuple[str, int]] = []
 
-    def __call__(self, job: Job, folder: Path) -> Record:
+    def __call__(self, job: Job, folder: Path, **_: object) -> Record:
         task = job.task
         model = task.cell.train.model.label
         self.started.append((model, task.repeat))
@@ -98,7 +98,7 @@ def test_resuming_starts_nothing_that_is_not_needed(tmp_path: Path) -> None:
 def test_resuming_starts_what_is_not_known_yet(tmp_path: Path) -> None:
     run = make_run(tmp_path, "resnet20")
 
-    def interrupted(job: Job, folder: Path) -> Record:
+    def interrupted(job: Job, folder: Path, **_: object) -> Record:
         if job.task.repeat == 4:
             raise KeyboardInterrupt
         return record_at(job.task, CLOSE[job.task.repeat])
@@ -126,7 +126,7 @@ def test_resuming_tries_again_what_broke_after_its_training_though_the_cell_is_k
     run = make_run(tmp_path, "resnet20")
     launch = FakeLaunch(resnet20=CLOSE)
 
-    def partly(job: Job, folder: Path) -> Record:
+    def partly(job: Job, folder: Path, **_: object) -> Record:
         record = launch(job, folder)
         broken = explained(unfinished(record, ["flops"]), "oom", "no room")
         return broken if job.task.repeat == 0 else record
@@ -145,7 +145,7 @@ def test_totals_and_exit_code_count_what_ran(
     launch = FakeLaunch(resnet20=CLOSE)
     measured = functools.partial(execution.execute, launch=launch, present=present)
     monkeypatch.setattr(execution, "execute", measured)
-    assert _measure(run, [], {}) == 0
+    assert measure(run, [], {}) == 0
     output = capsys.readouterr()
     assert "6 cells in 0 s (3 more were not needed); records" in output.out
     lines = output.err.splitlines()
@@ -160,7 +160,7 @@ def test_the_order_is_shuffled_and_folders_and_records_stay_in_the_plan_s(tmp_pa
     launch = FakeLaunch(**dict.fromkeys(models, CLOSE))
     folders = []
 
-    def spy(job: Job, folder: Path) -> Record:
+    def spy(job: Job, folder: Path, **_: object) -> Record:
         folders.append(folder)
         return launch(job, folder)
 

@@ -191,6 +191,33 @@ def test_a_run_that_died_mid_epoch_continues_from_its_last_checkpoint(
     assert_same(tmp_path / "run", straight("plain"))
 
 
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("[pair.cc:545] Read error [::1]:7: Connection reset by peer. This is typically", True),
+        ("[pair.cc:464] Connection closed by peer [127.0.0.1]:5", True),
+        ("[unbound_buffer.cc:78] Timed out waiting 1200000ms for recv operation", True),
+        ("Expected size 3 but got size 4", False),
+    ],
+)
+def test_the_end_of_another_process_is_one_line(
+    npz: Path, tmp_path: Path, text: str, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is no such thing stays the error that it is."""
+
+    def fail() -> None:
+        raise RuntimeError(text)
+
+    expected = contextlib.nullcontext() if known else pytest.raises(RuntimeError, match="size 4")
+    with after_step(4, fail), expected:
+        assert train(npz, tmp_path / "run") == 1
+    if known:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("cifar: processes: another one has ended or cannot be reached")
+        assert line.endswith("; continue from step 3 with --resume")
+        assert text.partition(". This")[0] in line
+
+
 @pytest.mark.parametrize("place", ["_save", "_end_epoch", "_write_final"])
 def test_a_run_that_died_anywhere_leaves_one_line_per_epoch(
     npz: Path, tmp_path: Path, straight: Callable[[str], Path], place: str

@@ -44,7 +44,7 @@ class FakeLaunch:
         self.jobs: list[Job] = []
         self.folders: list[Path] = []
 
-    def __call__(self, job: Job, folder: Path) -> Record:
+    def __call__(self, job: Job, folder: Path, **_: object) -> Record:
         self.jobs.append(job)
         self.folders.append(folder)
         status = self._statuses.pop(0) if self._statuses else "ok"
@@ -61,7 +61,7 @@ class FakeLaunch:
 
 
 def present_of(**fields):
-    return lambda num_processes: environment(**fields)
+    return lambda num_processes, **_: environment(**fields)
 
 
 # --- Folders ---
@@ -168,7 +168,7 @@ def test_every_task_gives_a_record_on_disk_at_once(run: Run) -> None:
     launch = FakeLaunch("failed", "ok")
     seen = []
 
-    def spy(job: Job, folder: Path) -> Record:
+    def spy(job: Job, folder: Path, **_: object) -> Record:
         seen.append(len(run.records()))
         return launch(job, folder)
 
@@ -381,6 +381,24 @@ def test_a_terminal_gets_a_live_display_and_a_line_that_stays(run: Run) -> None:
     text = stream.getvalue()
     assert "[1/2] resnet20 [x] ... failed 1 s: a [bad] thing, about 1 min 00 s left" in text
     assert "about 1 min 30 s left" in text
+
+
+def test_a_terminal_shows_what_runs_side_by_side() -> None:
+    stream = Terminal()
+    with SuiteProgress(3, stream, side_by_side=True) as progress:
+        progress.start(1, "resnet20 on 0", 90.0)
+        progress.start(2, "resnet18 on 1", 60.0)
+        assert "[2/3] resnet18 on 1 ... and 1 beside" in stream.getvalue()
+        progress.finish("ok", 40.0, 1)
+        progress.start(3, "resnet34", 40.0, begins=False)
+        progress.finish("kept ok", 40.0, 3)
+        progress.finish("ok", None, 2)
+    ends = [
+        line for line in stream.getvalue().splitlines() if " ... " in line and "beside" not in line
+    ]
+    assert any("[1/3] resnet20 on 0 ... ok, about 40 s left" in line for line in ends)
+    assert any("[3/3] resnet34 ... kept ok, about 40 s left" in line for line in ends)
+    assert any("[2/3] resnet18 on 1 ... ok" in line for line in ends)
 
 
 def test_an_outcome_without_a_rate_still_says_how_long(run: Run) -> None:

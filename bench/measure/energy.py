@@ -4,6 +4,7 @@ A GPU counts its own joules (NVML), a CPU those of its packages (RAPL). Where ne
 the energy is absent and says why.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from bench.job import SIDE_BY_SIDE
 from bench.measure.clock import synchronize
 from bench.nvml import Gpu, NvmlError
 from bench.record import Measurement
@@ -89,11 +91,14 @@ def find_counter(
     """The counter for this process's device, or why there is none.
 
     RAPL counts a machine, not a process: only the process that `counts_machine` reads it, the
-    others of that machine count nothing.
+    others of that machine count nothing, and where the run measures on several groups of cores at
+    the same time, nobody can tell whose energy it is.
     """
     if device.type == "cuda":
         return _nvml_counter(device)
     if device.type == "cpu":
+        if int(os.environ.get(SIDE_BY_SIDE, "1")) > 1:
+            return "no energy counter: RAPL counts the cells that run beside this one too"
         return _rapl_counter(root, counts_machine)
     return f"no energy counter: none is known for a device of type {device.type}"
 
