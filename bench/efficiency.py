@@ -61,11 +61,12 @@ def _baseline(record: Record, *, batch_size: int | None = None) -> Baseline:
     machine: tuple[object, ...] = ()
     if environment:
         key = environment.key()
-        variables = {k: v for k, v in environment.worker_env.items() if k != _THREADS}
+        settings = {k: v for k, v in environment.settings.items() if k != _THREADS}
+        cores = (environment.cpu_count, environment.threads * record.cell.num_processes)
         machine = (
-            *(repr(key[part]) for part in ("code", "software", "hardware")),
-            tuple(sorted(variables.items())),
-            environment.threads * record.cell.num_processes if _is_on_cpu(record) else None,
+            *(repr(key["code"]), repr(key["software"]), environment.cpu_model),
+            *(frozenset(environment.gpu_names), environment.side_by_side),
+            *(tuple(sorted(settings.items())), cores if _is_on_cpu(record) else None),
         )
     size = train.recipe.global_batch_size if batch_size is None else batch_size
     return (

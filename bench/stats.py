@@ -79,9 +79,9 @@ def spread(values: Sequence[float]) -> float | None:
 def straggler_ratio(step_seconds_by_rank: Ranks) -> float:
     """The slowest rank's mean step over the median rank's; 1.0: no straggler.
 
-    A straggler is a task that takes much longer than the median one of its kind, in
-    Ananthanarayanan et al. 2010 (Mantri, OSDI, section 2) 1.5 times as long. Of two ranks the
-    median is their mean, so the ratio is 2 at most.
+    A task's time is held against that of the median one of its kind, as where outliers are told in
+    clusters (Ananthanarayanan et al. 2010, Mantri, https://www.usenix.org/legacy/event/osdi10/).
+    Of two ranks the median is their mean, so the ratio is 2 at most.
 
     It tells of ranks that work by themselves, as input pipelines and the steps of
     `bench.measure.ranks` do. Where they average gradients every rank waits for the slowest one in

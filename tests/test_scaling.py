@@ -272,12 +272,18 @@ def test_processes_on_a_cpu_share_its_cores() -> None:
     assert same in markdown(records)
 
 
-def test_gpus_are_compared_whatever_their_threads() -> None:
+def test_gpus_are_compared_whatever_their_threads_and_which_are_seen() -> None:
     one, two = record_of(cell_of(1, 32), 100.0), record_of(cell_of(2, 64), 190.0)
-    two = replace(two, environment=replace(two.environment, threads=3))
+    seen = replace(two.environment, threads=3, cpu_count=2, gpu_names=GPUS[:2],
+                   worker_env={"CUDA_VISIBLE_DEVICES": "0,1"})  # fmt: skip
+    two = replace(two, environment=seen)
     assert efficiencies([one, two])[2, 64, "ddp"][0] == 0.95
     same = "- Efficiency: images/s against N times those of one process\n"
     assert same in markdown([one, two])
+    beside = replace(two, environment=replace(seen, side_by_side=2))
+    assert (2, 64, "ddp") not in efficiencies([one, beside]), "others were measured meanwhile"
+    other = replace(two, environment=replace(seen, gpu_names=("H100",) * 2))
+    assert (2, 64, "ddp") not in efficiencies([one, other])
 
 
 def test_many_processes_of_a_cell_bound_its_efficiency() -> None:
