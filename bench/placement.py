@@ -23,8 +23,9 @@ def placement(trainer: Trainer) -> Labels:
     """Of a trainer between two steps; a collective call.
 
     `devices` counts those that differ: GPUs by their UUID, shares of a machine's cores by the rank
-    of a launcher's node and of the process there. `weights_held` and `weights_updated` are the fractions of all weights
-    that lie on this process and that its optimiser changes, 1 where nothing is shared out.
+    of a launcher's node and of the process there. `weights_held` and `weights_updated` are the
+    fractions of all weights that lie on this process and that its optimiser changes, 1 where
+    nothing is shared out.
     """
     grouped = dist.is_available() and dist.is_initialized()
     total = sum(each.numel() for each in trainer.bare.parameters())
