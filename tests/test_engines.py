@@ -186,11 +186,16 @@ leave()
 
 
 def real_losses(folder: str, parts: int) -> list[float]:
-    """Of the first 20 steps of resnet20 on CIFAR-10, without a device in between."""
+    """Of the first 20 steps of resnet20 on CIFAR-10.
+
+    The recipe's factors are powers of two, products with which are exact. With others torch's fused
+    SGD rounds what it computes as a vector (with fused multiply-adds) and the tail of a tensor
+    differently, tails are elsewhere in a share, and 20 steps make 1e-4 of the loss out of that.
+    """
     reset_accelerate()
     config = TrainConfig(
         model=ModelConfig(name="resnet20"),
-        recipe=Recipe(lr=0.1, global_batch_size=128),
+        recipe=Recipe(lr=2**-4, momentum=0.5, weight_decay=2**-11, schedule="constant"),
         data=parse_data(f"cifar10:{folder}"),
         limit_train=5120,
         accumulation_steps=parts,
@@ -212,9 +217,10 @@ def test_two_processes_have_the_losses_of_one_on_real_images(
     for strategy in STRATEGIES:
         _, out, err = finish(torchrun(strategy, 2, script, cifar_data))
         (told,) = [line for line in out.splitlines() if line.startswith("LOSSES ")] or [err]
-        assert json.loads(told.removeprefix("LOSSES ")) == pytest.approx(alone, rel=1e-5), strategy
-        apart = max(abs(a / b - 1) for a, b in zip(json.loads(told[7:]), alone, strict=True))
+        found = json.loads(told.removeprefix("LOSSES "))
+        apart = max(abs(a / b - 1) for a, b in zip(found, alone, strict=True))
         print(f"{strategy}: losses differ by at most {apart:.1e}")
+        assert apart <= 1e-5, strategy
 
 
 @pytest.mark.parametrize(
