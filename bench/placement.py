@@ -22,9 +22,10 @@ from cifar.trainer import Trainer
 def placement(trainer: Trainer) -> Labels:
     """Of a trainer between two steps; a collective call.
 
-    `devices` counts those that differ: GPUs by their UUID, shares of a machine's cores by the local
-    rank of their process. `weights_held` and `weights_updated` are the fractions of all weights
-    that lie on this process and that its optimiser changes, 1 where nothing is shared out.
+    `devices` counts those that differ: GPUs by their UUID, shares of a machine's cores by the rank
+    of a launcher's node and of the process there. `weights_held` and `weights_updated` are the
+    fractions of all weights that lie on this process and that its optimiser changes, 1 where
+    nothing is shared out.
     """
     grouped = dist.is_available() and dist.is_initialized()
     total = sum(each.numel() for each in trainer.bare.parameters())
@@ -51,7 +52,8 @@ def wrapper_of(trainer: Trainer) -> str:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).uuid)
-    return f"{socket.gethostname()} {os.environ.get('LOCAL_RANK', '0')}"
+    node, share = (os.environ.get(name, "0") for name in ("GROUP_RANK", "LOCAL_RANK"))
+    return f"{socket.gethostname()} {node} {share}"
 
 
 def _held(trainer: Trainer) -> int:

@@ -65,8 +65,15 @@ def test_every_file_is_described():
     assert not [name for name in (*CONFIGS, *scripts) if name not in text]
 
 
+SLOW = {"ddp.yaml", "zero1.yaml"}
+"""The one is started by other tests as well, the other's engine is the second stage's."""
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS],
+)
 def test_a_configuration_starts_a_training_whose_weights_one_process_evaluates(
     name: str, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
