@@ -22,7 +22,6 @@ from cifar.distributed import broadcast_from_first, reduce_sum
 from cifar.exchange import register_hook
 from cifar.muon import Rows
 from cifar.optim import load_optimizer_tensors, optimizer_tensors
-from cifar.strategy import Strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,22 +159,3 @@ def global_norm(parts: list[Tensor]) -> Tensor:
     """The length of a vector whose elements lie on all processes; a collective call."""
     squares = torch.stack(torch._foreach_norm(parts)).square().sum()
     return reduce_sum(squares).sqrt()
-
-
-def build_engine(
-    strategy: Strategy, accelerator: "Accelerator", module: nn.Module, config: TrainConfig
-) -> Engine:
-    """The engine of a strategy, around a network on its device.
-
-    Raises:
-        UnsupportedError: a package it needs is missing.
-    """
-    if strategy == "ddp":
-        return Engine(accelerator, module, config)
-    if strategy == "fsdp":
-        from cifar.fsdp import FullyShardedEngine
-
-        return FullyShardedEngine(accelerator, module, config)
-    from cifar.zero import ZeroEngine
-
-    return ZeroEngine(accelerator, module, config, strategy)

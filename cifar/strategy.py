@@ -82,11 +82,13 @@ def check_settings(environ: Mapping[str, str]) -> None:
 def check_suits(strategy: Strategy, config: TrainConfig, precision: str) -> None:
     """Raise an UnsupportedError for what an engine would leave out or do differently."""
     recipe, zero = config.recipe, strategy in ZERO_STAGES
+    moving = config.compile_mode != "default"  # CUDA graphs read weights where they were
     flat = "lays weights out contiguously"
     whole = "holds no whole matrix on the process that changes it"
     for refused, option, value, why in (
         (strategy != "ddp", "channels-last", config.channels_last, flat),
-        (strategy != "ddp", "compile", config.compile, "runs Python between the layers"),
+        (zero, "compile", config.compile, "runs Python of its own between the layers"),
+        (strategy == "fsdp", "compile-mode", moving and config.compile_mode, "moves the weights"),
         (zero, "optimizer", recipe.optimizer == "muon" and "muon", whole),
         (zero, "sam-rho", recipe.sam_rho, "has gone on from the weights when SAM comes back"),
         (zero, "frozen-epochs", recipe.frozen_epochs, "shares out what needs a gradient once"),
@@ -94,7 +96,7 @@ def check_suits(strategy: Strategy, config: TrainConfig, precision: str) -> None
     ):
         if refused and value:
             remedy = "use another one" if isinstance(value, str) else "leave it out"
-            others = "ddp" if option in ("channels-last", "compile") else "ddp or fsdp"
+            others = "ddp" if option in ("channels-last", "compile-mode") else "ddp or fsdp"
             raise UnsupportedError(
                 f"{option}: {value!r}: not with {strategy}, which {why}; {remedy}, or launch "
                 f"with {others}"

@@ -30,7 +30,7 @@ from cifar.data.loader import (
 )
 from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
-from cifar.engine import build_engine
+from cifar.engines import build_engine
 from cifar.errors import ConfigError, TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.exchange import LocalSteps

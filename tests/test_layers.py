@@ -50,13 +50,13 @@ TORCH_NAMES = """
     bench.measure.validation bench.observe bench.placement bench.worker cifar.accelerator
     cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery cifar.data.loader
     cifar.data.mixing cifar.data.operations cifar.data.policies cifar.device_memory
-    cifar.distributed cifar.emulation cifar.engine cifar.evaluation cifar.exchange cifar.fine_tuning
-    cifar.fsdp cifar.latency cifar.losses cifar.lr_finder cifar.meeting cifar.meter cifar.models
-    cifar.models.libraries cifar.models.meta cifar.models.pretrained cifar.models.resnet
-    cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon cifar.network
-    cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection
-    cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_state
-    cifar.updates cifar.watchdog cifar.zero
+    cifar.distributed cifar.emulation cifar.engine cifar.engines cifar.evaluation cifar.exchange
+    cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses cifar.lr_finder cifar.meeting
+    cifar.meter cifar.models cifar.models.libraries cifar.models.meta cifar.models.pretrained
+    cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
+    cifar.network cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring
+    cifar.selection cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer
+    cifar.training_state cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -92,6 +92,9 @@ CHAINS = (
     "cifar.comparison cifar.report cifar.outcome",
     "cifar.config cifar.range_test cifar.figures cifar.report cifar.lr_finder cifar.run",
     "cifar.trainer cifar.lr_finder",
+    "cifar.optim cifar.engine cifar.fsdp cifar.engines cifar.trainer",
+    "cifar.engine cifar.zero cifar.engines",
+    "cifar.config cifar.strategy cifar.accelerator cifar.engine",
     "cifar.optim cifar.exchange cifar.trainer",
     "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
     "cifar.accelerator cifar.trainer",
