@@ -15,10 +15,6 @@ SUITE = "scaling"
 """The suite's name in runs and records."""
 _THREADS = "OMP_NUM_THREADS"
 """A process's share of the cores, so that it differs within a sweep."""
-
-_ENGINE = "deepspeed"
-"""Named among the tools of what it trained alone."""
-
 Baseline = tuple[object, ...]
 """What a one-process cell is known by: its sweep, its batch, and last its threads in total."""
 
@@ -63,8 +59,7 @@ def _baseline(record: Record, *, batch_size: int | None = None) -> Baseline:
     same = replace(train, seed=0, parallel=Parallel(), recipe=recipe)
     machine: tuple[object, ...] = ()
     if environment:
-        tools = {k: v for k, v in environment.tools.items() if k != _ENGINE}
-        key = replace(environment, tools=tools).key()
+        key = environment.key()
         settings = {k: v for k, v in environment.settings.items() if k != _THREADS}
         machine = (
             *(repr(key["code"]), repr(key["software"]), environment.cpu_model),
