@@ -102,11 +102,9 @@ class FullyShardedEngine(SharingEngine):
 
     @torch.no_grad()
     def gather(self, tensors: Tensors) -> Tensors:
-        """All rows of those that are parameters' names."""
-        return {
-            name: self._whole(name, each) if name in self.shapes else each
-            for name, each in tensors.items()
-        }
+        """All rows of those that are parameters' names, in the network's order on every process."""
+        names = [name for name in self.shapes if name in tensors]
+        return tensors | {name: self._whole(name, tensors[name]) for name in names}
 
     def _whole(self, name: str, rows: Tensor) -> Tensor:
         shape = self.shapes[name]
@@ -134,10 +132,13 @@ class FullyShardedEngine(SharingEngine):
 
     @torch.no_grad()
     def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
-        """All rows of what is kept per weight; counters as they are, for they are equal."""
+        """All rows of what is kept per weight; counters as they are, for they are equal.
+
+        In an order that is every process's: a state that was read from a file has any.
+        """
         weights = _weights_of(optimizer)
         found: Tensors = {}
-        for key, value in optimizer_tensors(optimizer).items():
+        for key, value in sorted(optimizer_tensors(optimizer).items()):
             weight = weights[int(key.partition(".")[0])]
             found[key] = self.whole(weight, value) if value.shape == weight.shape else value
         return found

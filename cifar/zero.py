@@ -120,10 +120,8 @@ class ZeroEngine(SharingEngine):
         """In stage 3 every process's shares, one after the other."""
         if self._stage < 3:
             return tensors
-        return {
-            name: _joined(each, self.shapes[name]) if name in self.shapes else each
-            for name, each in tensors.items()
-        }
+        names = [name for name in self.shapes if name in tensors]
+        return tensors | {name: _joined(tensors[name], self.shapes[name]) for name in names}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """In stage 3 this process's share of the elements, padded with zeros."""
