@@ -15,9 +15,8 @@ SUITE = "scaling"
 """The suite's name in runs and records."""
 _THREADS = "OMP_NUM_THREADS"
 """A process's share of the cores, so that it differs within a sweep."""
-
 Baseline = tuple[object, ...]
-"""What a one-process cell is known by in its sweep: the sweep, threads in total, batch size."""
+"""What a one-process cell is known by: its sweep, its batch, and last its threads in total."""
 
 
 def scaling_rows(records: Iterable[Record]) -> list[Row]:
@@ -32,8 +31,8 @@ def scaling_rows(records: Iterable[Record]) -> list[Row]:
     as all of them together, and without loss have as many images/s as that.
 
     `_low` and `_high` bound the ratios as they do `vs_fp32`. `communication_share` is what
-    averaging adds to a step over the step. `compared_with` says with what. Only rows that were
-    compared have these columns; None: not measured.
+    averaging adds to a step over the step. `compared_with` says with what, or why with nothing.
+    Only rows that were compared have these columns; None: not measured.
     """
     known = list(records)
     groups = grouped(known)
@@ -62,25 +61,31 @@ def _baseline(record: Record, *, batch_size: int | None = None) -> Baseline:
     if environment:
         key = environment.key()
         settings = {k: v for k, v in environment.settings.items() if k != _THREADS}
-        cores = (environment.cpu_count, environment.threads * record.cell.num_processes)
         machine = (
             *(repr(key["code"]), repr(key["software"]), environment.cpu_model),
             *(frozenset(environment.gpu_names), environment.side_by_side),
-            *(tuple(sorted(settings.items())), cores if _is_on_cpu(record) else None),
+            *(tuple(sorted(settings.items())), environment.cpu_count if _is_on_cpu(record) else 0),
         )
+    images = data.fingerprint if data else ""
     size = train.recipe.global_batch_size if batch_size is None else batch_size
-    return (
-        digest(same), record.protocol.digest, machine, data.fingerprint if data else "", size,
-    )  # fmt: skip
+    return digest(same), record.protocol.digest, machine, images, size, _threads(record)
+
+
+def _threads(record: Record) -> int:
+    """Of all processes on a CPU together; 0 on GPUs, where they do not matter."""
+    if record.environment is None or not _is_on_cpu(record):
+        return 0
+    return record.environment.threads * record.cell.num_processes
 
 
 def _compared(row: Row, group: Sequence[Record], alone: dict[Baseline, list[Record]]) -> Row:
     record = group[0]
     count, batch = record.cell.num_processes, record.cell.train.recipe.global_batch_size
-    same_share = alone.get(_baseline(record, batch_size=batch // count))
-    same_batch = alone.get(_baseline(record))
+    keys = _baseline(record, batch_size=batch // count), _baseline(record)
+    same_share, same_batch = map(alone.get, keys)
     if same_share is None and same_batch is None:
-        return row
+        others = [each[-1] for each in alone if each[:-1] in [key[:-1] for key in keys]]
+        return {**row, "compared_with": _with_nothing(record, others)} if others else row
     if count == 1 and not _is_alone(record):
         return row
     times = 1 if _is_on_cpu(record) else count
@@ -120,11 +125,19 @@ def _communication_share(row: Row) -> float | None:
 
 
 def _with_what(record: Record) -> str:
-    if record.environment is None or not _is_on_cpu(record):
+    threads = _threads(record)
+    if not threads:
         return "images/s against N times those of one process"
-    threads = record.environment.threads * record.cell.num_processes
     them = "the same 1 thread" if threads == 1 else f"the same {threads} threads in total"
     return f"images/s against those of one process with {them}"
+
+
+def _with_nothing(record: Record, threads: Sequence[object]) -> str:
+    """Why processes that do not share the cores out evenly are not compared."""
+    return (
+        f"none of {record.cell.num_processes} processes, which have {_threads(record)} threads in "
+        f"total where one process has {threads[0]}"
+    )
 
 
 def told_apart(table: Sequence[Row], records: Iterable[Record]) -> tuple[list[Row], list[Row]]:

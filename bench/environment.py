@@ -23,11 +23,10 @@ from bench.record import Environment, this_host
 from cifar.compilers import compiler_versions
 from cifar.process import available_cores, recorded_environment
 from cifar.serialize import to_json
-from cifar.strategy import ZERO_STAGES, launched_strategy
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("bench", "cifar", "launch")
-_TOOLS = ("triton", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "timm")
+_TOOLS = ("triton", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "timm", "deepspeed")
 
 
 def collect() -> Environment:
@@ -65,9 +64,8 @@ def collect() -> Environment:
 
 
 def _tools() -> dict[str, str]:
-    """What compiled and exported backends are built with."""
-    engine = ("deepspeed",) if launched_strategy(os.environ) in ZERO_STAGES else ()
-    versions = {package: _version(package) for package in (*_TOOLS, *engine)}
+    """What networks, engines, and compiled and exported backends are built with."""
+    versions = {package: _version(package) for package in _TOOLS}
     return compiler_versions() | {name: found for name, found in versions.items() if found}
 
 

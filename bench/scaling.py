@@ -50,10 +50,10 @@ def scaling(
     """Weak and strong scaling of ResNet-18 over 1, 2, 4, ... processes, speed only.
 
     `launchers`: all there are; `counts`: `default_counts`, and one process in any case, with which
-    all are compared. `batch_size` is a device's: the global batch grows with the processes (weak),
-    or is as large as the processes' least common multiple of them in every cell (strong). At most
-    processes DDP runs with the exchanges of `SETTINGS` as well. Cost: on two CPU cores 13 cells of
-    two to three minutes; on a GPU less than a minute each.
+    all are compared. The global batch is `batch_size` for every process (weak), or in every cell as
+    large as for their least common multiple (strong). In the most processes DDP also runs with the
+    exchanges of `SETTINGS`. Cost: on two CPU cores 13 cells of two to three minutes; on a GPU less
+    than a minute each.
     """
     counts = sorted({1, *(counts or default_counts())})
     strong = batch_size * math.lcm(*counts)

@@ -199,12 +199,17 @@ def _read_json(cls: type[T], files: dict[str, bytes], name: str, where: Path) ->
 
 
 def read_tensors(files: dict[str, bytes], group: str, where: Path) -> Tensors:
-    """One group of tensors; raises CheckpointError if it is absent or damaged."""
+    """One group of tensors, in the order of their names; raises CheckpointError if it is absent or
+    damaged.
+
+    safetensors gives every process an order of its own, and what processes exchange has to be in
+    one.
+    """
     name = f"{group}.safetensors"
     if name not in files:
         raise CheckpointError(f"checkpoint: {where}: has no {name}; use another one")
     try:
-        return load(files[name])
+        return dict(sorted(load(files[name]).items()))
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint: {where / name}: {error}; use another one") from None
 

@@ -59,6 +59,7 @@ _LOCATIONS = ("_DIR", "_FILE", "_HOME", "_PATH", "_URL")
 _SET_BY_PROGRAMS = (
     *("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_COMM_ID"),
     *("KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"),
+    "PYTORCH_NVML_BASED_CUDA_CHECK",  # by DeepSpeed, in its own processes alone
 )
 """What launchers and libraries set by themselves, so that not every process of a machine has it:
 the launcher, the kind of GPU and the software are recorded anyway."""

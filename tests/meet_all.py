@@ -18,7 +18,6 @@ from cifar.rendezvous import form_group
 
 TIMEOUT = 6.0
 """Seconds to meet within."""
-cli.FIRST_PROCESS_SECONDS = 0.1
 
 
 def meet(words: list[str]) -> int:
@@ -30,7 +29,7 @@ def meet(words: list[str]) -> int:
 
 
 def fork(folder: Path, name: str, variables: dict[str, str]) -> tuple[int, str]:
-    """Start one process, `started` seconds from now; its id and name."""
+    """Start one process, which waits for as long as `LATE` says; its id and name."""
     pid = os.fork()
     if pid:
         return pid, name
@@ -43,6 +42,7 @@ def fork(folder: Path, name: str, variables: dict[str, str]) -> tuple[int, str]:
 
 
 def main(folder: Path) -> None:
+    cli.FIRST_PROCESS_SECONDS = 0.1
     jobs = json.loads((folder / "jobs.json").read_text())
     begun, started = time.monotonic(), {}
     for job, processes in jobs.items():

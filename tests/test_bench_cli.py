@@ -365,7 +365,7 @@ def test_a_cell_that_broke_after_its_training_is_told_and_tried_again(tmp_path, 
     assert "1 did not finish; to try them again: bench run --resume runs/" in done.stdout
     again = bench(tmp_path, "run", "--resume", runs.newest(tmp_path / "runs").id)
     assert again.returncode == 0, again.stderr
-    assert [" kept " in line for line in again.stderr.splitlines()] == [False, True]
+    assert [" kept " in line for line in again.stderr.splitlines()] == [True, False], "those first"
     records = runs.newest(tmp_path / "runs").records()
     assert [record.status for record in records] == ["ok"] * 3
     assert [record.finished for record in records] == [False, True, True]

@@ -54,6 +54,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     files = read_folder(tmp_path / "a")
     for group, expected in tensors.items():
         found = read_tensors(files, group, tmp_path)
+        assert list(found) == sorted(found), "one order in every process"
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert read_state(files, tmp_path) == counters and counters.format == 1

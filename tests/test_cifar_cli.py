@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -402,7 +403,7 @@ def test_another_process_waits_for_the_first_before_it_complains(
 ) -> None:
     """The launcher ends it meanwhile, unless the first process has nothing to complain of."""
     waited: list[float] = []
-    monkeypatch.setattr("cifar.cli.time.sleep", waited.append)
+    monkeypatch.setattr("cifar.cli.time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setenv("RANK", "0")
     complain_of_input("cifar", DataError("data: gone"))
     assert waited == []
@@ -420,7 +421,7 @@ def test_a_process_that_lacks_memory_is_named_after_a_moment(
 ) -> None:
     """In which the others may have met the same."""
     waited: list[float] = []
-    monkeypatch.setattr("cifar.cli.time.sleep", waited.append)
+    monkeypatch.setattr("cifar.cli.time", SimpleNamespace(sleep=waited.append))
     for rank, size in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(size))

@@ -301,7 +301,6 @@ def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
         import_deepspeed("zero2", torch.device("cpu"))
 
 
-def test_a_record_names_the_deepspeed_that_trained_and_no_other() -> None:
-    assert "deepspeed" not in collect().tools
-    with mock.patch.dict(os.environ, ENGINES["zero2"]):
-        assert collect().tools["deepspeed"] == importlib.metadata.version("deepspeed")
+def test_a_record_names_the_installed_deepspeed() -> None:
+    """Of whatever engine, so that what a run has is told from what it lacks by one environment."""
+    assert collect().tools["deepspeed"] == importlib.metadata.version("deepspeed")

@@ -52,6 +52,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Dynamo without a code generator: graphs, guards and compiled regions are real."""
     monkeypatch.setattr("cifar.accelerator.check_compiler", lambda _: None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()  # which compiles a function only so often
     yield
     torch._dynamo.reset()
 

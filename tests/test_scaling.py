@@ -216,7 +216,7 @@ def efficiencies(records: list[Record]) -> dict[tuple[Any, ...], tuple[Any, ...]
     return {
         tuple(row.get(key) for key in keys if row.get(key)): tuple(row[key] for key in values)
         for row in scaling_rows(records)
-        if "compared_with" in row
+        if "speed_up" in row
     }
 
 
@@ -260,6 +260,13 @@ def test_only_a_process_that_is_otherwise_equal_is_compared_with(other: dict[str
     assert found.get((2, 64, "ddp"), (None,))[0] is None
 
 
+def test_an_engine_is_compared_with_plain_ddp_of_the_same_software() -> None:
+    one, two = record_of(cell_of(1, 32), 100.0), record_of(cell_of(2, 64, "zero2"), 150.0)
+    assert efficiencies([one, two])[2, 64, "zero2"][0] == 0.75
+    other = replace(two, environment=replace(two.environment, tools={"deepspeed": "0.1"}))
+    assert (2, 64, "zero2") not in efficiencies([one, other])
+
+
 def test_processes_on_a_cpu_share_its_cores() -> None:
     """Two of two threads each do 90 images/s where one of four does 100: no loss would be 100."""
     records = [
@@ -270,6 +277,19 @@ def test_processes_on_a_cpu_share_its_cores() -> None:
     assert efficiencies(records)[2, 64, "ddp"] == (0.9, 0.75, 0.75)
     same = "- Efficiency: images/s against those of one process with the same 4 threads in total"
     assert same in markdown(records)
+
+
+def test_processes_that_share_the_cores_unevenly_are_told() -> None:
+    """Of three cores two processes have one each."""
+    seen = replace(record_of(cell_of(1, 32), 1.0, gpus=()).environment, cpu_count=3, threads=3)
+    one = record_of(cell_of(1, 32), 100.0, environment=seen)
+    two = record_of(cell_of(2, 64), 60.0, environment=replace(seen, threads=1))
+    text = markdown([one, two])
+    assert (
+        "- Efficiency: none of 2 processes, which have 2 threads in total where one process has 3"
+    ) in text
+    (line,) = [line for line in text.splitlines() if "| 2 | ddp |" in line]
+    assert f"| 60.0 | {DASH} | {DASH} | {DASH} |" in line
 
 
 def test_gpus_are_compared_whatever_their_threads_and_which_are_seen() -> None:

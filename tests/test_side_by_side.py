@@ -336,7 +336,7 @@ def test_no_other_run_measures_on_its_devices_until_it_ends(tmp_path: Path, lone
 
 
 def test_a_timeout_or_a_crash_is_its_cell_s_alone(tmp_path: Path, lone) -> None:
-    words = [*words_of(tmp_path), "--timeout", "3"]
+    words = [*words_of(tmp_path), "--timeout", "6"]
     done = bench(tmp_path, *words, fake="resnet20=sleep,resnet18=crash")
     assert done.returncode == 1, done.stderr
     assert statuses(tmp_path) == ["timeout", "failed"]
