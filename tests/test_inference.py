@@ -124,7 +124,7 @@ def test_the_weights_are_those_that_are_scored(
 
 
 def test_without_an_average_the_last_weights_are_run_and_scored() -> None:
-    subject = make_subject(PROTOCOL)
+    subject = make_subject(replace(PROTOCOL, inference_backends=()))
     assert evaluated_module(subject.trainer) is subject.trainer.module
     list(measure_inference(subject))
     assert subject.trainer.module.training
@@ -430,15 +430,15 @@ def test_tf32_behind_an_fp32_name_is_found_out() -> None:
 
 
 def test_inference_in_another_format_than_asked_has_failed() -> None:
-    subject = make_subject()
+    subject = make_subject(replace(PROTOCOL, inference_backends=()))
     for layer in subject.trainer.module.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_pre_hook(
                 lambda _, inputs: (inputs[0].to(memory_format=torch.channels_last),)
             )
-    found = {each.labels["batch_size"]: each for each in measure_inference(subject)
-             if each.name == "inference_latency" and "backend" not in each.labels}  # fmt: skip
-    for each in found.values():
+    found = [each for each in measure_inference(subject) if each.name == "inference_latency"]
+    assert len(found) == len(PROTOCOL.inference_batch_sizes)
+    for each in found:
         assert each.status == "failed"
         assert each.reason == "input_channels_last: True where False was asked"
 

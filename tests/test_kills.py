@@ -114,6 +114,7 @@ def test_a_rank_that_is_killed_goes_on_where_it_was(
     assert_same(folder, straight(times))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("times", TIMES)
 def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_can_start_again(

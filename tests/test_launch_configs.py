@@ -65,8 +65,9 @@ def test_every_file_is_described():
     assert not [name for name in (*CONFIGS, *scripts) if name not in text]
 
 
-SLOW = {"ddp.yaml", "zero1.yaml"}
-"""The one is started by other tests as well, the other's engine is the second stage's."""
+SLOW = {"ddp.yaml", "fsdp.yaml", "zero1.yaml", "zero2.yaml"}
+"""The engines of the first two are started by other tests as well, that of the others by its third
+stage."""
 
 
 @pytest.mark.multiprocess

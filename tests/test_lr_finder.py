@@ -415,6 +415,7 @@ sys.exit(main())
 """Every process writes down the curve that it got."""
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_get_the_same_curve_and_train_with_one_learning_rate(
     toy: Path, tmp_path: Path

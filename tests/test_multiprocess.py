@@ -110,7 +110,7 @@ sys.exit(main())
 @pytest.mark.parametrize(
     ("exchange", "told"),
     [
-        ((), ", BatchNorm per device, in "),
+        pytest.param((), ", BatchNorm per device, in ", marks=pytest.mark.slow),
         pytest.param(
             ("--local-steps", 2, "--ema-decay", "0.5"),
             ", BatchNorm per device, local2, in ",
@@ -164,6 +164,7 @@ def test_two_processes_stopped_and_resumed_train_like_two_that_were_not(
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
+@pytest.mark.slow
 def test_three_processes_share_a_batch_and_evaluate_every_sample_once(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def join(nodes: list[subprocess.Popen[str]]) -> None:
     assert [code for code, _, _ in ends] == [0, 0], "\n".join(err for _, _, err in ends)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_accelerate_train_as_one_launcher_does(
     tmp_path: Path, train: Train, alone: Path
 ) -> None:

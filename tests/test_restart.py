@@ -252,7 +252,7 @@ ACCELERATE = ("accelerate.commands.launch", "--config_file", ROOT / "launch" / "
 @pytest.mark.parametrize(
     ("launcher", "restarts"),
     [
-        (TORCHRUN, "--max-restarts"),
+        pytest.param(TORCHRUN, "--max-restarts", marks=pytest.mark.slow),
         pytest.param(ACCELERATE, "--max_restarts", marks=pytest.mark.slow),
     ],
 )

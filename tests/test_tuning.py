@@ -872,7 +872,9 @@ def test_a_trial_that_broke_is_told_by_the_exit_code_and_tried_again(tmp_path) -
     assert done.returncode == 1 and "no trial came to its end" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_an_ended_search_goes_on_with_the_trial_that_it_was_in(tmp_path, number) -> None:
     words = ["search", "sgd", "--model", "resnet20", "--lr", "0.01..1", "--epochs", "4"]
     process = subprocess.Popen(
