@@ -2,7 +2,7 @@
 
 import json
 import os
-import pickle
+import pickletools
 import shutil
 import signal
 import subprocess
@@ -100,8 +100,8 @@ def test_nothing_is_pickled(tmp_path: Path, nodes: Path) -> None:
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".sh", ".out", "", ".lock"}
     for path in files:
-        with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError)):
-            pickle.loads(path.read_bytes())
+        with pytest.raises(ValueError, match=r"opcode|pickle exhausted|invalid"):
+            list(pickletools.genops(path.read_bytes()))
     assert [line for job in fake_slurm.jobs(nodes).values() for line in job["script"].split("\n")
             if "submitit.core" in line] == []  # fmt: skip
 
