@@ -417,7 +417,7 @@ def test_what_breaks_before_the_training_tells_where_and_of_what(
 # --- Under Accelerate ---
 
 TOY = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 rank = os.environ.get("RANK", "alone")
 from cifar.process import recorded_environment
@@ -425,6 +425,9 @@ Path(sys.argv[1], "recorded").write_text(repr(recorded_environment(os.environ)))
 settings = [os.environ.get(name, "") for name in ("WORLD_SIZE", "OMP_NUM_THREADS")]
 Path(sys.argv[1], rank).write_text(" ".join([*settings, os.environ["MALLOC_TOP_PAD_"]]))
 if rank == "1":
+    first = Path(sys.argv[1], "0")
+    while not (first.exists() and first.read_text()):  # or the launcher ends rank 0 before that
+        time.sleep(0.05)
     raise ValueError("rank 1 broke")
 """
 
