@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bench import runs, selfcheck
+from bench import devices, runs, selfcheck
 from bench.best import BEST_FILE
 from bench.console import expected_seconds, plural, shown, stoppable
+from bench.device_lock import held
 from bench.display import render_records
 from bench.frontier_command import run_frontier
 from bench.options import runs_folder
@@ -200,10 +201,11 @@ def run_selfcheck(argv: list[str]) -> int:
         example="bench selfcheck",
     )
     folder = runs_folder(options.runs_dir)
-    runs.check_writable(folder)
-    run = runs.create(selfcheck.suite(options.max_rounds), folder, argv)
-    with stoppable():
-        findings = selfcheck.execute(run)
+    with held(devices.find_machine(()).locks):
+        runs.check_writable(folder)
+        run = runs.create(selfcheck.suite(options.max_rounds), folder, argv)
+        with stoppable():
+            findings = selfcheck.execute(run)
     print(selfcheck.render(findings, color=sys.stdout.isatty()), end="")
     print(f"records and logs are in {shown(run.folder)}")
     return 0 if all(each.verdict == "seen" for each in findings) else 1

@@ -120,17 +120,22 @@ def find_machine(
     words: Sequence[str],
     num_processes: int = 1,
     *,
+    spread: bool = False,
     present: Present = present_environment,
     environ: Mapping[str, str] = os.environ,
 ) -> Machine:
     """The devices that a user names; for none, the whole machine, used by `num_processes`.
 
-    GPUs have the numbers that a program sees, so under `CUDA_VISIBLE_DEVICES` those of its entries.
+    To `spread` cells of so many processes where none are named, its GPUs that are alike, if they
+    are enough for several cells. GPUs have the numbers that a program sees, so under
+    `CUDA_VISIBLE_DEVICES` those of its entries.
 
     Raises:
         ConfigError: a word that names no device, one twice, devices of several kinds, more of them
             than there are cores.
     """
+    if spread and not words:
+        words = _alike(num_processes, present, environ)
     if not words:
         return _whole(num_processes, present, environ)
     twice = [word for word, count in Counter(words).items() if count > 1]
@@ -146,6 +151,14 @@ def find_machine(
             "--devices gives each its own"
         )
     return machine
+
+
+def _alike(num_processes: int, present: Present, environ: Mapping[str, str]) -> Sequence[str]:
+    """The GPUs of the first one's model, as many as make whole cells, if they make several."""
+    names = present(1).gpu_names if visible_gpus(environ) else ()
+    found = [str(number) for number, name in enumerate(names) if name == names[0]]
+    whole = len(found) // num_processes * num_processes
+    return found[:whole] if whole > num_processes else ()
 
 
 def _whole(num_processes: int, present: Present, environ: Mapping[str, str]) -> Machine:

@@ -112,7 +112,7 @@ def measure(
     Raises:
         OSError: the run's folder cannot be written.
     """
-    record = launch(_job(run, task, fault), run.cell_folder(number, task))
+    record = launch(job_of(run, task, fault), run.cell_folder(number, task))
     append_record(run.records_file, record)
     return record
 
@@ -138,7 +138,8 @@ def missing_of(
     return [task for task in interleaved(run.plan.tasks) if standing.needs(task)]
 
 
-def _job(run: Run, task: Task, fault: Fault | None = None) -> Job:
+def job_of(run: Run, task: Task, fault: Fault | None = None) -> Job:
+    """A task of a run, as its worker reads it."""
     return Job(task=task, suite=run.plan.suite, run_id=run.id, fault=fault)
 
 
@@ -186,7 +187,7 @@ class _Execution:
             self._tell(task, f"not needed, known to within {within:.1%}")
         else:
             folder = self._run.cell_folder(self._folders[task.key], task)
-            place = self._pool.start(_job(self._run, task), folder)
+            place = self._pool.start(job_of(self._run, task), folder)
             if place is None:
                 return False
             self._running[task.key] = task

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +11,10 @@ from typing import Annotated
 import psutil
 import tyro
 
-from bench import probes, runs
+from bench import devices, probes, runs
 from bench.columns import frontier_columns
 from bench.console import plural, show_plan, shown, stoppable
+from bench.device_lock import held
 from bench.frontier import SUITE, frontier
 from bench.launchers import get_launcher
 from bench.option_types import CommaList, Flag
@@ -27,7 +28,7 @@ from bench.present import present_environment
 from bench.record import Environment
 from bench.repeats import Fingerprints
 from bench.search import RESOLUTION, Search, plan_search, probe_protocol
-from bench.spec import RECIPE, Plan, Suite, expand, grid
+from bench.spec import RECIPE, Plan, Suite, Task, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import require
@@ -133,14 +134,21 @@ def run_frontier(argv: list[str]) -> int:
         if options.dry_run:
             left = probes.missing(run, fingerprints=fingerprints)
             return show_plan(left, runs.history(folder))
-        return _measure(run, fingerprints)
+        with held(_locks(run.plan.tasks)):
+            return _measure(run, fingerprints)
     suite, search = build_searches(options)
     tasks = expand(suite)
     fingerprints = check(tasks)
     if options.dry_run:
         return show_plan(tasks, runs.history(folder))
-    runs.check_writable(folder)
-    return _measure(runs.create(suite, folder, argv, search=search), fingerprints)
+    with held(_locks(tasks)):
+        runs.check_writable(folder)
+        return _measure(runs.create(suite, folder, argv, search=search), fingerprints)
+
+
+def _locks(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Of the devices that the probes compute on."""
+    return devices.find_machine((), tasks[0].cell.num_processes).locks
 
 
 def build_searches(

@@ -6,7 +6,7 @@ is started, and alone writes records. No torch.
 
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import TracebackType
@@ -76,17 +76,27 @@ class LaunchInPlace(Protocol):
         """Its record."""
 
 
+def unwatched(_job: Job) -> Watch:
+    """Nothing ends a job early."""
+    return lambda _folder: ""
+
+
 class Slots:
     """The devices of this machine: each measures one job at a time, a thread waits for it.
 
     A job of several processes takes as many. Jobs are started in the order in which they come: one
     that finds too few free devices is refused, and whoever asks waits with all others, so it will
-    get them.
+    get them. `watch` gives what looks at a job while it runs, in that job's thread.
     """
 
-    def __init__(self, machine: Machine, launch: LaunchInPlace) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        launch: LaunchInPlace,
+        watch: Callable[[Job], Watch] = unwatched,
+    ) -> None:
         self.side_by_side = len(machine.slots) > 1
-        self._machine, self._launch = machine, launch
+        self._machine, self._launch, self._watch = machine, launch, watch
         self._free = list(machine.slots)
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
@@ -94,11 +104,15 @@ class Slots:
             queue.SimpleQueue()
         )
 
+    def has_room(self, task: Task) -> bool:
+        """Whether a task could be started now."""
+        return self._machine.needs(task.cell.num_processes) <= len(self._free)
+
     def start(self, job: Job, folder: Path) -> str | None:
         """See `Pool.start`."""
-        count = self._machine.needs(job.task.cell.num_processes)
-        if count > len(self._free):
+        if not self.has_room(job.task):
             return None
+        count = self._machine.needs(job.task.cell.num_processes)
         place = self._machine.place(self._free[:count])
         thread = threading.Thread(target=self._measure, args=(job, folder, place), name="slot")
         self._threads.add(thread)
@@ -152,14 +166,16 @@ class Slots:
     def _measure(self, job: Job, folder: Path, place: Place) -> None:
         """What a job's thread does."""
         result: Record | BaseException
+        further = self._watch(job)
+
+        def watch(folder: Path) -> str:
+            if self._stopping.is_set():
+                raise CancelledError
+            return further(folder)
+
         try:
             with pinned(place.cores):
-                result = self._launch(job, folder, variables=place.variables, watch=self._watch)
+                result = self._launch(job, folder, variables=place.variables, watch=watch)
         except BaseException as error:
             result = error
         self._done.put((job, place, result))
-
-    def _watch(self, _folder: Path) -> str:
-        if self._stopping.is_set():
-            raise CancelledError
-        return ""

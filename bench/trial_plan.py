@@ -33,14 +33,21 @@ def known_records(run: Run, here: Environment, fingerprints: Fingerprints) -> di
 
 
 def _anywhere(environment: Environment) -> Environment:
-    """An environment without its place: which of the GPUs, and how many of the cores' threads.
+    """An environment without its place: which of the GPUs and how many, and its share of the cores.
 
     It changes no accuracy, and depends on how many trials ran at the same time.
     """
     place = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     variables = {name: value for name, value in environment.worker_env.items() if name not in place}
     kinds = tuple(sorted(set(environment.gpu_names)))
-    return replace(environment, worker_env=variables, gpu_names=kinds, threads=1)
+    return replace(
+        environment,
+        worker_env=variables,
+        gpu_names=kinds,
+        cpu_count=1,
+        threads=1,
+        side_by_side=1,
+    )
 
 
 class TrialPlan:

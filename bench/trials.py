@@ -1,35 +1,31 @@
 """The loop of a search: which trial is started next depends on what became of those before, every
 one of them in fresh processes, and as many at the same time as there are devices for."""
 
-import os
+import contextlib
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from bench.console import plural
-from bench.devices import Present
-from bench.execution import measure, taken_up
-from bench.job import RECORD_FILE
-from bench.launchers import environment_for, launch
-from bench.pool import LaunchInPlace
+from bench.devices import Machine, Present
+from bench.execution import WHOLE_MACHINE, job_of, taken_up
+from bench.job import RECORD_FILE, Job
+from bench.launchers import launch
+from bench.pool import Ended, LaunchInPlace, Slots
 from bench.present import present_environment
 from bench.progress import SuiteProgress
 from bench.record import Environment, Record
-from bench.record_file import parse_record
+from bench.record_file import append_record, parse_record
 from bench.repeats import UNCHANGED, Fingerprints
 from bench.runs import Run
 from bench.sampler import verdict
 from bench.spec import Task
-from bench.trial_plan import TrialPlan, known_records, tuning_of
-from bench.tuning import Trial, Tuning, curve_of, told_by
+from bench.trial_plan import TrialPlan, known_records
+from bench.tuning import Trial, curve_of, told_by
 from bench.unfinished import is_unfinished
-from cifar.config import require
+from cifar.config import TrainConfig
 from cifar.progress import format_duration
-
-Variables = Mapping[str, str]
 
 
 def execute(
@@ -38,170 +34,124 @@ def execute(
     launch: LaunchInPlace = launch,
     present: Present = present_environment,
     fingerprints: Fingerprints = UNCHANGED,
-    parallel: int | None = None,
+    machine: Machine = WHOLE_MACHINE,
 ) -> list[Record]:
     """Do what is left of a search; the records of its trials, by their number.
 
     Every record is on disk before its place is given to another trial, and trials that have one
-    from the same circumstances are not run again, unless they failed or timed out. `parallel`
-    trials run at the same time, if None as many as the search asks for.
+    from the same circumstances are not run again, unless they failed or timed out.
 
     Raises:
-        ConfigError: there are fewer GPUs than that.
         UserError: another process runs the run, or its folder cannot be written.
     """
-    processes = run.plan.tasks[0].cell.num_processes
     with taken_up(run):
-        here = present(processes)
-        taken = places(tuning_of(run), parallel, processes, here, os.environ)
-        return _Execution(run, launch, known_records(run, here, fingerprints), taken).all()
+        known = known_records(run, _here(run, present, machine), fingerprints)
+        return _Execution(run, machine, launch, known).all()
 
 
 def missing(
-    run: Run, *, present: Present = present_environment, fingerprints: Fingerprints = UNCHANGED
+    run: Run,
+    *,
+    present: Present = present_environment,
+    fingerprints: Fingerprints = UNCHANGED,
+    machine: Machine = WHOLE_MACHINE,
 ) -> tuple[list[Task], int]:
     """The trial that the search goes on with, none if it is over; and how many are left."""
-    here = present(run.plan.tasks[0].cell.num_processes)
-    plan = TrialPlan(run, known_records(run, here, fingerprints))
+    plan = TrialPlan(run, known_records(run, _here(run, present, machine), fingerprints))
     left, following = plan.left, plan.next(())
     return ([] if following is None else [following], left)
 
 
-def places(
-    tuning: Tuning,
-    parallel: int | None,
-    processes: int,
-    here: Environment,
-    environ: Mapping[str, str],
-) -> list[Variables]:
-    """The variables of each of the trials that run at the same time: its GPUs and share of cores.
-
-    Trials have so many `processes`; `parallel` of them at the same time, or as many as the search
-    asks for if None.
-
-    Raises:
-        ConfigError: there are fewer GPUs than that.
-    """
-    require(parallel is None or parallel >= 1, "parallel", parallel, "give 1 or more")
-    asked = tuning.parallel if parallel is None else parallel
-    most = max(1, here.gpu_count // processes)
-    count = asked or most
-    require(
-        not here.gpu_count or count <= most,
-        "parallel",
-        count,
-        f"this machine's GPUs ({here.gpu_count}) are enough for {most} with {processes} process"
-        f"{'es' * (processes > 1)} each; give at most that",
-    )
-    if count == 1:
-        return [{}]
-    threads = environment_for(processes * count, environ)["OMP_NUM_THREADS"]
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = visible.split(",") if visible else list(map(str, range(here.gpu_count)))
-    return [
-        {"OMP_NUM_THREADS": threads}
-        | (
-            {
-                "CUDA_VISIBLE_DEVICES": ",".join(gpus[place * processes :][:processes]).replace(
-                    " ", ""
-                )
-            }
-            if here.gpu_count
-            else {}
-        )
-        for place in range(count)
-    ]
+def _here(run: Run, present: Present, machine: Machine) -> Environment:
+    processes = run.plan.tasks[0].cell.num_processes
+    return machine.first_place(processes).environment(present, processes)
 
 
 class _Execution:
     """The loop over trials; a thread waits for each, and this one alone proposes and prints."""
 
     def __init__(
-        self, run: Run, launch: LaunchInPlace, known: dict[int, Record], taken: list[Variables]
+        self, run: Run, machine: Machine, launch: LaunchInPlace, known: dict[int, Record]
     ) -> None:
-        self._run, self._launch, self._places = run, launch, taken
+        self._run = run
+        (self._base,) = run.plan.tasks
         self._plan = TrialPlan(run, known)
+        self._pool = Slots(machine, launch, self._watcher)
         self._records = dict(known)
+        self._running: dict[int, TrainConfig] = {}
         self._seconds: list[float] = []
-        self._stopping = threading.Event()
+        trials, beside = self._plan.tuning.trials, self._pool.side_by_side
+        self._progress = SuiteProgress(trials, sys.stderr, side_by_side=beside)
 
     def all(self) -> list[Record]:
+        """Everything that is left; if that is cut short, what had ended by then is kept."""
         if kept := len(self._plan.answered):
             print(f"kept {plural(kept, 'trial')}", file=sys.stderr)
-        with (
-            SuiteProgress(self._plan.tuning.trials, sys.stderr) as progress,
-            ThreadPoolExecutor(len(self._places)) as pool,
-        ):
+        with self._progress:
             try:
-                self._loop(pool, progress)
-            finally:
-                self._stopping.set()  # whatever still runs is ended before the pool is left
+                with self._pool:
+                    self._loop()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._keep(self._pool.ended())
+                raise
         return [self._records[number] for number in sorted(self._records)]
 
-    def _loop(self, pool: ThreadPoolExecutor, progress: SuiteProgress) -> None:
-        free = list(self._places)
-        running: dict[Future[Record], tuple[Task, Variables]] = {}
+    def _loop(self) -> None:
         while True:
-            while free and (task := self._next(running)) is not None:
-                place = free.pop(0)
-                running[pool.submit(self._one, task, place)] = task, place
-                if len(self._places) == 1:
-                    self._start(progress, task)
-            if not running:
+            while self._pool.has_room(self._base) and (task := self._next()) is not None:
+                self._start(task)
+            if not self._running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task, place = running.pop(future)
-                free.append(place)
-                self._finish(progress, task, future.result())
+            self._keep(self._pool.wait())
 
-    def _next(self, running: Mapping[Future[Record], tuple[Task, Variables]]) -> Task | None:
-        return self._plan.next([task.cell.train for task, _ in running.values()])
+    def _next(self) -> Task | None:
+        return self._plan.next([*self._running.values()])
 
-    def _one(self, task: Task, place: Variables) -> Record:
-        """Train a trial; its record is on disk when this returns."""
-        watch = Watcher(self._stopping, partial(self._verdict, task))
-        launch = partial(self._launch, variables=place, watch=watch)
-        return measure(self._run, task.repeat + 1, task, launch)
+    def _start(self, task: Task) -> None:
+        number, train = task.repeat + 1, task.cell.train
+        folder = self._run.cell_folder(number, task)
+        place = self._pool.start(job_of(self._run, task), folder)
+        self._running[task.repeat] = train
+        label = self._plan.label(train) + (f" on {place}" if place else "")
+        self._progress.start(number, label, self._seconds_left())
 
-    def _verdict(self, task: Task, curve: Sequence[float]) -> str:
-        trials, epochs = list(self._plan.trials.values()), task.cell.train.recipe.epochs
-        return verdict(self._plan.tuning, trials, curve, epochs)
+    def _keep(self, ended: Sequence[Ended]) -> None:
+        """Write down what has come of trials."""
+        for _, record in ended:
+            append_record(self._run.records_file, record)
+            self._plan.add(record)
+            self._records[record.repeat] = record
+            self._running.pop(record.repeat, None)
+            self._seconds.append(record.duration_s)
+            became = told(told_by(record), record.duration_s)
+            self._progress.finish(became, self._seconds_left(), record.repeat + 1)
 
-    def _start(self, progress: SuiteProgress, task: Task) -> None:
-        label = self._plan.label(task.cell.train)
-        progress.start(task.repeat + 1, label, self._seconds_left())
+    def _watcher(self, job: Job) -> "Watcher":
+        """Ends a trial that is worse than others."""
+        return Watcher(partial(self._verdict, job.task.cell.train.recipe.epochs))
 
-    def _finish(self, progress: SuiteProgress, task: Task, record: Record) -> None:
-        self._plan.add(record)
-        self._records[record.repeat] = record
-        self._seconds.append(record.duration_s)
-        if len(self._places) > 1:  # lines of trials that run side by side would mix
-            self._start(progress, task)
-        progress.finish(told(told_by(record), record.duration_s), self._seconds_left())
+    def _verdict(self, epochs: int, curve: Sequence[float]) -> str:
+        return verdict(self._plan.tuning, list(self._plan.trials.values()), curve, epochs)
 
     def _seconds_left(self) -> float | None:
         """If the trials to come take as long as those so far; None: there were none."""
         if not self._seconds:
             return None
-        return self._plan.left * sum(self._seconds) / len(self._seconds) / len(self._places)
+        each = sum(self._seconds) / len(self._seconds)
+        return self._plan.left * each * self._pool.share(self._base)
 
 
 class Watcher:
-    """Looks at a trial's record while it runs; ends the trial if others are better, or all stop."""
+    """Looks at a trial's record while it runs; ends the trial if others are better."""
 
-    def __init__(self, stopping: threading.Event, judge: Callable[[Sequence[float]], str]) -> None:
-        self._stopping, self._judge = stopping, judge
+    def __init__(self, judge: Callable[[Sequence[float]], str]) -> None:
+        self._judge = judge
         self._written = 0
         self._epochs = 0
 
     def __call__(self, folder: Path) -> str:
-        """Why to end the trial, after the first epoch for which there is a reason; else "".
-
-        Raises:
-            CancelledError: the search stops.
-        """
-        if self._stopping.is_set():
-            raise CancelledError
+        """Why to end the trial, after the first epoch for which there is a reason; else ""."""
         curve = self._curve(folder / RECORD_FILE)
         before, self._epochs = self._epochs, max(self._epochs, len(curve))
         whys = (self._judge(curve[:count]) for count in range(before + 1, len(curve) + 1))

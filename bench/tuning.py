@@ -49,8 +49,6 @@ class Tuning:
     """Of what is drawn; the trials train with it as well."""
     pruning: bool = True
     """Whether trials that are worse than most others at the same epoch are ended there."""
-    parallel: int | None = None
-    """Trials at the same time; None: as many as there are GPUs for, on CPUs one."""
 
     def __post_init__(self) -> None:
         remedy = "nothing to search: give a range such as --lr 0.01..1, or several values"
@@ -60,8 +58,6 @@ class Tuning:
         size = size_of(self.space)
         remedy = f"there are only {size} settings to try; give at most that many"
         require(size is None or self.trials <= size, "trials", self.trials, remedy)
-        parallel = self.parallel
-        require(parallel is None or parallel >= 1, "parallel", parallel, "give 1 or more")
 
 
 def trial_protocol(timeout: float | None = None) -> Protocol:

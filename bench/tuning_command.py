@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from bench import runs, trials
+from bench import devices, runs, trials
 from bench.best import BEST_FILE, render, summarise
 from bench.columns import trial_columns
 from bench.console import expected_seconds, plural, show_plan, shown, stoppable
+from bench.device_lock import held
+from bench.devices import Machine
 from bench.options import check, check_resume, runs_folder
 from bench.record import Record
 from bench.repeats import Fingerprints
@@ -50,21 +52,35 @@ def run_search(argv: list[str]) -> int:
         names = (each.name for each in fields(options) if each.name not in AT_ANY_TIME)
         check_resume(options, names)
         run = _find(options.resume, folder).with_timeout(options.timeout)
-        fingerprints = check(run.plan.tasks)
+        words = options.devices or run.plan.devices
+        fingerprints, machine = _checked(run.plan.tasks, words)
         if options.dry_run:
-            following, left = trials.missing(run, fingerprints=fingerprints)
-            return _show(following, left, folder)
-        return _measure(run, fingerprints, options.parallel)
+            following, left = trials.missing(run, fingerprints=fingerprints, machine=machine)
+            return _show(following, left, folder, machine)
+        with held(machine.locks):
+            return _measure(run, fingerprints, machine)
     suite, tuning = build_search(options)
     (base,) = expand(suite)
-    fingerprints = check(_largest_and_smallest(base, tuning))
+    fingerprints, machine = _checked(_largest_and_smallest(base, tuning), options.devices)
     if options.dry_run:
         for parameter in tuning.space:
             print(f"{option_name(parameter.field)}: {parameter}")
-        return _show([base], tuning.trials, folder)
-    runs.check_writable(folder)
-    run = runs.create(suite, folder, argv, tuning=tuning)
-    return _measure(run, fingerprints, None)
+        return _show([base], tuning.trials, folder, machine)
+    with held(machine.locks):
+        runs.check_writable(folder)
+        run = runs.create(suite, folder, argv, tuning=tuning, devices=options.devices)
+        return _measure(run, fingerprints, machine)
+
+
+def _checked(tasks: Sequence[Task], words: Sequence[str]) -> tuple[Fingerprints, Machine]:
+    """The images and the devices of trials such as these.
+
+    Raises:
+        UserError: see `bench.options.check`, `bench.devices.find_machine`.
+    """
+    machine = devices.find_machine(words, tasks[0].cell.num_processes, spread=True)
+    machine.check(tasks)
+    return check(tasks, whole_machine=not machine.devices), machine
 
 
 def _find(name: str, folder: Path) -> runs.Run:
@@ -85,23 +101,23 @@ def _largest_and_smallest(base: Task, tuning: Tuning) -> list[Task]:
     ]
 
 
-def _show(following: Sequence[Task], left: int, folder: Path) -> int:
+def _show(following: Sequence[Task], left: int, folder: Path, machine: Machine) -> int:
     """Print what would be started; returns the exit code."""
     past = runs.history(folder)
-    show_plan(following, past)
+    show_plan(following, past, machine)
     seconds = left * expected_seconds(following, past)
     about = f"about {format_duration(seconds)} one after the other, less what is pruned"
     print(f"{plural(left, 'trial')} to run, {about}")
     return 0
 
 
-def _measure(run: runs.Run, fingerprints: Fingerprints, parallel: int | None) -> int:
+def _measure(run: runs.Run, fingerprints: Fingerprints, machine: Machine) -> int:
     """Do a search, print its trials and the best of them, and return the exit code."""
     start = time.monotonic()
     resume = f"bench search --resume {shlex.quote(shown(run.folder))}"
     try:
         with stoppable(resume):
-            records = trials.execute(run, fingerprints=fingerprints, parallel=parallel)
+            records = trials.execute(run, fingerprints=fingerprints, machine=machine)
     except (Stopped, OutputError):
         _answer(run, run.records())
         raise

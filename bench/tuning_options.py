@@ -4,19 +4,16 @@ import ast
 import functools
 import inspect
 import itertools
-import os
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Literal, cast, get_origin
 
 import tyro
 
 from bench.launchers import get_launcher
-from bench.option_types import Flag
+from bench.option_types import CommaList, Flag
 from bench.options import examine
-from bench.present import present_environment
-from bench.record import Environment
 from bench.space import (
     KINDS,
     SHARED,
@@ -29,7 +26,6 @@ from bench.space import (
     with_values,
 )
 from bench.spec import Cell, Plan, Suite
-from bench.trials import places
 from bench.tuning import (
     SUITE,
     TRIALS,
@@ -71,8 +67,10 @@ class SearchOptions:
     """How processes are started: ddp."""
     num_processes: Annotated[int | None, arg(metavar="N")] = None
     """Processes per trial, one per device."""
-    parallel: Annotated[int | None, arg(metavar="N")] = None
-    """Trials at the same time; as many as there are GPUs for, on CPUs one, when not given."""
+    devices: CommaList = ()
+    """Train side by side, one process per device: GPUs by number or UUID, e.g. 0,1,2,3, or groups
+    of cores, e.g. cpu:0-3,cpu:4-7. All GPUs of one model, on CPUs one trial at a time, when not
+    given."""
     no_pruning: Flag = False
     """Train every trial to its end, however much worse than the others it is."""
     seed: Annotated[int | None, arg(metavar="N")] = None
@@ -87,7 +85,7 @@ class SearchOptions:
     """Where runs are kept."""
 
 
-AT_ANY_TIME = ("parallel", "timeout", "dry_run", "resume", "runs_dir")
+AT_ANY_TIME = ("devices", "timeout", "dry_run", "resume", "runs_dir")
 """The options that change nothing of what is searched."""
 
 
@@ -129,9 +127,7 @@ def _texts_below_fields(cls: type) -> dict[str, str]:
     }
 
 
-def build_search(
-    options: SearchOptions, present: Callable[[int], Environment] = present_environment
-) -> tuple[Suite, Tuning]:
+def build_search(options: SearchOptions) -> tuple[Suite, Tuning]:
     """What all trials share, as the one cell of a suite, and what is searched.
 
     Raises:
@@ -156,8 +152,6 @@ def build_search(
     train = first_that_works(train, [*shared, *space], processes, own)
     check_space(train, space, given, processes)
     check_images(train, batch_sizes(train, space), images)
-    if options.parallel is not None:
-        places(tuning, None, processes, present(processes), os.environ)
     return _suite(options, train, processes), tuning
 
 
@@ -204,7 +198,6 @@ def _tuning(options: SearchOptions, space: Iterable[Parameter]) -> Tuning:
         trials=usual if options.trials is None else options.trials,
         seed=0 if options.seed is None else options.seed,
         pruning=not options.no_pruning,
-        parallel=options.parallel,
     )
 
 

@@ -15,35 +15,32 @@ from torch import Tensor, nn
 from cifar.accelerator import start_accelerator
 from cifar.checkpoint import Tensors
 from cifar.config import RunConfig, TrainConfig
-from cifar.cost import check_batch
-from cifar.data.dataset import Dataset, Split
+from cifar.data.dataset import Dataset
 from cifar.data.division import divide
 from cifar.data.loader import (
     Batch,
     DeviceImages,
-    Normalization,
     Place,
     TrainBatch,
-    TrainLoader,
-    eval_batch_size,
     eval_batches,
 )
 from cifar.distributed import broadcast_from_first
 from cifar.emulation import emulate_if_needed
 from cifar.engines import build_engine
-from cifar.errors import ConfigError, TrainingError
+from cifar.errors import TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.exchange import LocalSteps
 from cifar.fine_tuning import Backbone
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
 from cifar.models import build_model
-from cifar.models.meta import check_images, head_names
-from cifar.models.pretrained import expected_statistics, start_from_pretrained
+from cifar.models.meta import head_names
+from cifar.models.pretrained import start_from_pretrained
 from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
 from cifar.pulse import PULSE
 from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
+from cifar.training_data import place_data
 from cifar.updates import Update, build_update
 
 
@@ -87,7 +84,7 @@ class Trainer:
             in_channels=self.dataset.train.images.shape[1],
         )
         config.parallel.check_launch(self.strategy, self.place.count)
-        self._build_data()
+        self._place_data()
         self._build_model(is_resumed)
         self.teacher = load_teacher(self.config, self.dataset, self.normalization, self.device)
         assert self.teacher is None or compute_loss is None, (
@@ -104,39 +101,11 @@ class Trainer:
         self.rounds.check_intervals(run)
         self.check_every = run.check_every or self._default_interval()
 
-    def _build_data(self) -> None:
-        recipe, dataset = self.config.recipe, self.dataset
-        if recipe.global_batch_size > len(dataset.train):
-            raise ConfigError(
-                f"batch-size: {recipe.global_batch_size}: larger than the {len(dataset.train)} "
-                f"training images of {dataset.name}; give at most that many"
-            )
-        height, width = dataset.train.images.shape[2:]
-        check_batch(self.config, (height, width), self.place.count)
-        per_device = self.config.per_device_batch_size(self.place.count)
-        if self.model_config.library:
-            check_images(self.model_config, (height, width), per_device)
-        known = expected_statistics(self.model_config)
-        self.normalization = (
-            Normalization(mean=known[0], std=known[1]) if known else Normalization.of(dataset.train)
-        )
-
-        def on_device(split: Split) -> DeviceImages:
-            nhwc = self.config.channels_last
-            return DeviceImages(split, self.normalization, self.device, channels_last=nhwc)
-
-        self.loader = TrainLoader(
-            on_device(dataset.train),
-            recipe,
-            per_device_batch_size=per_device,
-            accumulation_steps=self.config.accumulation_steps,
-            place=self.place,
-            seed=self.config.seed,
-        )
-        self.test_images = on_device(dataset.test)
-        held_out = dataset.validation
-        self.validation_images = None if held_out is None else on_device(held_out)
-        self._eval_batch_size = eval_batch_size(self.test_images, self.model_config)
+    def _place_data(self) -> None:
+        data = place_data(self.config, self.model_config, self.dataset, self.device, self.place)
+        self.normalization, self.loader = data.normalization, data.loader
+        self.test_images, self.validation_images = data.test_images, data.validation_images
+        self._eval_batch_size = data.eval_batch_size
 
     def _build_model(self, is_resumed: bool) -> None:
         config, recipe = self.config, self.config.recipe

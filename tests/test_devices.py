@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fake_worker import environment
 
-from bench import cores, devices, nvml
+from bench import commands, cores, devices, nvml
 from bench.cores import pinned, read_cores, shares, write_cores
 from bench.device_lock import held
 from bench.devices import Device, Machine, Place, find_machine
@@ -226,6 +226,25 @@ def test_the_machine_as_a_whole_is_one_slot_whose_gpus_no_other_run_may_use(monk
     assert found == Machine(locks=("GPU-a1", "GPU-a2"))
 
 
+@pytest.mark.usefixtures("eight")
+def test_cells_are_spread_over_gpus_that_are_alike_as_far_as_they_make_whole_ones(
+    monkeypatch,
+) -> None:
+    def spread(processes: int, here=H200, words: tuple[str, ...] = ()) -> list[str]:
+        machine = find_machine(
+            words, processes, spread=True, present=lambda *_, **__: here, environ={}
+        )
+        return [device.name for device in machine.devices]
+
+    monkeypatch.setattr(devices, "visible_gpus", lambda environ: 4)
+    assert spread(1) == spread(2) == ["0", "1", "2", "3"]
+    assert spread(3) == spread(4) == [], "one cell is no reason to choose among GPUs"
+    assert spread(1, MIXED) == ["0", "1", "3"], "the other one is of another model"
+    assert spread(1, words=("2",)) == ["2"]
+    monkeypatch.setattr(devices, "visible_gpus", lambda environ: 0)
+    assert spread(1) == []
+
+
 def test_a_cell_of_more_processes_than_devices_is_refused() -> None:
     machine = Machine(devices=(Device(name="0"), Device(name="1")))
     tasks = [
@@ -311,6 +330,30 @@ def test_a_device_is_held_until_its_holder_ends_in_whatever_way() -> None:
         process.send_signal(signal.SIGKILL)
     with held([f"{name}-0", f"{name}-1", f"{name}-1"]):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--models", "resnet20"],
+        ["frontier", "--models", "resnet20"],
+        ["search", "sgd", "--model", "resnet20"],
+        ["selfcheck"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_that_measures_keeps_its_devices_for_itself(
+    words, tmp_path, monkeypatch, capsys
+) -> None:
+    name = f"test-{os.getpid()}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(devices, "find_machine", lambda *_, **__: Machine(locks=(name,)))
+    with held([name]):
+        assert commands.main(words) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"bench: devices: {name!r}: another bench") and not told.out
+    assert not list(tmp_path.iterdir()), "nothing has begun"
 
 
 # --- NVML ---

@@ -58,6 +58,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
         assert layer(torch.ones(1, 1, 1, 1)).item() == 6.0
 
 
+@pytest.mark.slow
 def test_compiled_code_rounds_as_well() -> None:
     try:
         check_compiler("cpu")

@@ -221,6 +221,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_stay_together_in_both_phases(npz: Path, tmp_path: Path) -> None:
     """And the classifier alone learns as in one: no statistics of a batch come between."""

@@ -65,9 +65,8 @@ def test_every_file_is_described():
     assert not [name for name in (*CONFIGS, *scripts) if name not in text]
 
 
-SLOW = {"ddp.yaml", "fsdp.yaml", "zero1.yaml", "zero2.yaml"}
-"""The engines of the first two are started by other tests as well, that of the others by its third
-stage."""
+SLOW = {"ddp.yaml", "fsdp.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml"}
+"""Their engines are started by other tests as well."""
 
 
 @pytest.mark.multiprocess

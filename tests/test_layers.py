@@ -56,7 +56,7 @@ TORCH_NAMES = """
     cifar.models.resnet cifar.models.resnet9 cifar.models.summary cifar.models.weights cifar.muon
     cifar.network cifar.optim cifar.outcome cifar.rendezvous cifar.report cifar.run cifar.scoring
     cifar.selection cifar.session cifar.sync_batch_norm cifar.teacher cifar.trainer
-    cifar.training_state cifar.updates cifar.watchdog cifar.zero
+    cifar.training_data cifar.training_state cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 
@@ -85,8 +85,8 @@ CHAINS = (
     "bench.record bench.unfinished bench.launchers bench.runs",
     "bench.stats bench.record",
     "cifar.config cifar.models cifar.trainer bench.measure bench.worker",
-    "cifar.data.dataset cifar.data.loader cifar.trainer cifar.training_state cifar.outcome "
-    "cifar.session cifar.run",
+    "cifar.data.dataset cifar.data.loader cifar.training_data cifar.trainer cifar.training_state "
+    "cifar.outcome cifar.session cifar.run",
     "cifar.predictions cifar.figures cifar.report cifar.outcome",
     "cifar.comparison bench.columns",
     "cifar.comparison cifar.report cifar.outcome",

@@ -438,6 +438,7 @@ def test_two_processes_get_the_same_curve_and_train_with_one_learning_rate(
     assert told["loss_of_guessing"] == pytest.approx(math.log(10))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_find_a_learning_rate_and_train_with_it(toy: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -122,7 +122,7 @@ def check_program(name: str, words: list[str]) -> None:
     if isinstance(options, FrontierOptions) and options.resume is None:
         build_searches(options, lambda count: environment(gpu_names=("H200",)))
     if isinstance(options, SearchOptions) and options.resume is None:
-        build_search(options, lambda count: environment(gpu_names=("H200",)))
+        build_search(options)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -32,6 +32,8 @@ from bench import runs, trials
 from bench.best import changes, command, render, summarise
 from bench.columns import DASH, trial_columns
 from bench.commands import main
+from bench.counters import usable_cores
+from bench.devices import Device, Machine
 from bench.job import RECORD_FILE, Job
 from bench.launchers import launch
 from bench.record import Record
@@ -45,15 +47,14 @@ from bench.trial_rows import told_apart, trial_rows
 from bench.tuning import SUITE, Trial, Tuning, best_of, told_by, trial_protocol, trials_of
 from bench.tuning_options import build_search, options_class
 from bench.unfinished import no_validation, pruned
-from cifar import process
 from cifar.cli import parse
 from cifar.config import ModelConfig, TrainConfig
-from cifar.errors import ConfigError
 from cifar.files import write_atomic
 from cifar.recipes import get_config
 from cifar.serialize import from_json, to_json
 from cifar.train_options import read_train_options
 
+CORES = ",".join(f"cpu:{core}" for core in sorted(usable_cores())[:2])
 NAMED = get_config("sgd")
 BASE = with_values(
     replace(NAMED, model=ModelConfig(name="resnet20"), precision="fp32"),
@@ -389,7 +390,7 @@ class FakeLaunch:
 
 
 def present_of(**fields: object):
-    return lambda num_processes: environment(**fields)
+    return lambda num_processes, **_: environment(**fields)
 
 
 def execute(run: Run, launch: object, **options: object) -> list[Record]:
@@ -476,24 +477,9 @@ def test_a_search_ends_once_everything_was_tried(tmp_path) -> None:
 # --- Side by side ---
 
 
-def test_every_trial_at_a_time_has_its_gpus_and_its_share_of_the_cores(monkeypatch) -> None:
-    def places(gpus: int, processes: int = 1, parallel: int | None = None, **environ: str):
-        here = environment(gpu_names=("H200",) * gpus)
-        return trials.places(TUNING, parallel, processes, here, {"OMP_NUM_THREADS": "3"} | environ)
-
-    assert places(0) == places(1) == places(3, processes=2) == places(4, parallel=1) == [{}]
-    assert places(0, parallel=2) == [{"OMP_NUM_THREADS": "3"}] * 2, "the user's own stands"
-    monkeypatch.setattr(process, "available_cores", lambda: 8)
-    shared = trials.places(TUNING, 2, 2, environment(), {})
-    assert shared == [{"OMP_NUM_THREADS": "2"}] * 2, "four processes"
-    devices = [place["CUDA_VISIBLE_DEVICES"] for place in places(5, processes=2)]
-    assert devices == ["0,1", "2,3"]
-    shown = places(3, CUDA_VISIBLE_DEVICES="4, GPU-a,7")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in shown] == ["4", "GPU-a", "7"]
-    with pytest.raises(ConfigError, match=r"parallel: 3: this machine's GPUs \(5\) are enough for"):
-        places(5, processes=2, parallel=3)
-    with pytest.raises(ConfigError, match="parallel: 0: give 1 or more"):
-        places(0, parallel=0)
+SHARED_OUT = {"gpu_names": ("H200",), "cpu_count": 1, "side_by_side": 2}
+"""What a trial sees of a machine of two GPUs and two cores."""
+TWO = Machine(devices=(Device(name="0", gpu="GPU-a"), Device(name="1", gpu="GPU-b")))
 
 
 class SideBySide(FakeLaunch):
@@ -506,22 +492,23 @@ class SideBySide(FakeLaunch):
     def __call__(self, job: Job, folder: Path, **options: object) -> Record:
         self._pair.wait()
         record = super().__call__(job, folder, **options)
-        device = options["variables"]
-        here = environment(gpu_names=("H200",), worker_env=dict(device))
-        return replace(record, environment=here)
+        gpu = {"CUDA_VISIBLE_DEVICES": options["variables"]["CUDA_VISIBLE_DEVICES"]}
+        return replace(record, environment=environment(**SHARED_OUT, worker_env=gpu))
 
 
 def test_two_devices_train_two_trials_at_a_time(tmp_path, capsys) -> None:
     run, launch = make_run(tmp_path, replace(TUNING, trials=8)), SideBySide()
-    here = present_of(gpu_names=("H200", "H200"), worker_env={"OMP_NUM_THREADS": "2"})
-    records = execute(run, launch, present=here)
+    here = present_of(**SHARED_OUT)
+    records = execute(run, launch, present=here, machine=TWO)
     assert sorted(launch.seen) == [record.repeat for record in records] == list(range(8))
-    devices = [place["CUDA_VISIBLE_DEVICES"] for place in launch.places]
-    assert sorted(devices) == ["0"] * 4 + ["1"] * 4
+    gpus = [place["CUDA_VISIBLE_DEVICES"] for place in launch.places]
+    assert sorted(gpus) == ["GPU-a"] * 4 + ["GPU-b"] * 4
     assert len({to_json(train) for train in launch.seen.values()}) == 8
-    assert len(capsys.readouterr().err.splitlines()) == 8, "a line for each, whole"
-    again = FakeLaunch()
-    assert execute(run, again, present=here) == records and not again.seen
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 16, "of each trial one for its start and one for its end, whole"
+    assert lines[0] == "[1/8] lr 0.1, batch-size 64 on 0 ..."
+    again, alone = FakeLaunch(), present_of(gpu_names=("H200", "H200"), cpu_count=2)
+    assert execute(run, again, present=alone) == records and not again.seen, "whatever the place"
 
 
 def test_what_runs_beside_a_trial_that_is_interrupted_is_ended(tmp_path) -> None:
@@ -542,7 +529,7 @@ def test_what_runs_beside_a_trial_that_is_interrupted_is_ended(tmp_path) -> None
 
     run = make_run(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        execute(run, launch, parallel=2)
+        execute(run, launch, machine=TWO)
     assert ended == [0] and run.records() == []
 
 
@@ -566,7 +553,7 @@ def child_is_gone(folder: Path) -> bool:
 
 def test_every_epoch_is_judged_once(tmp_path) -> None:
     judged: list[Sequence[float]] = []
-    watcher = trials.Watcher(threading.Event(), lambda curve: judged.append(curve) or "")
+    watcher = trials.Watcher(lambda curve: judged.append(curve) or "")
     assert watcher(tmp_path) == "", "nothing is there yet"
     for moment, epochs in ((1, 0), (2, 1), (2, 2), (3, 3)):
         write_atomic(tmp_path / RECORD_FILE, to_json(begun_trial(job_of(0, lr=0.2), epochs)))
@@ -582,7 +569,7 @@ def when_it_has_a_child(folder: Path, answer: Callable[[], str]) -> str:
 
 def test_a_trial_is_ended_with_what_it_had_reached(tmp_path, monkeypatch) -> None:
     curves: list[Sequence[float]] = []
-    watcher = trials.Watcher(threading.Event(), lambda curve: curves.append(curve) or "")
+    watcher = trials.Watcher(lambda curve: curves.append(curve) or "")
 
     def watch(folder: Path) -> str:
         watcher(folder)
@@ -619,15 +606,16 @@ def test_a_finished_trial_is_not_pruned(tmp_path, monkeypatch) -> None:
     record = launched(monkeypatch, tmp_path / "job", "ok-hang", watch)
     assert (told_by(record).state, record.reason) == ("finished", "")
     assert child_is_gone(tmp_path / "job")
-    never = trials.Watcher(threading.Event(), lambda curve: "why")
+    never = trials.Watcher(lambda curve: "why")
     assert never(tmp_path / "job") == ""
 
 
 def test_a_search_that_stops_leaves_no_process(tmp_path, monkeypatch) -> None:
+    def stop() -> str:
+        raise CancelledError
+
     def watch(folder: Path) -> str:
-        stopping = threading.Event()
-        when_it_has_a_child(folder, lambda: stopping.set() or "")
-        return trials.Watcher(stopping, lambda curve: "")(folder)
+        return when_it_has_a_child(folder, stop)
 
     with pytest.raises(CancelledError):
         launched(monkeypatch, tmp_path / "job", "hang", watch)
@@ -778,7 +766,10 @@ BAD = {
     "limit-train: 20000: give at most 10000": ["search", "sgd", "--limit-train", "20000"],
     "seed: -1: give 0 <= seed": ["search", "sgd", "--seed", "-1"],
     "timeout: 0.0: give a positive number": ["search", "sgd", "--timeout", "0"],
-    "parallel: 0: give 1 or more": ["search", "sgd", "--parallel", "0"],
+    "devices: 'x': give numbers of GPUs": ["search", "sgd", "--devices", "x"],
+    "num-processes: 2: --devices names 1; name as many": [
+        *("search", "sgd", "--devices", "cpu:0", "--num-processes", "2"),
+    ],
     "run: 'nope': no such run": ["search", "--resume", "nope"],
     "lr: 0.1..1: not with --resume": ["search", "--resume", "nope", "--lr", "0.1..1"],
     "recipe: sgd: not with --resume": ["search", "sgd", "--resume", "nope"],
@@ -793,14 +784,6 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, me
     assert output.err.count("\n") == 1
     assert message in output.err
     assert output.out == "" and not list(tmp_path.iterdir())
-
-
-def test_more_trials_at_a_time_than_gpus_are_refused_at_once() -> None:
-    options = options_class()(recipe="sgd", parallel=3)
-    with pytest.raises(ConfigError, match=r"parallel: 3: this machine's GPUs \(2\) are enough for"):
-        build_search(options, present_of(gpu_names=("H200", "H200")))
-    _, tuning = build_search(options, present_of(gpu_names=("H200",) * 3))
-    assert tuning.parallel == 3
 
 
 def test_without_optuna_a_search_says_how_to_get_it(tmp_path, monkeypatch, capsys) -> None:
@@ -856,7 +839,16 @@ def test_a_search_ends_with_its_trials_and_the_best_of_them(tmp_path) -> None:
     assert [line[:5] for line in done.stderr.splitlines()] == ["[1/3]", "[2/3]", "[3/3]"]
     done = bench(tmp_path, "search", "--resume", run.id, "--dry-run")
     assert done.stdout.splitlines()[-1].startswith("0 trials to run")
-    done = bench(tmp_path, "search", "--resume", run.id, "--parallel", "2", fake="crash")
+    done = bench(
+        tmp_path,
+        "search",
+        "--resume",
+        run.id,
+        "--devices",
+        CORES,
+        fake="crash",
+        FAKE_LOCKS=f"cifar-{os.getpid()}-",
+    )
     assert (done.returncode, done.stderr) == (0, "kept 3 trials\n")
 
 
@@ -907,6 +899,8 @@ def test_an_ended_search_goes_on_with_the_trial_that_it_was_in(tmp_path, number)
 
 
 def test_two_trials_run_side_by_side_as_processes(tmp_path) -> None:
-    done = search(tmp_path, "--parallel", "2", fake="ok")
+    done = search(tmp_path, "--devices", CORES, fake="ok", FAKE_LOCKS=f"cifar-{os.getpid()}-")
     assert done.returncode == 0, done.stderr
-    assert len(runs.newest(tmp_path / "runs").records()) == 3
+    run = runs.newest(tmp_path / "runs")
+    assert len(run.records()) == 3 and ",".join(run.plan.devices) == CORES
+    assert all(f" on {core} ...\n" in done.stderr for core in CORES.split(","))
