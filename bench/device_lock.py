@@ -1,4 +1,8 @@
-"""One measurement on a device at a time, whichever processes of this machine want to."""
+"""One measurement on a device at a time, whichever processes of this machine want to.
+
+What is started to measure inherits the lock, so that it lasts as long as any of these processes,
+even where the one that took it was killed.
+"""
 
 import contextlib
 import errno
@@ -7,11 +11,15 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 
+import psutil
+
 from cifar.errors import UserError
 
 PREFIX = "\0cifar-resnet-bench/"
 """An abstract socket's name (unix(7)): it is no file, all users of the machine see it, and the
 kernel takes it back from a process that dies, in whatever way."""
+_HELD: set[int] = set()
+"""The descriptors of this process's locks."""
 _CREDENTIALS = struct.Struct("3i")
 """Process, user and group: `struct ucred` of unix(7)."""
 
@@ -28,8 +36,15 @@ def held(devices: Iterable[str]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for device in sorted(set(devices)) if sys.platform == "linux" else ():
-            stack.enter_context(_held(device))
+            number = stack.enter_context(_held(device)).fileno()
+            _HELD.add(number)
+            stack.callback(_HELD.discard, number)
         yield
+
+
+def descriptors() -> tuple[int, ...]:
+    """What a process has to inherit to hold this one's devices as well."""
+    return tuple(sorted(_HELD))
 
 
 def _held(device: str) -> socket.socket:
@@ -43,17 +58,22 @@ def _held(device: str) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise UserError(
-            f"devices: {device!r}: another bench{_holder(device)} measures on it; wait for it, or "
-            "give other --devices"
+            f"devices: {device!r}: {_holder(device)}, or give other --devices"
         ) from None
     return sock
 
 
 def _holder(device: str) -> str:
-    """Its process, ` (process 4711)`; empty if that is not told."""
+    """Who measures on it, as far as that is told, and what to do about it."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         sock.connect(PREFIX + device)
         answer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return f" (process {_CREDENTIALS.unpack(answer)[0]})"
-    return ""
+        process = _CREDENTIALS.unpack(answer)[0]
+        if psutil.pid_exists(process):
+            return f"another bench (process {process}) measures on it; wait for it"
+        return (
+            f"what a bench that was killed (process {process}) has started still measures on it; "
+            "--resume its run, which ends that"
+        )
+    return "another bench measures on it; wait for it"

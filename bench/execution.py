@@ -9,18 +9,19 @@ from pathlib import Path
 
 from bench.devices import Machine, Present
 from bench.estimate import estimate_seconds
-from bench.job import Fault, Job
+from bench.job import RECORD_FILE, Fault, Job
 from bench.launchers import launch
 from bench.pool import Ended, LaunchInPlace, Pool, Slots
 from bench.present import present_environment
 from bench.processes import end_leftovers
 from bench.progress import SuiteProgress, outcome
 from bench.record import Record
-from bench.record_file import append_record
+from bench.record_file import append_record, parse_record
 from bench.repeats import UNCHANGED, Fingerprints, Key, Standing, interleaved, is_of_images
-from bench.runs import Run, latest, locked
+from bench.runs import CELLS, Run, latest, locked
 from bench.spec import Task
-from cifar.errors import OutputError
+from bench.unfinished import is_unfinished
+from cifar.errors import OutputError, UserError
 
 WHOLE_MACHINE = Machine()
 """One cell at a time."""
@@ -35,7 +36,8 @@ IsCurrent = Callable[[Record], bool]
 def taken_up(run: Run, *, here: bool = True) -> Iterator[None]:
     """While entered, this process alone measures for a run.
 
-    If it does so on this machine, `here`, what is left of the run's processes is ended.
+    If it does so on this machine, `here`, what is left of the run's processes is ended, and what
+    they had finished is kept.
 
     Raises:
         UserError: another process does, or the folder cannot be written.
@@ -45,6 +47,8 @@ def taken_up(run: Run, *, here: bool = True) -> Iterator[None]:
         if here:
             end_leftovers(run.folder)
         try:
+            if here:
+                _keep_finished(run)
             yield
         except OSError as error:
             reason = error.strerror or str(error)
@@ -52,6 +56,29 @@ def taken_up(run: Run, *, here: bool = True) -> Iterator[None]:
                 f"run: {str(run.folder)!r}: cannot be written any more ({reason}); make room "
                 "there, then go on with --resume"
             ) from None
+
+
+def _keep_finished(run: Run) -> None:
+    """Append records that workers have finished after the program that started them was killed."""
+    known = {(each.key, each.environment.started) for each in run.records() if each.environment}
+    for path in sorted(run.folder.glob(f"{CELLS}/*/{RECORD_FILE}")):
+        with contextlib.suppress(UserError, ValueError):  # it is measured again
+            record = parse_record(path.read_text("utf-8"), source=RECORD_FILE)
+            if record.environment is None or is_unfinished(record):
+                continue
+            if (record.key, record.environment.started) not in known:
+                append_record(run.records_file, record)
+                print(f"note: kept what {record.cell.label} had measured", file=sys.stderr)
+
+
+def release(run: Run) -> None:
+    """End what a start of the run that was killed has left here, which holds its devices.
+
+    Raises:
+        UserError: another process runs this run, or its folder cannot be written.
+    """
+    with taken_up(run):
+        pass
 
 
 def execute(

@@ -15,6 +15,7 @@ from bench import devices, probes, runs
 from bench.columns import frontier_columns
 from bench.console import plural, show_plan, shown, stoppable
 from bench.device_lock import held
+from bench.execution import release
 from bench.frontier import SUITE, frontier
 from bench.launchers import get_launcher
 from bench.option_types import CommaList, Flag
@@ -134,6 +135,7 @@ def run_frontier(argv: list[str]) -> int:
         if options.dry_run:
             left = probes.missing(run, fingerprints=fingerprints)
             return show_plan(left, runs.history(folder))
+        release(run)
         with held(_locks(run.plan.tasks)):
             return _measure(run, fingerprints)
     suite, search = build_searches(options)

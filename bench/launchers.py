@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
+from bench import device_lock
 from bench.failure import classify
 from bench.job import CELL_FILE, LAUNCHED, RECORD_FILE, Job
 from bench.processes import GRACE_SECONDS, MARK, OOM_KILLS, end
@@ -213,6 +214,7 @@ def _run(
                 stderr=stderr,
                 env={**environment, MARK: mark, LAUNCHED: str(time.monotonic())},
                 start_new_session=True,  # a terminal's Ctrl-C reaches this program alone
+                pass_fds=device_lock.descriptors(),
             )
         pruned = _wait(process, job.task.protocol.timeout, folder, watch)
     except subprocess.TimeoutExpired:

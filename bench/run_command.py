@@ -38,6 +38,8 @@ def run_run(argv: list[str]) -> int:
         fingerprints, machine = _checked(run.plan.tasks, words, config, dry_run=options.dry_run)
         if options.dry_run:
             return _show(_missing(run, fingerprints, machine, config), past, machine, config)
+        if config is None:
+            execution.release(run)
         with held(machine.locks):
             return measure(run, past, fingerprints, machine, config)
     words, config = options.place.planned()

@@ -26,6 +26,7 @@ from cifar.serialize import STRICT, from_json, to_json
 
 RUN_FILE = "run.json"
 RECORDS_FILE = "records.jsonl"
+CELLS = "cells"
 REMEMBERED_RUNS = 10
 """Newest runs whose records serve to estimate durations."""
 
@@ -71,7 +72,7 @@ class Run:
 
     def cell_folder(self, number: int, task: Task) -> Path:
         """Of a task that is measured as the `number`th one, counted from 1."""
-        return self.folder / "cells" / f"{number:02d}-{task.slug}"
+        return self.folder / CELLS / f"{number:02d}-{task.slug}"
 
     def with_timeout(self, seconds: float | None) -> "Run":
         """This run with another time limit per process, or as it is if None; for this time only.

@@ -13,6 +13,7 @@ from bench.columns import trial_columns
 from bench.console import expected_seconds, plural, show_plan, shown, stoppable
 from bench.device_lock import held
 from bench.devices import Machine
+from bench.execution import release
 from bench.options import check, check_resume, runs_folder
 from bench.record import Record
 from bench.repeats import Fingerprints
@@ -57,6 +58,7 @@ def run_search(argv: list[str]) -> int:
         if options.dry_run:
             following, left = trials.missing(run, fingerprints=fingerprints, machine=machine)
             return _show(following, left, folder, machine)
+        release(run)
         with held(machine.locks):
             return _measure(run, fingerprints, machine)
     suite, tuning = build_search(options)

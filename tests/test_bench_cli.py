@@ -440,6 +440,26 @@ def test_a_cell_that_outlives_a_killed_run_is_ended_by_the_next_one(tmp_path):
     assert statuses(tmp_path) == ["ok", "ok"]
 
 
+def test_what_a_worker_finished_after_its_run_was_killed_is_not_measured_again(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(FAKE), *CELLS], cwd=tmp_path, env=environ(FAKE="ok-hang")
+    )
+    while not list(tmp_path.glob("runs/*/cells/*/child")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run = runs.newest(tmp_path / "runs")
+    assert run.records() == []
+    done = bench(tmp_path, "run", "--resume", run.id, fake="crash")
+    assert "note: kept what resnet20 fp32 b64 had measured\n" in done.stderr
+    assert done.returncode == 1
+    assert statuses(tmp_path) == ["ok", "failed"]
+    done = bench(tmp_path, "run", "--resume", run.id)
+    assert "note:" not in done.stderr, "once is enough"
+    assert statuses(tmp_path) == ["ok", "failed", "ok"]
+
+
 def test_a_dry_run_of_a_resumed_run_shows_what_is_missing(tmp_path):
     assert bench(tmp_path, *CELLS, fake="resnet20=crash").returncode == 1
     name = runs.newest(tmp_path / "runs").id

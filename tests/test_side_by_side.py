@@ -331,7 +331,12 @@ def test_no_other_run_measures_on_its_devices_until_it_ends(tmp_path: Path, lone
     assert not (tmp_path / "other").exists()
     process.kill()
     process.communicate()
+    done = bench(tmp_path, *words[:-1], f"cpu:{core}", "--runs-dir", "other")
+    told = f"what a bench that was killed (process {process.pid}) has started still measures on it"
+    assert done.returncode == 2 and told in done.stderr
     done = bench(tmp_path, "run", "--resume", runs.newest(tmp_path / "runs").id)
+    assert done.returncode == 0, done.stderr
+    done = bench(tmp_path, *words[:-1], f"cpu:{core}", "--runs-dir", "other")
     assert done.returncode == 0, done.stderr
 
 
