@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -75,14 +75,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser, in the fused form that torch has for CPU and GPU alike.
 
-    `head`: see `parameter_groups`; `rows`: see `cifar.muon.Muon`.
+    `head`: see `parameter_groups`; Muon takes its convolutions for a classifier, with a plain step.
+    `rows`: see `cifar.muon.Muon`.
     """
     groups = parameter_groups(module, recipe, head)
     if recipe.optimizer in _ADAMS:
         adam = _ADAMS[recipe.optimizer]
         return adam(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
     if recipe.optimizer == "muon":
-        return build_muon(groups, recipe, rows)
+        classifier = [p for name, p in module.named_parameters() if name in head]
+        return build_muon(groups, recipe, rows, classifier)
     optimizer = _SGD(
         groups,
         lr=recipe.lr,
@@ -98,11 +100,31 @@ def build_optimizer(
     return optimizer
 
 
-def build_muon(groups: list[dict[str, Any]], recipe: Recipe, rows: Rows | None = None) -> Muon:
-    """Muon for the convolutions among the groups' parameters, SGD for the others."""
+def build_muon(
+    groups: list[dict[str, Any]],
+    recipe: Recipe,
+    rows: Rows | None = None,
+    classifier: Sequence[nn.Parameter] = (),
+) -> Muon:
+    """Muon for the convolutions among the groups' parameters, SGD for the others.
+
+    The `classifier` is of the others, though it be a convolution, as SqueezeNet's is: the length of
+    its weights tells how sure the network is.
+    """
+    plain = set(map(id, classifier))
+
+    def chosen(convolutions: bool) -> Iterator[dict[str, Any]]:
+        for group in groups:
+            wanted = [
+                parameter
+                for parameter in group["params"]
+                if (parameter.ndim == 4 and id(parameter) not in plain) == convolutions
+            ]
+            yield {**group, "params": wanted}
+
     return _Muon(
-        ({**group, "params": [p for p in group["params"] if p.ndim == 4]} for group in groups),
-        ({**group, "params": [p for p in group["params"] if p.ndim != 4]} for group in groups),
+        chosen(True),
+        chosen(False),
         lr=recipe.lr,
         relative_step=recipe.muon_step,
         muon_momentum=recipe.muon_momentum,

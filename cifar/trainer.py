@@ -120,8 +120,7 @@ class Trainer:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
         self.engine = build_engine(self.strategy, self.accelerator, self.module, self.config)
-        tells_apart = recipe.frozen_epochs > 0 or recipe.backbone_lr != 1
-        head = head_names(self.model_config) if tells_apart else frozenset()
+        head = head_names(self.model_config) if self._tells_head_apart else frozenset()
         # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
         self.optimizer = build_optimizer(self.engine, recipe, head, self.engine.rows)
         self.engine.adopt(self.optimizer)
@@ -132,6 +131,13 @@ class Trainer:
         self._wrap_model()
         decay = recipe.ema_decay
         self.average = WeightAverage(self.engine.live(), decay) if decay else None
+
+    @property
+    def _tells_head_apart(self) -> bool:
+        """Whether the classifier is trained otherwise; ours is linear, which Muon leaves alone."""
+        recipe = self.config.recipe
+        convolution = recipe.optimizer == "muon" and bool(self.model_config.library)
+        return recipe.frozen_epochs > 0 or recipe.backbone_lr != 1 or convolution
 
     def _wrap_model(self) -> None:
         self.wrapped: Any = self.engine.wrap()  # has more methods than a module

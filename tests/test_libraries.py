@@ -403,6 +403,20 @@ def test_timm_s_take_images_of_one_channel() -> None:
     trainer.train_step()
 
 
+def test_a_classifier_that_is_a_convolution_takes_a_plain_step_beside_muon_s() -> None:
+    trainer = make_trainer(
+        tiny_recipe(optimizer="muon", global_batch_size=8),
+        model=of("torchvision:squeezenet1_1", resize=32),
+        data=make_dataset(16, 8),
+    )
+    names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
+    groups = trainer.optimizer.param_groups
+    by_muon = [group["params"] for group in groups if group["relative_step"] is not None]
+    convolutions = {names[id(parameter)] for group in by_muon for parameter in group}
+    assert "classifier.1.weight" in names.values()
+    assert "features.0.weight" in convolutions and "classifier.1.weight" not in convolutions
+
+
 def test_a_step_draws_the_same_features_whenever_it_is_taken() -> None:
     """SqueezeNet has dropout of its own, which the configuration does not tell."""
     losses = []
