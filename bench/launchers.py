@@ -44,13 +44,17 @@ Watch = Callable[[Path], str]
 class Launcher:
     """A way to start processes: Accelerate configurations in the folder `launch`.
 
-    `single` is the one for a single process: the engine itself, but of DDP, which does nothing for
-    one. A launcher's name is that of the strategy it starts, see `cifar.strategy`.
+    `single` is the one for a single process where that is another one: DDP does nothing for one. A
+    launcher's name is that of the strategy it starts, see `cifar.strategy`.
     """
 
     description: str
     config: str
-    single: str
+    single: str = ""
+
+    def config_for(self, num_processes: int) -> str:
+        """The file's name."""
+        return (num_processes == 1 and self.single) or self.config
 
 
 LAUNCHERS: dict[str, Launcher] = {
@@ -62,22 +66,18 @@ LAUNCHERS: dict[str, Launcher] = {
     "fsdp": Launcher(
         description="FSDP2: weights, gradients and optimizer state are shared out",
         config="fsdp.yaml",
-        single="fsdp.yaml",
     ),
     "zero1": Launcher(
         description="DeepSpeed ZeRO 1: the optimizer state is shared out",
         config="zero1.yaml",
-        single="zero1.yaml",
     ),
     "zero2": Launcher(
         description="DeepSpeed ZeRO 2: optimizer state and gradients are shared out",
         config="zero2.yaml",
-        single="zero2.yaml",
     ),
     "zero3": Launcher(
         description="DeepSpeed ZeRO 3: optimizer state, gradients and weights are shared out",
         config="zero3.yaml",
-        single="zero3.yaml",
     ),
 }
 
@@ -95,8 +95,7 @@ def get_launcher(name: str) -> Launcher:
 
 def argv_for(cell: Cell, folder: Path) -> list[str]:
     """The command that measures a cell and leaves `folder`/record.json."""
-    launcher = get_launcher(cell.launcher)
-    config = launcher.single if cell.num_processes == 1 else launcher.config
+    config = get_launcher(cell.launcher).config_for(cell.num_processes)
     yaml = importlib.resources.files("launch") / config
     options = {
         "--config_file": str(yaml),

@@ -84,7 +84,7 @@ class RunOptions:
     """Do what is missing in a run, given by its id or folder."""
     runs_dir: Annotated[str, arg(metavar="DIR")] = "runs"
     """Where runs are kept."""
-    place: PlaceOptions = field(default_factory=PlaceOptions)
+    place: Annotated[PlaceOptions, arg(name="")] = field(default_factory=PlaceOptions)
 
 
 CELL_OPTIONS = (

@@ -1,6 +1,9 @@
 """The options of `bench run` that say where cells are measured, and what follows from them."""
 
 from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
 
 from bench.option_types import CommaList, Flag
 from bench.runs import RunPlan
@@ -22,7 +25,7 @@ class PlaceOptions:
     slurm: Flag = False
     """Submit every repeat of a cell as a job to SLURM, and collect the records; the run's folder
     must be on a file system that the nodes share."""
-    config: SlurmConfig = field(default_factory=SlurmConfig)
+    config: Annotated[SlurmConfig, tyro.conf.arg(name="SLURM")] = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         remedy = "not with --slurm, which gives jobs their devices; leave out one of them"

@@ -34,9 +34,9 @@ arg = tyro.conf.arg
 class LrFindOptions:
     """Options of `cifar lr-find`: those of `cifar train` say what is trained."""
 
-    train: TrainConfig
+    train: Annotated[TrainConfig, arg(name="")]
     run: RunConfig
-    test: RangeTest = field(default=RangeTest())
+    test: Annotated[RangeTest, arg(name="range test")] = field(default=RangeTest())
     output: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder for the curve, as picture, CSV and JSON; runs/lr-find/<model>-<data>-<time> when not
     given."""

@@ -34,7 +34,7 @@ arg = tyro.conf.arg
 class TrainOptions:
     """Options of `cifar train`."""
 
-    train: TrainConfig
+    train: Annotated[TrainConfig, arg(name="")]
     run: RunConfig
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """Continue the run in this folder from its newest checkpoint; auto: the one in --output-dir, or

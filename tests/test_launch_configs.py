@@ -50,13 +50,13 @@ def test_accelerate_accepts_a_configuration(name):
 
 
 def test_every_configuration_has_a_launcher_and_the_other_way_round():
-    named = {file for row in LAUNCHERS.values() for file in (row.config, row.single)}
+    named = {file for row in LAUNCHERS.values() for file in (row.config, row.config_for(1))}
     assert named == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_one_process_alone_gets_no_data_parallel_wrapper(name):
-    assert read(LAUNCHERS[name].single)["distributed_type"] != "MULTI_GPU"
+    assert read(LAUNCHERS[name].config_for(1))["distributed_type"] != "MULTI_GPU"
 
 
 def test_every_file_is_described():

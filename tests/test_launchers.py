@@ -76,7 +76,7 @@ def test_one_process_is_started_without_process_group():
 def test_every_yaml_leaves_processes_and_precision_to_the_command_line():
     files = sorted(Path(launchers.__file__).parents[1].joinpath("launch").glob("*.yaml"))
     assert {row.config for row in LAUNCHERS.values()} <= {path.name for path in files}
-    assert {row.single for row in LAUNCHERS.values()} <= {path.name for path in files}
+    assert {row.config_for(1) for row in LAUNCHERS.values()} <= {path.name for path in files}
     for path in files:
         keys = yaml.safe_load(path.read_text()).keys()
         assert not keys & {"num_processes", "mixed_precision", "downcast_bf16", "gpu_ids"}, path

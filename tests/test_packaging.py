@@ -76,7 +76,7 @@ def test_an_installed_suite_finds_its_launch_configurations(wheel, tmp_path):
     elsewhere.mkdir()
     run([*PIP, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], elsewhere)
     for name, launcher in LAUNCHERS.items():
-        for processes, config in ((1, launcher.single), (2, launcher.config)):
+        for processes, config in ((1, launcher.config_for(1)), (2, launcher.config)):
             argv = ["run", "--models", "resnet20", "--launcher", name, "--dry-run"]
             plan = run(
                 [sys.executable, "-m", "bench", *argv, "--num-processes", str(processes)],
