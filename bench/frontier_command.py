@@ -75,7 +75,7 @@ class FrontierOptions:
     compile: Flag = False
     """Run the model through torch.compile."""
     launcher: Annotated[str | None, arg(metavar="NAME")] = None
-    """How processes are started: ddp."""
+    """How processes are started: ddp, fsdp, zero1, zero2 or zero3; ddp when not given."""
     num_processes: Annotated[int | None, arg(metavar="N")] = None
     """Processes per cell, one per device; batches are over all of them."""
     memory_limit: Annotated[int | None, arg(metavar="MIB")] = None

@@ -37,7 +37,7 @@ from bench.tuning import (
     trial_protocol,
 )
 from cifar.config import ModelConfig, PrecisionName, Recipe, TrainConfig, option_name, require
-from cifar.data.config import DataConfig, parse_data
+from cifar.data.config import DATA_HELP, DataConfig, parse_data
 from cifar.errors import ConfigError
 from cifar.recipes import RECIPES, get_config
 from cifar.train_options import for_another
@@ -53,8 +53,7 @@ class SearchOptions:
     """The named recipe to start from: what is not searched stays as it has it."""
     model: Annotated[str | None, arg(metavar="NAME")] = None
     """Model to train, e.g. resnet20; the recipe's own when not given."""
-    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]")] = None
-    """Images: shapes (embedded), cifar10[:DIR], cifar100[:DIR], folder:DIR or npz:FILE."""
+    data: Annotated[str | None, arg(metavar="SOURCE[:PATH]", help=DATA_HELP)] = None
     limit_train: Annotated[int | None, arg(metavar="N")] = None
     """Training images to use, those held out among them; all of them when not given."""
     trials: Annotated[int | None, arg(metavar="N")] = None
@@ -64,7 +63,7 @@ class SearchOptions:
     channels_last: Flag = False
     """Keep images and convolution weights in NHWC order."""
     launcher: Annotated[str | None, arg(metavar="NAME")] = None
-    """How processes are started: ddp."""
+    """How processes are started: ddp, fsdp, zero1, zero2 or zero3; ddp when not given."""
     num_processes: Annotated[int | None, arg(metavar="N")] = None
     """Processes per trial, one per device."""
     devices: CommaList = ()

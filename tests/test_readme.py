@@ -22,7 +22,10 @@ from cifar.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md", "results/README.md")
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "bench/README.md", "cifar/README.md"),
+    *("launch/README.md", "results/README.md"),
+)
 PROGRAMS = {"bench": bench_program, "cifar": cifar_program}
 SHELL = {"cd", "git", "pip", "source", "."}
 """Words that begin a command of which only the user's machine can tell if it works."""
@@ -178,11 +181,15 @@ def tree_paths(block: str) -> Iterator[str]:
 
 
 def test_every_path_of_the_tree_exists():
-    trees = [block for block in fenced(text_of(README), "") if re.search("^bench/", block, re.M)]
+    trees = [
+        block
+        for package in ("bench", "cifar")
+        for block in fenced(text_of(ROOT / package / "README.md"), "")
+        if block.startswith(f"{package}/")
+    ]
     paths = [path for block in trees for path in tree_paths(block)]
     assert {"bench/", "cifar/", "cifar/config/", "bench/spec.py"} <= set(paths)
-    made_by_running = {"runs/"}
-    assert not [path for path in set(paths) - made_by_running if not (ROOT / path).exists()]
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
