@@ -165,6 +165,11 @@ PUBLISHED = (
 """What the project says that a recipe is made after, see `bench.published`."""
 
 
+def has_published(table: Sequence[Row]) -> bool:
+    """Whether some rows stand beside the figures of the projects that their recipes are after."""
+    return any("published_top1" in row for row in table)
+
+
 def result_columns(table: Sequence[Row]) -> list[Column]:
     """The columns of rows of `bench.rows.rows`."""
     keys = {key for row in table for key in row}
@@ -178,10 +183,12 @@ def result_columns(table: Sequence[Row]) -> list[Column]:
     ]
     identity, status = _identity_columns(table, ALWAYS), _status_columns(table)
     training = [TRAINING] if "training_seconds" in keys else []
-    published = PUBLISHED if "published_top1" in keys else ()
+    published = PUBLISHED if has_published(table) else ()
+    precision = [Column(heading="Precision", show=_text("precision"), numeric=False)]
     ranks = [STRAGGLER] if "straggler_ratio" in keys else []
     rates = [RATE, *training, *ranks]
-    return [*identity, *SIZES, *published, *inference, *rates, MEMORY, RATIO, *status]
+    which = [*identity, *(precision if published else [])]
+    return [*which, *SIZES, *published, *inference, *rates, MEMORY, RATIO, *status]
 
 
 def scaling_columns(table: Sequence[Row]) -> list[Column]:

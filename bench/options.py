@@ -17,7 +17,7 @@ from bench.record import Environment
 from bench.repeats import Fingerprints
 from bench.scaling import scaling
 from bench.spec import Plan, Suite, Task, expand, grid
-from bench.suites import P99_BATCHES, get_suite, override
+from bench.suites import P99_BATCHES, get_suite, only, override
 from cifar.config import CompileMode, Parallel, option_name, require
 from cifar.cost import check_batch
 from cifar.data.config import DATA_HELP, DataConfig, parse_data
@@ -34,6 +34,9 @@ class RunOptions:
 
     suite: tyro.conf.Positional[Annotated[str | None, arg(metavar="[SUITE]")]] = None
     """A named suite (see bench list); or else give --models."""
+    only: CommaList = ()
+    """Of a suite the cells of these models, recipes or precisions, e.g. resnet9-muon or
+    resnet18,bf16."""
     models: CommaList = ()
     """Models to measure without a suite, e.g. resnet18,resnet18-w16."""
     precisions: CommaList = ()
@@ -144,7 +147,7 @@ def build_suite(options: RunOptions) -> Suite:
         start = scaling(**_given(options, ("models", "precisions")), **own)
     else:
         start = _start(options)
-    suite = override(start, **changes)
+    suite = override(only(start, options.only) if options.only else start, **changes)
     for task in expand(suite):
         get_launcher(task.cell.launcher)
     return suite
@@ -175,6 +178,8 @@ def _start(options: RunOptions) -> Suite:
         return get_suite(options.suite)
     if not options.models:
         raise ConfigError("suite: none given: name one (see bench list) or give --models")
+    remedy = "is for the cells of a suite; name one, or leave it out"
+    require(not options.only, "only", ",".join(options.only), remedy)
     cells = grid(options.models, options.precisions or ("fp32",))
     return Suite(
         name="custom",
@@ -184,7 +189,7 @@ def _start(options: RunOptions) -> Suite:
 
 
 RESUME_EXCLUDES = (
-    *("suite", "models", "precisions"),
+    *("suite", "only", "models", "precisions"),
     *(name for name in CELL_OPTIONS if name != "timeout"),
 )
 """The options that would change what the run to resume measures; a time limit does not."""

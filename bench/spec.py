@@ -28,8 +28,8 @@ class Cell:
     """One point of the grid: a training configuration, its launcher and its process count.
 
     Raises:
-        ConfigError: no precision or an unknown one, no process, a batch that does not divide, steps
-            of two kinds, or an exchange without others to exchange with.
+        ConfigError: no precision or an unknown one, no process, a batch that does not divide, or an
+            exchange without others to exchange with.
         UnsupportedError: an exchange that its launcher does not do.
     """
 
@@ -53,9 +53,6 @@ class Cell:
         require(self.num_processes >= 1, "num-processes", self.num_processes, "give 1 or more")
         self.train.per_device_batch_size(self.num_processes)
         self.train.parallel.check_launch(self.launcher, self.num_processes)
-        frozen = self.train.recipe.frozen_epochs
-        remedy = "its steps cost less than the later ones; name a --recipe without"
-        require(frozen == 0, "frozen-epochs", frozen, remedy)
 
     @property
     def digest(self) -> str:
@@ -159,7 +156,8 @@ def expand(suite: Suite) -> tuple[Task, ...]:
     The first repeats of all cells come before the second ones; see `bench.repeats.interleaved`.
 
     Raises:
-        ConfigError: no cell at all, too many tasks, or a training budget smaller than two batches.
+        ConfigError: no cell at all, too many tasks, a training budget smaller than two batches, or
+            steps of two kinds to be timed.
     """
     count = sum(len(plan.cells) * plan.protocol.repeats for plan in suite.plans)
     remedy = f"are more than {MOST_TASKS}; give fewer models, precisions, seeds or repeats"
@@ -168,6 +166,7 @@ def expand(suite: Suite) -> tuple[Task, ...]:
     for plan in suite.plans:
         for cell in plan.cells:
             _check_budget(cell, plan.protocol)
+            _check_steps(cell, plan.protocol)
             for repeat in range(plan.protocol.repeats):
                 task = Task(cell=cell, protocol=plan.protocol, repeat=repeat)
                 tasks.setdefault(task.key, task)
@@ -186,6 +185,12 @@ def _check_budget(cell: Cell, protocol: Protocol) -> None:
         f"give 0 (speed only) or at least {least * batch}, for the first step, {warm_up} of "
         f"warm-up, a timed one and the two around it, of {batch} each",
     )
+
+
+def _check_steps(cell: Cell, protocol: Protocol) -> None:
+    frozen = cell.train.recipe.frozen_epochs
+    remedy = "its steps cost less than the later ones; name a --recipe without"
+    require(frozen == 0 or protocol.validation_alone, "frozen-epochs", frozen, remedy)
 
 
 OBSERVED_STEPS = 2

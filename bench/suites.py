@@ -185,7 +185,7 @@ def reference() -> Suite:
     The table has the published figures beside what was found, see `bench.published`. Two recipes
     fetch 100 MiB of weights each. Cost: 30 cells of 0.5 to 15 million images; by arithmetic some
     eight hours on one H100, most of them for the 470,000 steps of 64 images per seed at 10 to 20 ms
-    each, and weeks on two CPU cores, where `bench run reference --train-samples 5000 --seeds 1`
+    each, and weeks on two CPU cores, where `bench run reference --train-samples 7000 --seeds 1`
     tells whether all of it runs.
     """
     return Suite(
@@ -227,6 +227,43 @@ def get_suite(name: str) -> Suite:
     if name not in SUITES:
         raise ConfigError(f"suite: {name!r}: choose one of {', '.join(SUITES)}")
     return SUITES[name]()
+
+
+_FACETS: tuple[Callable[[Cell], str], ...] = (
+    lambda cell: cell.train.model.label,
+    lambda cell: cell.train.recipe.name,
+    lambda cell: cell.precision,
+)
+"""What the cells of a suite are chosen by."""
+
+
+def only(suite: Suite, names: Sequence[str]) -> Suite:
+    """The suite with the cells alone that have these names of models, recipes or precisions.
+
+    Names of one kind are alternatives; a cell must have one of each kind that is named.
+
+    Raises:
+        ConfigError: no cell has such a name, or none has all.
+    """
+    cells = [cell for plan in suite.plans for cell in plan.cells]
+    known = [{facet(cell) for cell in cells} for facet in _FACETS]
+    for name in names:
+        told = ", ".join(sorted(set().union(*known)))
+        require(any(name in each for each in known), "only", name, f"choose some of {told}")
+    wanted = [each & set(names) or each for each in known]
+
+    def chosen(plan: Plan) -> Plan:
+        matching = tuple(
+            cell
+            for cell in plan.cells
+            if all(facet(cell) in each for facet, each in zip(_FACETS, wanted, strict=True))
+        )
+        return replace(plan, cells=matching)
+
+    found = replace(suite, plans=tuple(map(chosen, suite.plans)))
+    remedy = f"no cell of {suite.name} has all of that; give fewer"
+    require(any(plan.cells for plan in found.plans), "only", ",".join(names), remedy)
+    return found
 
 
 def override(

@@ -1,4 +1,7 @@
-"""Rows to tables for the terminal, Markdown and CSV: one per hardware and precision."""
+"""Rows to tables for the terminal, Markdown and CSV: one per hardware and precision.
+
+Rows beside published figures stand in one table, whose projects chose their precisions themselves.
+"""
 
 import csv
 import io
@@ -8,9 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.columns import ALWAYS, DASH, IDENTITY, Column, distinct, result_columns
+from bench.columns import (
+    ALWAYS,
+    DASH,
+    IDENTITY,
+    Column,
+    distinct,
+    has_published,
+    result_columns,
+)
 from bench.row_facts import Row
 from cifar.config import PRECISIONS
+
+EVERY = "all precisions"
+"""The title of a table that is not of one precision."""
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,15 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """The tables of one hardware: the same columns for all precisions."""
+    """The tables of one hardware: the same columns for all precisions.
+
+    Tables have a precision for title, or `EVERY`.
+    """
 
     hardware: str
     captions: list[tuple[str, str]]
     columns: list[Column]
     tables: dict[str, list[list[str]]]
-    """By precision, the cells' texts in the order of `columns`."""
+    """By title, the cells' texts in the order of `columns`."""
     notes: dict[str, list[str]]
-    """By precision, why rows are not ok or not valid, and which of their numbers failed."""
+    """By title, why rows are not ok or not valid, and which of their numbers failed."""
 
 
 Layout = Callable[[Sequence[Row]], list[Column]]
@@ -34,26 +51,18 @@ Layout = Callable[[Sequence[Row]], list[Column]]
 
 
 def sections(table: Sequence[Row], layout: Layout) -> list[Section]:
-    """Split rows by hardware and precision, and lay them out."""
+    """Split rows by hardware and title, and lay them out."""
     by_hardware: dict[str, list[Row]] = {}
     for row in table:
         by_hardware.setdefault(str(row["hardware"]), []).append(row)
     result = []
     for hardware, group in by_hardware.items():
-        columns = layout(group)
-        cells = {
-            precision: [
-                [column.show(row) for column in columns]
-                for row in group
-                if row["precision"] == precision
-            ]
-            for precision in PRECISIONS
+        columns, parts = layout(group), _by_title(group)
+        tables = {
+            title: [[column.show(row) for column in columns] for row in part]
+            for title, part in parts.items()
         }
-        tables = {precision: lines for precision, lines in cells.items() if lines}
-        notes = {
-            precision: _notes([row for row in group if row["precision"] == precision])
-            for precision in tables
-        }
+        notes = {title: _notes(part) for title, part in parts.items()}
         result.append(
             Section(
                 hardware=hardware,
@@ -64,6 +73,13 @@ def sections(table: Sequence[Row], layout: Layout) -> list[Section]:
             )
         )
     return result
+
+
+def _by_title(group: Sequence[Row]) -> dict[str, Sequence[Row]]:
+    if has_published(group):
+        return {EVERY: group}
+    parts = {name: [row for row in group if row["precision"] == name] for name in PRECISIONS}
+    return {name: part for name, part in parts.items() if part}
 
 
 def _notes(table: Sequence[Row]) -> list[str]:
@@ -114,13 +130,13 @@ def render_markdown(table: Sequence[Row], layout: Layout = result_columns) -> st
     for section in sections(table, layout):
         lines += [f"## {section.hardware}", ""]
         lines += [f"- {subject}: {_escape(text)}" for subject, text in section.captions]
-        for precision, cells in section.tables.items():
+        for title, cells in section.tables.items():
             headings = [column.heading for column in section.columns]
             rule = ["---:" if column.numeric else ":---" for column in section.columns]
-            lines += ["", f"### {precision}", ""]
+            lines += ["", f"### {title}", ""]
             lines += [f"| {' | '.join(headings)} |", f"| {' | '.join(rule)} |"]
             lines += [f"| {' | '.join(map(_escape, texts))} |" for texts in cells]
-            notes = section.notes[precision]
+            notes = section.notes[title]
             lines += ["", *(f"- {_escape(note)}" for note in notes)] if notes else []
         lines.append("")
     return "\n".join(lines)
@@ -153,16 +169,16 @@ def render_terminal(
         console.print(Text(section.hardware, style="bold"))
         for subject, text in section.captions:
             console.print(Text(f"{subject}: {text}", style="dim"))
-        for precision, cells in section.tables.items():
+        for title, cells in section.tables.items():
             console.print()
-            console.print(_grid(precision, section.columns, cells), crop=False)
-            for note in section.notes[precision]:
+            console.print(_grid(title, section.columns, cells), crop=False)
+            for note in section.notes[title]:
                 console.print(Text(f" {note}"))
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
 
 
 def _grid(title: str, columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> "Table":
-    """One precision's table, with columns as wide as their longest word."""
+    """A table with columns as wide as their longest word."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -6,6 +6,7 @@ again from its records alone. Trials are compared on images held out of the trai
 trial scores the test images. No torch.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,6 +16,7 @@ from bench.record import Record
 from bench.space import Choice, Parameter, Range, Values, size_of, value_of
 from bench.spec import Task
 from cifar.config import AUGMENTATIONS, TrainConfig, require
+from cifar.range_test import LONGEST_STEP
 from cifar.serialize import STRICT
 
 SUITE = "search"
@@ -88,8 +90,9 @@ def own_values(train: TrainConfig, space: Iterable[Parameter]) -> Values:
 def default_space(train: TrainConfig, *, images: int, processes: int) -> tuple[Parameter, ...]:
     """What is searched where nothing is said: around what the recipe has itself.
 
-    Learning rate and weight decay up to tenfold either way; half, the same and twice the batch, as
-    far as they divide and leave two steps in an epoch; cutout and TrivialAugment besides.
+    Learning rate and weight decay up to tenfold either way, but with Muon its step in the place of
+    the latter, which convolutions do not have; half, the same and twice the batch, as far as they
+    divide and leave two steps in an epoch; cutout and TrivialAugment besides.
     """
     recipe = train.recipe
     sizes = (recipe.global_batch_size // 2, recipe.global_batch_size, recipe.global_batch_size * 2)
@@ -101,14 +104,18 @@ def default_space(train: TrainConfig, *, images: int, processes: int) -> tuple[P
         augment.append((*recipe.augment, "trivial-augment"))
     return (
         _around("lr", recipe.lr),
-        _around("weight_decay", recipe.weight_decay or USUAL_DECAY),
+        _around("muon_step", recipe.muon_step)
+        if recipe.optimizer == "muon"
+        else _around("weight_decay", recipe.weight_decay or USUAL_DECAY),
         *([Choice(field="global_batch_size", texts=tuple(map(str, good)))] if good[1:] else []),
         Choice(field="augment", texts=tuple(" ".join(each) or "none" for each in augment)),
     )
 
 
 def _around(field: str, value: float) -> Range:
-    low, high = (float(f"{each:.3g}") for each in (value / TENFOLD, value * TENFOLD))
+    highest = LONGEST_STEP if field == "muon_step" else math.inf
+    ends = (value / TENFOLD, min(value * TENFOLD, highest))
+    low, high = (float(f"{each:.3g}") for each in ends)
     return Range(field=field, low=low, high=high)
 
 

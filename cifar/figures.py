@@ -34,16 +34,18 @@ def curves(metrics: Sequence[Mapping[str, Any]], title: str) -> bytes:
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in metrics]
-    for axes, name, scale, label in (
+    for axes, name, scale, unit in (
         (left, "loss", 1, "loss (nats)"),
         (right, "top1", 100, "top-1 (%)"),
     ):
         for split, colour in (("train", _TRAIN), ("val", _VALIDATION), ("test", _TEST)):
             if f"{split}_{name}" in metrics[0]:
                 values = [scale * line[f"{split}_{name}"] for line in metrics]
-                axes.plot(epochs, values, color=colour, label=split, marker=".", markersize=4)
+                told = {"train_loss": "train, as minimised", "train_top1": "train, augmented"}
+                label = told.get(f"{split}_{name}", split)
+                axes.plot(epochs, values, color=colour, label=label, marker=".", markersize=4)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
+        axes.set_ylabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.grid(alpha=0.3)
@@ -190,7 +192,7 @@ def _show(axes: "Axes", image: npt.NDArray[np.uint8]) -> None:
 
 
 def _caption(predictions: Predictions, sample: int, classes: Sequence[str]) -> tuple[str, str]:
-    """`true: ...` above `predicted: ...`, and the colour that tells right from wrong."""
+    """`true: ...` above what was predicted, how surely, and the colour for right or wrong."""
     named = _short(classes[predictions.predicted[sample]])
     sure = f"{predictions.confidence[sample]:.0%}"
     if predictions.labels is None:

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import shlex
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from cifar.files import check_place, user_path
 from cifar.process import ensure_environment
 from cifar.range_test import Curve, RangeTest, suggested, told, tuned
 from cifar.ranks import is_first
+from cifar.run_folder import name_of
 from cifar.train_options import (
     check_changes,
     check_skips,
@@ -104,9 +104,7 @@ def run_lr_find(argv: list[str]) -> int:
 def _folder(options: LrFindOptions) -> Path:
     if options.output is not None:
         return user_path(options.output, "output")
-    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    name = f"{options.train.model.label}-{options.train.data.source}-{moment}"
-    return Path("runs", "lr-find", name)
+    return Path("runs", "lr-find", name_of(options.train))
 
 
 def _write(

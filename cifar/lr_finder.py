@@ -61,7 +61,10 @@ class Guessing(nn.Module):
 
 
 class RisingTrainer(Trainer):
-    """A trainer whose learning rate rises as in a range test; nothing else has a schedule."""
+    """A trainer whose learning rate rises as in a range test; nothing else has a schedule.
+
+    Nor is anything frozen, for the rate is that of the whole network.
+    """
 
     def __init__(
         self,
@@ -74,7 +77,9 @@ class RisingTrainer(Trainer):
         update: Update | None = None,
     ) -> None:
         """See `Trainer`."""
-        recipe = dataclasses.replace(config.recipe, schedule="constant", ema_decay=0.0)
+        recipe = dataclasses.replace(
+            config.recipe, schedule="constant", ema_decay=0.0, frozen_epochs=0
+        )
         config = dataclasses.replace(config, recipe=recipe)
         super().__init__(config, run, dataset, compute_loss=compute_loss, update=update)
         self.test = test

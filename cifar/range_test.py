@@ -20,6 +20,8 @@ _PARTS = 10
 """The loss is averaged over about this part of the steps, whatever their number."""
 _LEARNT, _WORSE = 0.98, 1.1
 """What the loss of guessing is multiplied by: below, something is learnt; above, it is worse."""
+LONGEST_STEP = 0.25
+"""Of Muon, relative to the weights: airbench's longest, at its batches of 2,000."""
 _ABOVE, _BELOW = 4.0, 10.0
 """How far above the beginning of learning, and below the break, a suggestion is at most."""
 
@@ -139,15 +141,16 @@ def suggest(lrs: Sequence[float], smoothed: Sequence[float], guess: float) -> fl
 def tuned(config: TrainConfig, curve: Curve) -> TrainConfig:
     """A configuration with the learning rate that a curve suggests, in two digits.
 
-    Muon's step follows the learning rate in the test, so it stays in proportion to it.
+    Muon's step follows the learning rate in the test, so it stays in proportion to it; both are
+    lowered where the step would be longer than any that is known to be of use.
 
     Raises:
         TrainingError: the curve suggests none.
-        ConfigError: Muon's step would be too long.
     """
     recipe, lr = config.recipe, curve.suggest()
     step = recipe.muon_step
     if recipe.optimizer == "muon":
+        lr = min(lr, LONGEST_STEP * recipe.lr / step)
         step = _rounded(step * lr / recipe.lr)
     recipe = dataclasses.replace(recipe, lr=_rounded(lr), muon_step=step)
     return dataclasses.replace(config, recipe=recipe)

@@ -13,13 +13,14 @@ from cifar.errors import ConfigError
 def default() -> TrainConfig:
     """Ten epochs of Muon for a small network; what `cifar train` does when no recipe is named.
 
-    Source: airbench (https://arxiv.org/abs/2404.00498): Muon, crops by 2 mirrored pixels,
+    Source: airbench (https://github.com/KellerJordan/cifar10-airbench; its paper,
+    https://arxiv.org/abs/2404.00498, has no Muon yet): Muon, crops by 2 mirrored pixels,
     alternating flips, a short rise and a long linear fall of the learning rate; not its label
-    smoothing. An average of the last few hundred steps' weights, whose BatchNorm statistics are
-    less noisy. Found: 0.8645 and 0.8596 top-1 on CIFAR-10 with ResNet-20 after ten epochs (seeds 0
-    and 1, two processes, a recompressed copy of the images); in one process 0.8621, and 0.8625 in
-    bf16 (seed 0). The steps must be long: with
-    `--muon-step 0.015` and label smoothing it fits the training images as well, but ends at 0.848.
+    smoothing, and the rates are our own. An average of the last few hundred steps' weights, whose
+    BatchNorm statistics are less noisy. Found: 0.8645 and 0.8596 top-1 on CIFAR-10 with ResNet-20
+    after ten epochs (seeds 0 and 1, two processes, a recompressed copy of the images); in one
+    process 0.8621, and 0.8625 in bf16 (seed 0). The steps must be long: with `--muon-step 0.015`
+    and label smoothing it fits the training images as well, but ends at 0.848.
     Settings were compared on the test images, at half their resolution. Cost: 500,000 images on
     CIFAR-10; a step takes 9 ms more than SGD's for ResNet-20 on a CPU, and relatively more for wide
     networks.

@@ -1,7 +1,7 @@
 """What a training, a range test or an evaluation leaves for people: pictures and their numbers.
 
-Everything is made as bytes by file name, then written; every picture has a CSV or JSON file of the
-same name that holds what it shows.
+Everything is made as bytes by file name, then written; every picture has a CSV or JSON file that
+holds what it shows, of the same name but for the curves, which are those of `metrics.csv`.
 """
 
 import csv

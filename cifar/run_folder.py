@@ -43,11 +43,16 @@ def created(config: TrainConfig, asked: str | None) -> Iterator[Path]:
     if asked is not None:
         choices = iter([user_path(asked, "output-dir")])
     else:
-        moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        model = config.model.label.replace(":", "-")  # which copying programs take for a machine
-        choices = _names(f"{model}-{config.data.source}-{moment}")
+        choices = _names(name_of(config))
     with contextlib.ExitStack() as stack:
         yield _first_free(choices, stack)
+
+
+def name_of(config: TrainConfig) -> str:
+    """What a folder is called that is made now: model, images and time."""
+    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    model = config.model.label.replace(":", "-")  # which copying programs take for a machine
+    return f"{model}-{config.data.source}-{moment}"
 
 
 def _names(name: str) -> Iterator[Path]:

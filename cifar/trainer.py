@@ -112,7 +112,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.module = build_model(self.model_config)
         if not is_resumed:
-            start_from_pretrained(self.module, self.model_config)
+            start_from_pretrained(self.module, self.model_config, self.dataset.classes)
         if config.parallel.sync_batch_norm:
             synchronize_norms(self.module, self.device)
         self.module = self.module.to(self.device)

@@ -17,7 +17,8 @@ from bench.estimate import estimate_seconds
 from bench.judge import UNOBSERVED, inference_mismatches
 from bench.observe import observe_inference
 from bench.protocol import Protocol
-from bench.spec import Cell
+from bench.spec import Cell, Plan, Suite, expand
+from bench.tuning import trial_protocol
 from cifar.checkpoint import load_into
 from cifar.config import ModelConfig, Recipe, TrainConfig
 from cifar.errors import ConfigError, UnsupportedError
@@ -508,5 +509,11 @@ def test_a_cell_is_known_by_its_library_and_its_size_and_can_be_estimated() -> N
 
 
 def test_a_cell_has_steps_of_one_kind() -> None:
+    frozen = cell("resnet18", frozen_epochs=1)
+
+    def suite(protocol: Protocol) -> Suite:
+        return Suite(name="s", description="", plans=(Plan(protocol=protocol, cells=(frozen,)),))
+
     with pytest.raises(ConfigError, match="frozen-epochs: 1: its steps cost less than the later"):
-        cell("resnet18", frozen_epochs=1)
+        expand(suite(Protocol()))
+    assert expand(suite(trial_protocol())), "nothing of a search's trial is timed"

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from conftest import make_dataset, save_npz
 from PIL import Image
 from test_multiprocess import launch
@@ -165,11 +166,25 @@ def test_what_is_found_has_two_digits_and_muon_s_step_in_proportion() -> None:
         assert dataclasses.replace(found.recipe, lr=0.1, muon_step=0.03) == config.recipe
 
 
+def test_muon_s_step_is_never_longer_than_any_that_is_known_to_be_of_use() -> None:
+    recipe = Recipe(optimizer="muon", lr=0.005, muon_step=0.03)
+    with mock.patch.object(Curve, "suggest", return_value=0.2):
+        found = tuned(TrainConfig(recipe=recipe), curve_of())
+    assert (found.recipe.lr, found.recipe.muon_step) == (0.042, 0.25), "not 1.2"
+
+
 def rising(test: RangeTest = SHORT, **fields: Any) -> RisingTrainer:
     reset_accelerate()
     config = {name: fields.pop(name) for name in ("accumulation_steps",) if name in fields}
     config = TrainConfig(model=TINY, recipe=tiny_recipe(**fields), **config)
     return RisingTrainer(config, RunConfig(cpu=True), make_dataset(), test)
+
+
+def test_nothing_is_frozen_in_a_range_test() -> None:
+    trainer = rising(frozen_epochs=1)
+    before = trainer.module.conv1.weight.clone()
+    trainer.train_step()
+    assert not torch.equal(trainer.module.conv1.weight, before)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])

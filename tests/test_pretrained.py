@@ -252,6 +252,25 @@ def test_a_run_is_fine_tuned_on_other_classes_and_normalised_as_it_was(
     assert own != pytest.approx(mean)
 
 
+@pytest.mark.parametrize(("names", "is_new"), [(None, False), ("other", True)])
+def test_a_classifier_of_as_many_other_classes_is_new(
+    npz: Path, tmp_path: Path, names: str | None, is_new: bool
+) -> None:
+    assert train(npz, tmp_path / "first", "--epochs", 1) == 0
+    config = ModelConfig(
+        name="resnet20", width=4, pretrained=parse_pretrained(str(tmp_path / "first"))
+    )
+    module = build_model(config)
+    own = module.fc.weight.clone()
+    classes = load_weights(tmp_path / "first")[0].classes
+    start_from_pretrained(
+        module, config, [f"{names} {each}" for each in classes] if names else classes
+    )
+    assert torch.equal(module.fc.weight, own) == is_new
+    stored = load_file(tmp_path / "first" / "final" / "model.safetensors")
+    assert torch.equal(module.conv1.weight, stored["conv1.weight"])
+
+
 def test_a_resumed_run_and_an_evaluation_do_not_read_the_file(
     npz: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,6 +159,13 @@ def test_the_usual_space_lies_around_the_recipe() -> None:
     }
 
 
+def test_the_usual_space_of_muon_has_its_step_in_the_place_of_decay() -> None:
+    found = default_space(get_config("resnet9-muon"), images=9_000, processes=1)
+    space = {each.field: str(each) for each in found}
+    assert space["muon_step"] == "0.003 to 0.25, on a logarithmic scale"
+    assert space["lr"] == "0.0005 to 0.05, on a logarithmic scale" and "weight_decay" not in space
+
+
 def test_the_usual_space_has_no_batch_that_does_not_fit_and_no_decay_of_0() -> None:
     one_cycle = get_config("resnet9-one-cycle")
     found = default_space(one_cycle, images=1_500, processes=1)
@@ -246,7 +253,6 @@ def test_images_are_left_to_train_on_and_to_judge_by() -> None:
         ({"space": ()}, "space: '': nothing to search: give a range such as --lr 0.01..1"),
         ({"trials": 0}, "trials: 0: give 1 to 10000"),
         ({"trials": 3}, "trials: 3: there are only 2 settings to try; give at most that many"),
-        ({"parallel": 0}, "parallel: 0: give 1 or more"),
     ],
 )
 def test_a_search_of_nothing_is_refused(fields, message) -> None:
@@ -258,7 +264,7 @@ def test_a_search_of_nothing_is_refused(fields, message) -> None:
 
 def test_a_search_survives_json_unchanged() -> None:
     space = space_of(lr="0.01..1", global_batch_size="64,128", augment="crop|none", jitter="0..1")
-    tuning = Tuning(space=tuple(space), trials=7, seed=3, pruning=False, parallel=2)
+    tuning = Tuning(space=tuple(space), trials=7, seed=3, pruning=False)
     assert from_json(Tuning, to_json(tuning)) == tuning
     text = to_json(tuning).replace('"low": 0.01', '"low": 2.0')
     with pytest.raises(ConfigError, match=r"lr: '2..1': is no range"):

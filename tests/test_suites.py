@@ -1,5 +1,6 @@
 """The named suites, their overrides, and the estimate of their cost."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from bench.protocol import Protocol
 from bench.published import PUBLISHED
 from bench.record import Environment, Record
 from bench.spec import expand, grid
-from bench.suites import PROCESSES, REFERENCE, SUITES, get_suite, override, quick, reference
+from bench.suites import PROCESSES, REFERENCE, SUITES, get_suite, only, override, quick, reference
 from bench.tuning import trial_protocol
 from bench.unfinished import no_validation
 from cifar.config import Recipe
@@ -308,6 +309,26 @@ def test_reference_trains_every_recipe_for_all_of_its_epochs_at_three_seeds():
         steps = task.protocol.train_samples / recipe.global_batch_size
         assert steps == recipe.epochs * (50_000 // recipe.global_batch_size)
     assert {task.cell.train.seed for task in tasks} == {0, 1, 2}
+
+
+def test_reference_can_be_tried_as_its_description_says():
+    (told,) = re.findall(r"bench run reference --train-samples (\d+) --seeds 1", reference.__doc__)
+    tasks = expand(override(reference(), train_samples=int(told), seeds=1))
+    assert len(tasks) == len(REFERENCE)
+
+
+def test_a_part_of_a_suite_is_chosen_by_model_recipe_and_precision():
+    found = expand(only(reference(), ["resnet9-muon", "resnet18-muon"]))
+    assert {task.cell.train.recipe.name for task in found} == {"resnet9-muon", "resnet18-muon"}
+    assert len(found) == 6
+    found = expand(only(get_suite("precisions"), ["bf16"]))
+    assert {task.cell.precision for task in found} == {"bf16"}
+    (task,) = expand(only(quick(), ["resnet20", "bf16"]))
+    assert task.cell.label == "resnet20 bf16 b64"
+    with pytest.raises(ConfigError, match="only: 'resnet19': choose some of bf16, fp32, resnet18"):
+        only(quick(), ["resnet19"])
+    with pytest.raises(ConfigError, match="only: 'resnet9,resnet26-small': no cell of reference"):
+        only(reference(), ["resnet9", "resnet26-small"])
 
 
 def test_every_published_figure_is_of_a_recipe_in_the_suite():

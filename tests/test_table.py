@@ -342,6 +342,10 @@ def test_published_figures_stand_beside_ours_where_a_recipe_has_some():
     assert cells["Published (MiB)"] == ("42.70", DASH)
     assert cells["Published (ms/sample)"] == ("27.7", DASH)
     assert cells["Training (s)"] == ("90.4", "1,234"), "half of an even digit is rounded down"
+    bf16 = make_record(make_cell("resnet18", "bf16", recipe=Recipe(name="resnet18-muon")))
+    both = render_markdown(rows([bf16, measured(Recipe(name="resnet18-jitter"), 1.0)]))
+    assert both.count("\n### ") == 1 and "\n### all precisions\n" in both
+    assert re.findall(r"^\| resnet18 \|.*\| (fp32|bf16) \|", both, re.MULTILINE) == ["bf16", "fp32"]
     without = render_markdown(rows([make_record()]))
     assert "Published" not in without and "Training (s)" not in without
 

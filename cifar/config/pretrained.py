@@ -29,9 +29,10 @@ _GRAMMAR = "write imagenet, the name of weights, FILE, FILE@SHA256 or the folder
 class Pretrained:
     """Weights to start from, written `imagenet | NAME | FILE[@SHA256] | RUN`.
 
-    Either the `name` that a library knows them by, or the `sha256` of a file. `mean` and `std` tell
-    what the images of a run's weights were normalised with. `path` only says where the file lies,
-    so it does not enter the digest; a run that is resumed does not read it.
+    Either the `name` that a library knows them by, or the `sha256` of a file. Of a run's weights
+    `mean` and `std` tell what its images were normalised with, `classes` what they were of. `path`
+    only says where the file lies, so it does not enter the digest; a run that is resumed does not
+    read it.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -40,6 +41,7 @@ class Pretrained:
     sha256: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    classes: tuple[str, ...] | None = None
     path: str | None = field(default=None, metadata=NOT_IN_DIGEST)
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ def parse_pretrained(text: str) -> Pretrained:
     found = _sha256(path, text)
     remedy = f"the SHA-256 of the file is {found}; give that one, or the right file"
     require(found.startswith(expected), "pretrained", text, remedy)
-    return Pretrained(sha256=found, path=os.path.realpath(path), **_statistics(path, text))
+    return Pretrained(sha256=found, path=os.path.realpath(path), **_told_by_card(path, text))
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -96,11 +98,12 @@ def _sha256(path: Path, text: str) -> str:
         raise ConfigError(f"pretrained: {text!r}: {reason}; give another file") from None
 
 
-def _statistics(path: Path, text: str) -> dict[str, Any]:
-    """`mean` and `std` that the card beside a run's weights tells; nothing without a card."""
+def _told_by_card(path: Path, text: str) -> dict[str, Any]:
+    """What the card beside a run's weights tells of its images; nothing without a card."""
     try:
         card = json.loads(path.with_name(_CARD).read_bytes())
-        return {name: tuple(map(float, card[name])) for name in ("mean", "std")}
+        told: dict[str, Any] = {name: tuple(map(float, card[name])) for name in ("mean", "std")}
+        return told | {"classes": tuple(map(str, card["classes"]))}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

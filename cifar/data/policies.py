@@ -1,7 +1,8 @@
 """Which operation every sample gets: AutoAugment, RandAugment, TrivialAugment and simpler ones.
 
-The operations and their strengths are those of `torchvision.transforms`, which follows the papers;
-strengths are whole steps in all of them, so that a policy is a menu and a draw from it.
+The operations and their strengths are those of `torchvision.transforms`. They follow the papers;
+the code of AutoAugment's authors has other ranges (stronger colours, shorter shifts). Strengths are
+whole steps in all of them, so that a policy is a menu and a draw from it.
 """
 
 import itertools

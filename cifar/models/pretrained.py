@@ -1,5 +1,6 @@
 """Starting a network from weights that were trained before, and what they expect of its images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -10,10 +11,13 @@ from cifar.models.meta import head_names
 from cifar.models.weights import put_into, read_file
 
 
-def start_from_pretrained(module: nn.Module, config: ModelConfig) -> None:
+def start_from_pretrained(
+    module: nn.Module, config: ModelConfig, classes: Sequence[str] = ()
+) -> None:
     """Give a fresh network the weights that its configuration names, if it names any.
 
-    The classifier keeps its own where it has other classes than theirs.
+    The classifier keeps its own where it has other classes than theirs: as many as a run's, but
+    of other names, too, where both are known.
 
     Raises:
         ConfigError: they cannot be fetched or read, or are of another network.
@@ -26,7 +30,9 @@ def start_from_pretrained(module: nn.Module, config: ModelConfig) -> None:
     else:
         require(chosen.path is not None, "pretrained", chosen.identity, "has no path; name it anew")
         weights = read_file(Path(chosen.path or ""), chosen.sha256, str(chosen))
-    put_into(module, weights, head_names(config), str(chosen))
+    known = bool(classes and chosen.classes)
+    others = known and tuple(classes) != chosen.classes
+    put_into(module, weights, head_names(config), str(chosen), new_head=others)
 
 
 def expected_statistics(config: ModelConfig) -> Statistics | None:

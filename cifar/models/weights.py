@@ -64,14 +64,25 @@ def _is_named(item: tuple[object, object]) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor)
 
 
-def put_into(module: nn.Module, weights: Tensors, head: Collection[str], shown: str) -> None:
+def put_into(
+    module: nn.Module,
+    weights: Tensors,
+    head: Collection[str],
+    shown: str,
+    *,
+    new_head: bool = False,
+) -> None:
     """Copy weights into a module; the tensors named in `head` stay new if any has another shape.
+
+    With `new_head` they do so in any case.
 
     Raises:
         ConfigError: one of the others is missing, not the module's, or of another shape.
     """
     own = module.state_dict()
-    is_new = any(name in weights and weights[name].shape != own[name].shape for name in head)
+    is_new = new_head or any(
+        name in weights and weights[name].shape != own[name].shape for name in head
+    )
     taken = {name: each for name, each in weights.items() if not (is_new and name in head)}
     kept = {name: own[name] for name in head} if is_new else {}
     if told := difference(own, taken | kept):
