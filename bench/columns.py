@@ -143,6 +143,31 @@ def _identity_columns(table: Sequence[Row], always: Sequence[str]) -> list[Colum
     ]
 
 
+def _differing(table: Sequence[Row], key: str, separator: str, heading: str) -> list[Column]:
+    """A column of those parts of a text that not all rows have; none where all are equal."""
+    parts = [str(row.get(key) or "").split(separator) for row in table]
+    shared = set(parts[0]).intersection(*parts) if parts else set()
+
+    def show(row: Row) -> str:
+        own = str(row.get(key) or "").split(separator)
+        told = [part for part in own if part not in shared and not part.startswith("torch ")]
+        return separator.join(told) or DASH
+
+    texts = {show(row) for row in table}
+    return [Column(heading=heading, show=show, numeric=False)] if len(texts) > 1 else []
+
+
+def _telling_columns(table: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
+    """`columns`, and what else tells rows apart that are of different records."""
+    told = [*columns, *_differing(table, "packages", ", ", "Software")]
+    protocol = Column(heading="Protocol", show=lambda row: str(row["protocol"])[:8])
+    for further in (_differing(table, "worker", " ", "Worker"), [protocol]):
+        shown = [(row["precision"], *(column.show(row) for column in told)) for row in table]
+        if len(set(shown)) < len(shown):
+            told += further
+    return told
+
+
 def _status_columns(table: Sequence[Row]) -> list[Column]:
     broken = any(_status(row) != "ok" for row in table)
     return [Column(heading="Status", show=_status, numeric=False)] if broken else []
@@ -181,7 +206,8 @@ def result_columns(table: Sequence[Row]) -> list[Column]:
         )
         for size in sizes
     ]
-    identity, status = _identity_columns(table, ALWAYS), _status_columns(table)
+    identity = _telling_columns(table, _identity_columns(table, ALWAYS))
+    status = _status_columns(table)
     training = [TRAINING] if "training_seconds" in keys else []
     published = PUBLISHED if has_published(table) else ()
     precision = [Column(heading="Precision", show=_text("precision"), numeric=False)]

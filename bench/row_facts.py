@@ -40,6 +40,7 @@ def what(record: Record, cell_key: str) -> Row:
         "machine": _machine(environment) if environment else None,
         "worker": _worker(environment) if environment else None,
         "software": _software(environment) if environment else None,
+        "packages": _packages(environment) if environment else None,
         "source": _source(environment) if environment else None,
         "data_set": data_set_text(data) if data else None,
     }
@@ -85,6 +86,18 @@ def _software(environment: Environment) -> str:
         ("cuDNN", environment.cudnn),
     )
     return ", ".join(f"{name} {version}".strip() for name, version in versions if version)
+
+
+def _packages(environment: Environment) -> str:
+    """All of the software that has to be equal for records to share a row, name by name."""
+    known = (
+        ("torchvision", environment.torchvision),
+        ("numpy", environment.numpy),
+        ("driver", environment.driver),
+        *sorted(environment.tools.items()),
+    )
+    further = [f"{name} {version}" for name, version in known if version]
+    return ", ".join([_software(environment), *further])
 
 
 def _source(environment: Environment) -> str:

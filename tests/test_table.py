@@ -329,6 +329,37 @@ def test_tables_tell_the_samples_that_were_trained_and_not_the_budget():
         assert f"| {model} | 128 | {trained} |" in text
 
 
+def test_rows_that_stand_apart_tell_why():
+    """Of a software that no caption names, of the worker's settings, of a protocol."""
+
+    def further(*others):
+        """The columns that tell a record from others, and what they show."""
+        text = render_markdown(
+            rows([make_record(), *(replace(each, run_id="b") for each in others)])
+        )
+        heading, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+        cells = [line.strip("| ").split(" | ") for line in (heading, *lines)]
+        columns = {name: list(shown) for name, *shown in zip(*cells)}
+        return {
+            name: columns[name] for name in ("Software", "Worker", "Protocol") if name in columns
+        }
+
+    newer = replace(ENVIRONMENT, accelerate="1.16.0", tools={"deepspeed": "0.19"})
+    assert further(make_record(environment=newer)) == {
+        "Software": ["accelerate 1.15.0", "accelerate 1.16.0, deepspeed 0.19"]
+    }
+    other = replace(ENVIRONMENT, worker_env={"OMP_WAIT_POLICY": "ACTIVE"})
+    assert further(make_record(environment=other)) == {
+        "Worker": [r"OMP_WAIT_POLICY=PASSIVE", r"OMP_WAIT_POLICY=ACTIVE"]
+    }
+    longer = replace(TRAINED, timed_steps=TRAINED.timed_steps + 1)
+    assert further(make_record(protocol=longer)) == {
+        "Protocol": [TRAINED.digest[:8], longer.digest[:8]]
+    }
+    assert further(make_record(make_cell("resnet32"), protocol=longer)) == {}
+    assert further(make_record(make_cell("resnet32"), environment=other)) == {}
+
+
 def test_published_figures_stand_beside_ours_where_a_recipe_has_some():
     def measured(recipe, seconds):
         found = (*measurements(top1=0.95), scalar("training_seconds", "s", seconds))
