@@ -8,8 +8,9 @@ from cifar.memory import peak_resident, reset_peak_resident
 def reset_peak_memory(device: torch.device) -> bool:
     """Start the high-water mark anew, so that loading the data does not count; whether it could.
 
-    A GPU's allocator gives back nothing by itself: what was freed goes back first, or it would
-    count as reserved. The next step takes again what a step needs, so a window must not be next.
+    Neither a GPU's allocator nor a CPU's gives back anything by itself: what was freed goes back
+    first, or it would count. The next step takes again what a step needs, so a warm-up must be
+    next and never a timed window.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,16 +1,20 @@
 """A model that does not fit: one line, exit code 1, and what was saved can be resumed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from training import after_step, cifar, resume, train
+from training import ROOT, after_step, cifar, resume, train
 
 from cifar import scoring
 from cifar.checkpoint import list_checkpoints
 from cifar.config import TrainConfig
 from cifar.errors import OutOfMemoryError
 from cifar.memory import explained_training
+from cifar.process import worker_environment
 
 NAMED = "cifar: memory: model resnet20-w{} with batch size 32 does not fit; choose a smaller "
 
@@ -81,3 +85,39 @@ def test_a_model_too_large_for_the_gpu_is_one_line(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert capsys.readouterr().err.splitlines()[-1].startswith(NAMED.format(256))
+
+
+LEFT_BEHIND = """
+import torch
+from cifar.device_memory import peak_memory, reset_peak_memory
+MIB = 2**20
+cpu = torch.device("cpu")
+torch.ones(MIB)
+reset_peak_memory(cpu)
+print(peak_memory(cpu) // MIB)
+kept, freed = [], []
+for _ in range(50):
+    freed.append(torch.ones(10 * MIB, dtype=torch.uint8))
+    kept.append(torch.ones(1024, dtype=torch.uint8))
+print(peak_memory(cpu) // MIB)
+del freed
+assert reset_peak_memory(cpu)
+print(peak_memory(cpu) // MIB)
+torch.ones(100 * MIB, dtype=torch.uint8)
+print(peak_memory(cpu) // MIB)
+"""
+"""500 MiB that are freed between blocks that stay, as those of loading do, then 100 MiB."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels cannot reset the mark")
+def test_the_peak_leaves_out_what_was_freed_before() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND],
+        env={**worker_environment(1, os.environ), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    began, full, freed, again = map(int, done.stdout.split())
+    assert full - began > 450
+    assert freed - began < 30
+    assert 90 < again - freed < 130
