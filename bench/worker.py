@@ -28,6 +28,7 @@ from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from bench.unfinished import PENDING, unfinished
+from cifar import device_memory
 from cifar.accelerator import emulation_of, shortfall_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
@@ -197,7 +198,8 @@ def main(folder: Path) -> int:
         if first:
             write_atomic(folder / RECORD_FILE, to_json(record))
 
-    record = Worker(job, keep).run()
+    with device_memory.named():  # the launcher goes by what the error is called
+        record = Worker(job, keep).run()
     keep(record)
     if record.reason and not first:  # the first process may not have met it, and not tell it
         print(record.reason, file=sys.stderr, flush=True)

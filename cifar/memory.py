@@ -1,15 +1,10 @@
-"""A process's memory on the host: its peak, and running out of it told in one line. No torch."""
+"""A process's memory on the host: its peak, and what is said when it runs out. No torch."""
 
-import contextlib
 import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-from cifar.config import TrainConfig
-from cifar.errors import OutOfMemoryError
 
 OUT_OF_MEMORY = re.compile(
     r"^(?:[\w.]*(?:OutOfMemoryError|MemoryError)\b|what\(\):\s+std::bad_alloc)"
@@ -25,30 +20,6 @@ OUT_OF_MEMORY = re.compile(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the machine or of its GPU did not suffice."""
     return OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
-
-
-@contextlib.contextmanager
-def explained(what: str, remedy: str) -> Iterator[None]:
-    """While entered, running out of memory is an error: `what` does not fit, and the remedy.
-
-    Raises:
-        OutOfMemoryError: in place of whatever says so.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(f"memory: {what} does not fit; {remedy}") from None
-
-
-def explained_training(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
-    """`explained` for a model in training."""
-    smaller = "--resize" if config.model.library else "--width"
-    return explained(
-        f"model {config.model.label} with batch size {config.recipe.global_batch_size}",
-        f"choose a smaller {smaller} or -b, or more --accumulation",
-    )
 
 
 def give_heap_back() -> None:
