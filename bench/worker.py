@@ -29,7 +29,7 @@ from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from bench.unfinished import PENDING, unfinished
 from cifar import device_memory
-from cifar.accelerator import emulation_of, shortfall_of
+from cifar.accelerator import shortfall_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
@@ -89,7 +89,7 @@ class Worker:
         # before anything is refused: every record names its images
         self._data = facts = describe(dataset)
         self._keep(self._record("failed", PENDING))
-        refuse_emulation(task)
+        refuse_shortfall(task)
         limit_memory(protocol.memory_limit)
         batch_size = train.recipe.global_batch_size
         trainer = Trainer(
@@ -166,10 +166,13 @@ def _take(subject: Subject, metric: Metric) -> None:
         subject.taken.append(measurement)
 
 
-def refuse_emulation(task: Task) -> None:
-    """Raise an UnsupportedError if the protocol refuses a precision this device emulates."""
+def refuse_shortfall(task: Task) -> None:
+    """Raise an UnsupportedError if the protocol refuses a precision whose speed is another's here.
+
+    That is one that the device emulates, or has kernels but no instructions for.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = emulation_of(task.cell.precision, device)
+    told = shortfall_of(task.cell.precision, device)
     if told and not task.protocol.allow_emulated:
         raise UnsupportedError(
             f"{told}; to measure that, name the cell: bench run --models ... --precisions ..."

@@ -491,15 +491,24 @@ def assert_names_its_images(record: Record, npz: Path) -> None:
     assert (record.data.train_samples, record.data.test_samples) == (96, 50)
 
 
-def test_worker_refuses_emulation_where_the_protocol_does(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kernels", "told"),
+    [(False, "has no bf16 kernels and emulates them"), (True, "has no bf16 instructions")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has instructions")
+def test_worker_refuses_another_formats_speed_where_the_protocol_does(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: bool, told: str
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    """As of a CPU without AVX-512, and of one with it but without its bf16 extension."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
+    monkeypatch.setattr("cifar.accelerator.platform.machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
     protocol = replace(PROTOCOL, allow_emulated=False)
     assert run_worker(tmp_path / "job", bf16_cell(npz), protocol) == 0
     record = record_in(tmp_path / "job")
-    assert record.status == "unsupported"
-    assert "emulate" in record.reason
+    assert (record.status, record.measurements) == ("unsupported", ())
+    assert told in record.reason
     assert_names_its_images(record, npz)
 
 
