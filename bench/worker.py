@@ -108,7 +108,7 @@ class Worker:
         for metric in self._core(trainer):
             _take(subject, metric)
         self._effective = subject.witness.effective()
-        subject.invalid += unproven(task.cell, self._effective)
+        subject.invalid += unproven(train, self._effective)
         phrases = mismatches(task.cell, self._effective, self._environment.device)
         wrong = told_by_all(phrases, trainer.device)
         if wrong:
