@@ -77,6 +77,22 @@ def near_cores(uuid: str) -> frozenset[int]:
     return frozenset()
 
 
+def installed_gpus() -> int:
+    """How many GPUs of this machine may be used here; 0 where NVML is missing.
+
+    NVML counts those too that a container or a job was not given: they cannot be opened.
+    """
+    count = 0
+    with contextlib.suppress(NvmlError):
+        nvml = _started()
+        with contextlib.suppress(nvml.NVMLError):
+            for number in range(int(nvml.nvmlDeviceGetCount())):
+                with contextlib.suppress(nvml.NVMLError):
+                    nvml.nvmlDeviceGetHandleByIndex(number)
+                    count += 1
+    return count
+
+
 def visible_gpus(environ: Mapping[str, str]) -> int:
     """How many GPUs a process with these variables sees; 0 where NVML is missing.
 

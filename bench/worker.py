@@ -8,7 +8,7 @@ An out-of-memory error, a crash or a hang leaves a record of what was known by t
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,12 +18,13 @@ import torch
 
 from bench.environment import collect
 from bench.faults import InjectedFault
-from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.job import CELL_FILE, DEVICE, RECORD_FILE, Job
 from bench.judge import mismatches, unproven
 from bench.limits import limit_memory
 from bench.measure import BASIC, CORE, FURTHER, TRIAL
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
+from bench.nvml import installed_gpus
 from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
@@ -89,6 +90,7 @@ class Worker:
         # before anything is refused: every record names its images
         self._data = facts = describe(dataset)
         self._keep(self._record("failed", PENDING))
+        device = expected_device(self._environment.device, os.environ)
         refuse_shortfall(task)
         limit_memory(protocol.memory_limit)
         batch_size = train.recipe.global_batch_size
@@ -109,7 +111,7 @@ class Worker:
             _take(subject, metric)
         self._effective = subject.witness.effective()
         subject.invalid += unproven(train, self._effective)
-        phrases = mismatches(task.cell, self._effective, self._environment.device)
+        phrases = mismatches(task.cell, self._effective, device)
         wrong = told_by_all(phrases, trainer.device)
         if wrong:
             return subject, "failed", "; ".join(wrong)
@@ -164,6 +166,29 @@ class Worker:
 def _take(subject: Subject, metric: Metric) -> None:
     for measurement in metric(subject):
         subject.taken.append(measurement)
+
+
+def expected_device(seen: str, environ: Mapping[str, str]) -> str:
+    """The kind of device to measure: the one that was named, else a GPU where NVML has one.
+
+    `seen` is the kind that torch has, see `Environment.device`. CUDA_VISIBLE_DEVICES hides GPUs on
+    purpose where it is empty or begins with what is no GPU, as launchers and schedulers write it.
+
+    Raises:
+        CifarError: torch has no such GPU, and would measure the CPU.
+    """
+    shown, there = environ.get("CUDA_VISIBLE_DEVICES"), installed_gpus()
+    first = "0" if shown is None else shown.split(",")[0].strip()
+    hidden = not first or first.startswith("-") or first == "NoDevFiles"
+    expected = environ.get(DEVICE) or ("cuda" if there and not hidden else seen)
+    if (expected, seen) == ("cuda", "cpu"):
+        under = "" if shown is None else f" under CUDA_VISIBLE_DEVICES={shown}"
+        build = "" if torch.version.cuda else ", as it was built without CUDA"
+        raise CifarError(
+            f"device: cpu: NVML sees {there} GPU(s), and torch none{under}{build}; mend that, or "
+            "set CUDA_VISIBLE_DEVICES= to measure the CPU on purpose"
+        )
+    return expected
 
 
 def refuse_shortfall(task: Task) -> None:
