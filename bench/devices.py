@@ -9,7 +9,7 @@ from typing import Protocol
 
 from bench.cores import pinned, read_cores, shares, write_cores
 from bench.counters import usable_cores
-from bench.job import SIDE_BY_SIDE
+from bench.job import DEVICE, SIDE_BY_SIDE
 from bench.nvml import near_cores, visible_gpus
 from bench.present import present_environment
 from bench.record import Environment
@@ -69,7 +69,8 @@ class Place:
         if not self.label:
             return {}
         gpus = ",".join(device.gpu for device in self.devices if device.gpu)
-        return {_SHOWN: gpus, SIDE_BY_SIDE: str(self.beside)}
+        kind = "cuda" if gpus else "cpu"
+        return {_SHOWN: gpus, SIDE_BY_SIDE: str(self.beside), DEVICE: kind}
 
     def environment(self, present: Present, num_processes: int) -> Environment:
         """What a worker runs on here."""

@@ -64,6 +64,8 @@ def _baseline(record: Record, *, batch_size: int | None = None) -> Baseline:
         machine = (
             *(repr(key["code"]), repr(key["software"]), environment.cpu_model),
             *(frozenset(environment.gpu_names), environment.side_by_side),
+            frozenset(filter(None, environment.gpu_power_limits)),
+            frozenset(filter(None, environment.gpu_application_clocks)),
             *(tuple(sorted(settings.items())), environment.cpu_count if _is_on_cpu(record) else 0),
         )
     images = data.fingerprint if data else ""

@@ -19,6 +19,7 @@ import torch
 from bench.cores import write_cores
 from bench.counters import usable_cores
 from bench.job import SIDE_BY_SIDE
+from bench.nvml import Gpu, NvmlError
 from bench.record import Environment, this_host
 from cifar.compilers import compiler_versions
 from cifar.process import available_cores, recorded_environment
@@ -33,13 +34,17 @@ def collect() -> Environment:
     """Describe this process and its machine."""
     sha, dirty, reason = _git()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    ids = tuple(f"GPU-{gpu.uuid}" for gpu in gpus)
+    limits = [_limits(uuid) for uuid in ids]
     return Environment(
         cpu_model=cpu_model(),
         cpu_count=available_cores(),
         memory_bytes=psutil.virtual_memory().total,
         gpu_names=tuple(gpu.name for gpu in gpus),
         gpu_memory_bytes=tuple(gpu.total_memory for gpu in gpus),
-        gpu_ids=tuple(f"GPU-{gpu.uuid}" for gpu in gpus),
+        gpu_ids=ids,
+        gpu_power_limits=tuple(power for power, _ in limits),
+        gpu_application_clocks=tuple(clocks for _, clocks in limits),
         cores=write_cores(usable_cores()),
         side_by_side=int(os.environ.get(SIDE_BY_SIDE, "1")),
         driver=_driver(),
@@ -61,6 +66,15 @@ def collect() -> Environment:
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         host=this_host(),
     )
+
+
+def _limits(uuid: str) -> tuple[int | None, tuple[int, int] | None]:
+    """Power limit and application clocks of a GPU, as far as NVML tells."""
+    try:
+        gpu = Gpu(uuid)
+    except NvmlError:
+        return None, None
+    return gpu.power_limit(), gpu.application_clocks()
 
 
 def _tools() -> dict[str, str]:

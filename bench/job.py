@@ -17,6 +17,10 @@ SIDE_BY_SIDE = "BENCH_SIDE_BY_SIDE"
 """Environment variable: how many devices of this machine the run measures on at the same time, see
 `bench.devices`; 1 if it is not set."""
 
+DEVICE = "BENCH_DEVICE"
+"""Environment variable: the kind of device that was named for these processes, `cuda` or `cpu`; not
+set where none was named."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:

@@ -34,14 +34,25 @@ SHARED = {
 """What of a strategy a process has less than all of, where there are several."""
 _PROGRESS = ("loss_scale", "recompiles")
 """What may differ between two steps of one configuration."""
+_FP32_OF_A_CPU: Labels = {
+    "float32_matmul_precision": "highest",
+    "onednn_matmul": "ieee",
+    "onednn_convolution": "ieee",
+}
+"""Switches with which a CPU computes fp32 as such; a reduced precision comes by autocast alone."""
 
 
 def changes(before: Labels, after: Labels) -> str:
     """What two steps of one configuration differ in; empty if in nothing."""
+    pairs = {
+        name: (before.get(name, UNOBSERVED), after.get(name, UNOBSERVED))
+        for name in (before | after)
+        if name not in _PROGRESS
+    }
     return ", ".join(
-        f"{name}: {before[name]} before, {after[name]} after"
-        for name in before
-        if name not in _PROGRESS and after[name] != before[name]
+        f"{name}: {first} before, {then} after"
+        for name, (first, then) in pairs.items()
+        if first != then
     )
 
 
@@ -59,23 +70,24 @@ def mismatches(cell: Cell, effective: Labels, device: str) -> list[str]:
         *told,
         *_unshared(cell, effective),
         *_missing_rounds(cell, effective),
-        *_skipped_graphs(cell, effective),
+        *_skipped_graphs(cell.train.compile_mode, effective),
+        *_early_recompiles(cell.train, effective),
         *_disturbances(effective),
     ]
 
 
-def unproven(cell: Cell, effective: Labels) -> list[str]:
+def unproven(train: TrainConfig, seen: Labels) -> list[str]:
     """What was asked that compiled code has not shown, one phrase each: the number format.
 
     Autocast's state is the compiler's own business, and so is a layout that nobody asked for.
     """
     names = ["input_dtype", "weight_dtype"]
-    if cell.train.channels_last:
+    if train.channels_last:
         names += LAYOUT
     return [
         f"{name} of a convolution was not seen in the compiled code"
         for name in names
-        if effective.get(name) == UNOBSERVED
+        if seen.get(name) == UNOBSERVED
     ]
 
 
@@ -87,13 +99,32 @@ def _asked(cell: Cell, effective: Labels, device: str) -> Labels:
         "device": device,
         **_asked_of_placement(cell, effective, device),
         "compile": train.compile,
+        **_asked_of_mode(train, effective),
+        **_asked_of_passes(cell),
         **_asked_of_kernel(train, cell.precision, effective, compiled=train.compile),
         "parameter_dtype": "float32",
         "tf32_matmul": precision.tf32,
         "tf32_convolution": precision.tf32,
         "loss_scaling": precision.loss_scaling,
+        **(_FP32_OF_A_CPU if device == "cpu" else {}),
         "samples_in_window": int(effective["timed_steps"]) * batch,
         "samples_seen": int(effective["steps"]) * batch,
+    }
+
+
+def _asked_of_mode(train: TrainConfig, effective: Labels) -> Labels:
+    """torch.compile's mode, where the compiler tells it."""
+    told = train.compile and effective.get("compile_mode") != UNOBSERVED
+    return {"compile_mode": train.compile_mode} if told else {}
+
+
+def _asked_of_passes(cell: Cell) -> Labels:
+    """How often a step runs the network on a process, and on how many images each time."""
+    train = cell.train
+    steps, recipe = train.accumulation_steps, train.recipe
+    return {
+        "forward_passes": steps * (2 if recipe.sam_rho else 1),
+        "micro_batch_size": recipe.global_batch_size // (cell.num_processes * steps),
     }
 
 
@@ -167,7 +198,7 @@ def inference_mismatches(
 ) -> list[str]:
     """What batches next to a timed window of inference differ in from what was asked.
 
-    `train` names the precision; see `bench.observe.observe_inference` for the rest.
+    `train` names the precision and the mode; see `bench.observe.InferenceWitness` for the rest.
     """
     assert train.precision is not None, "resolved"
     asked = _asked_of_kernel(train, train.precision, before, compiled=compiled)
@@ -176,6 +207,8 @@ def inference_mismatches(
         for name, value in asked.items()
         if before.get(name, UNOBSERVED) != value
     ]
+    if compiled:
+        told += _skipped_graphs(train.compile_mode, before)
     if recompiles := int(after["recompiles"]) - int(before["recompiles"]):
         told.append(f"recompiled {recompiles} times in the timed window")
     if changed := changes(before, after):
@@ -183,15 +216,25 @@ def inference_mismatches(
     return told
 
 
-def _skipped_graphs(cell: Cell, effective: Labels) -> Iterable[str]:
+def _skipped_graphs(mode: str, seen: Labels) -> Iterable[str]:
     """Whether Inductor left out CUDA graphs that the mode asks for, as it does with a log line.
 
     On a CPU `max-autotune` asks for none.
     """
-    mode, skips = cell.train.compile_mode, effective["cudagraph_skips"]
-    with_graphs = {"reduce-overhead": True, "max-autotune": effective.get("device") == "cuda"}
+    skips = seen["cudagraph_skips"]
+    with_graphs = {"reduce-overhead": True, "max-autotune": seen.get("device") == "cuda"}
     if skips and with_graphs.get(mode, False):
         yield f"compile_mode: CUDA graphs skipped {skips} times: {mode} was asked"
+
+
+def _early_recompiles(train: TrainConfig, effective: Labels) -> Iterable[str]:
+    """Whether code was compiled anew in the warm-up, as for other shapes: it may be slower code.
+
+    SAM's second pass and a backbone that is set free need code of their own.
+    """
+    recipe, count = train.recipe, effective.get("recompiles_before_window", 0)
+    if count and not (recipe.sam_rho or recipe.frozen_epochs):
+        yield f"recompiled {count} times before the timed window"
 
 
 def _disturbances(effective: Labels) -> Iterable[str]:

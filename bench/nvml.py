@@ -77,6 +77,22 @@ def near_cores(uuid: str) -> frozenset[int]:
     return frozenset()
 
 
+def installed_gpus() -> int:
+    """How many GPUs of this machine may be used here; 0 where NVML is missing.
+
+    NVML counts those too that a container or a job was not given: they cannot be opened.
+    """
+    count = 0
+    with contextlib.suppress(NvmlError):
+        nvml = _started()
+        with contextlib.suppress(nvml.NVMLError):
+            for number in range(int(nvml.nvmlDeviceGetCount())):
+                with contextlib.suppress(nvml.NVMLError):
+                    nvml.nvmlDeviceGetHandleByIndex(number)
+                    count += 1
+    return count
+
+
 def visible_gpus(environ: Mapping[str, str]) -> int:
     """How many GPUs a process with these variables sees; 0 where NVML is missing.
 
@@ -114,9 +130,12 @@ class Gpu:
 
     def __init__(self, uuid: str) -> None:
         self._nvml = _started()
+        # raised where the driver is older than the binding; no NVMLError, and not in every version
+        mismatch = getattr(self._nvml, "NVMLLibraryMismatchError", self._nvml.NVMLError)
+        self._refusals = (self._nvml.NVMLError, mismatch)
         try:
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
-        except self._nvml.NVMLError as error:
+        except self._refusals as error:
             raise NvmlError(f"NVML: {error}") from None
 
     def state(self) -> GpuState:
@@ -154,8 +173,22 @@ class Gpu:
         """
         try:
             return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError as error:
+        except self._refusals as error:
             raise NvmlError(f"NVML: {error}") from None
+
+    def power_limit(self) -> int | None:
+        """Watts that the driver holds it to, of all limits the lowest; None if it does not tell."""
+        milliwatts = self._ask("nvmlDeviceGetEnforcedPowerLimit")
+        return None if milliwatts is None else round(milliwatts / 1000)
+
+    def application_clocks(self) -> tuple[int, int] | None:
+        """MHz of graphics and of memory that programs were given; None if it does not tell.
+
+        A range of clocks to which `nvidia-smi -lgc` has locked it NVML tells nobody.
+        """
+        kinds = (self._nvml.NVML_CLOCK_GRAPHICS, self._nvml.NVML_CLOCK_MEM)
+        graphics, memory = (self._ask("nvmlDeviceGetApplicationsClock", kind) for kind in kinds)
+        return None if graphics is None or memory is None else (graphics, memory)
 
     def near_cores(self) -> frozenset[int]:
         """The numbers of the CPU cores on this GPU's socket; empty if that is not told."""
@@ -172,7 +205,7 @@ class Gpu:
         """The answer, or None if this GPU, its driver or the binding has none."""
         try:
             return getattr(self._nvml, query)(self._handle, *words)
-        except (AttributeError, self._nvml.NVMLError):
+        except (AttributeError, *self._refusals):
             return None
 
 

@@ -1,45 +1,49 @@
 """What real training steps ran with, observed next to a timed window.
 
-An eager step is observed by hooks, and by a dispatch mode around one convolution (or linear layer,
-of a network without), which sees what the kernel receives below autocast. Both would change what
-torch.compile runs, so a compiled step is observed by a CPU profile of it; where that would replay a
-CUDA graph, by one of the steps in which the graph was recorded. In the window itself nothing is
-observed: Dynamo's counters and the trainer's own are read on either side of it.
+What kernels receive is seen as `bench.kernels` does; where a step or a batch would replay a CUDA
+graph, in one in which the graph was recorded. In the window itself nothing is observed: Dynamo's
+counters and the trainer's own are read on either side of it.
 """
 
 import contextlib
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from bench.judge import KERNEL, UNOBSERVED, Labels, changes
+from bench.kernels import dtype_name, inner_layer, observe_eager, profiled_run, seen_in
 from bench.placement import placement
+from bench.spec import CAPTURE_STEPS
 from cifar.accelerator import is_native
 from cifar.distributed import gather_text
 from cifar.sync_batch_norm import batch_norm_of
-from cifar.teacher import EVENT
 from cifar.trainer import Trainer
 
-T = TypeVar("T")
-
-_CONVOLUTION = "aten::convolution"
-_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
-"""What a dispatch mode sees of a layer: the second where nothing is recorded for a backward."""
-_PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.linear.default)
-"""The same of a linear layer, with a bias or without."""
+_MODES = {
+    (False, False): "default",
+    (False, True): "reduce-overhead",
+    (True, False): "max-autotune-no-cudagraphs",
+    (True, True): "max-autotune",
+}
+"""torch.compile's modes by what they switch on: tuning, CUDA graphs (see
+`torch._inductor.list_mode_options`)."""
 
 
 def _counters() -> Mapping[str, Counter[str]]:
     """What torch's compiler has counted, which is nothing in a process that has not imported it."""
     module = sys.modules.get("torch._dynamo.utils")
     return defaultdict(Counter) if module is None else module.counters
+
+
+def _recompiled() -> int:
+    """How often Dynamo has compiled code once more that it had compiled, in this process."""
+    module = sys.modules.get("torch._dynamo.convert_frame")
+    return 0 if module is None else sum(n - 1 for n in module.FRAME_COMPILE_COUNTER.values())
 
 
 class Witness:
@@ -52,6 +56,7 @@ class Witness:
         self._trainer = trainer
         self._graphs = _counters()["stats"]["unique_graphs"]
         self._skips = _counters()["inductor"]["cudagraph_skips"]
+        self._recompiled = _recompiled()
         self._recorded: Labels = {}
         self._before: Labels = {}
         self._window: Labels = {}
@@ -63,20 +68,21 @@ class Witness:
 
         Its replays call no kernel by name; what they compute with is what was recorded last.
         """
-        with _profiled() as profiled:
+        with profiled_run() as profiled:
             yield
-        _, formats = _seen_in(profiled, self._trainer.module)
+        _, formats = seen_in(profiled, self._trainer.module)
         self._recorded = formats or self._recorded
 
     def before_window(self) -> None:
         """Observe a step, then count; a collective call."""
         self._before = self._observe_step()
         self._start = self._counts()
+        self._window = {"recompiles_before_window": max(0, _recompiled() - self._recompiled)}
 
     def after_window(self, steps: int) -> None:
         """Count what the window's `steps` did, then observe a step."""
         end = self._counts()
-        self._window = {name: end[name] for name in ("graph_breaks", "cudagraph_skips")}
+        self._window |= {name: end[name] for name in ("graph_breaks", "cudagraph_skips")}
         self._window["timed_steps"] = steps
         for name in ("samples", "skipped_steps", "recompiles"):
             self._window[f"{name}_in_window"] = end[name] - self._start[name]
@@ -115,134 +121,93 @@ class Witness:
     def _observe_step(self) -> Labels:
         """Take one step and tell what it ran with."""
         trainer = self._trainer
-        if trainer.config.compile:
-            seen = dict.fromkeys(KERNEL, UNOBSERVED) | self._recorded | _observe_compiled(trainer)
-        else:
-            seen = _observe_eager(trainer.module, trainer.train_step)
-            seen["compile"] = _counters()["stats"]["unique_graphs"] > self._graphs
-        return {**_settings(trainer), **seen}
+        with _passes(trainer.model) as sizes:
+            if trainer.config.compile:
+                seen = _unobserved() | self._recorded | _observe_compiled(trainer)
+            else:
+                seen = observe_eager(trainer.module, trainer.train_step)
+                seen["compile"] = _counters()["stats"]["unique_graphs"] > self._graphs
+        return {**_settings(trainer), **seen, **_told_of_passes(sizes)}
 
 
-class _Received(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what the kernel of a convolution or of a linear layer receives."""
-
-    def __init__(self, seen: Labels) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._seen = seen
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _CONVOLUTIONS:
-            self._seen |= {"device": args[0].device.type, **_formats(*args[:2])}
-        elif func in _PRODUCTS:
-            image, weight = args[1:3] if func is torch.ops.aten.addmm.default else args[:2]
-            self._seen |= {"device": image.device.type, **_dtypes(image, weight)}
-        return func(*args, **(kwargs or {}))
-
-
-def observe_inference(module: nn.Module, run: Callable[[], object], *, compiled: bool) -> Labels:
-    """What an inner convolution of a network received while `run` has it infer a batch."""
-    if compiled:
-        with _profiled() as profiled:
-            run()
-        seen = dict.fromkeys(KERNEL, UNOBSERVED) | _seen_in(profiled, module)[1]
-    else:
-        seen = _observe_eager(module, run)
-    return {**seen, "recompiles": _counters()["stats"]["unique_graphs"]}
-
-
-def _observe_eager(module: nn.Module, act: Callable[[], object]) -> Labels:
-    """Have a network work with hooks on an inner convolution, or an inner linear layer."""
-    inner = _inner_layer(module)
-    seen: Labels = dict.fromkeys(KERNEL, UNOBSERVED)
-    mode = _Received(seen)
-
-    def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kind = inputs[0].device.type
-        on = torch.is_autocast_enabled(kind)
-        seen["autocast"] = _dtype_name(torch.get_autocast_dtype(kind)) if on else "off"
-        mode.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(*_: object) -> None:
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    hooks = (
-        inner.register_forward_pre_hook(enter),
-        inner.register_forward_hook(leave, always_call=True),
-    )
+@contextlib.contextmanager
+def _passes(model: nn.Module) -> Iterator[list[int]]:
+    """The batch sizes with which a model is called while entered; outside of what it compiles."""
+    sizes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
-        act()
+        yield sizes
     finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+        hook.remove()
 
 
-def _profiled() -> profile:
-    return profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+def _told_of_passes(sizes: Sequence[int]) -> Labels:
+    """How many forward passes there were, and the size of their micro-batches, if it is one."""
+    one = sizes[0] if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) or UNOBSERVED
+    return {"forward_passes": len(sizes), "micro_batch_size": one}
+
+
+def _unobserved() -> Labels:
+    return dict.fromkeys(KERNEL, UNOBSERVED)
+
+
+class InferenceWitness:
+    """Observes what a network receives in batches next to timed ones of inference.
+
+    It is made before the network is compiled, whose skipped CUDA graphs it counts.
+    """
+
+    def __init__(self, module: nn.Module, *, compiled: bool) -> None:
+        self._module, self._compiled = module, compiled
+        self._skips = _counters()["inductor"]["cudagraph_skips"]
+        self._recorded: Labels = {}
+
+    def record(self, run: Callable[[], object]) -> None:
+        """Run the batches after the first, which may record a CUDA graph, and note what they show.
+
+        See `Witness.recording`.
+        """
+        for _ in range(CAPTURE_STEPS):
+            with profiled_run() as profiled:
+                run()
+            self._recorded = seen_in(profiled, self._module)[1] or self._recorded
+
+    def observe(self, run: Callable[[], object]) -> Labels:
+        """What an inner convolution received while `run` has the network infer a batch."""
+        if self._compiled:
+            with profiled_run() as profiled:
+                run()
+            seen = _unobserved() | self._recorded | seen_in(profiled, self._module)[1]
+        else:
+            seen = observe_eager(self._module, run)
+        counters = _counters()
+        return {
+            **seen,
+            "device": inner_layer(self._module).weight.device.type,
+            "recompiles": counters["stats"]["unique_graphs"],
+            "cudagraph_skips": counters["inductor"]["cudagraph_skips"] - self._skips,
+        }
 
 
 def _observe_compiled(trainer: Trainer) -> Labels:
     """Take one step under a CPU profile; what it does not show is left out."""
-    with _profiled() as profiled:
+    with profiled_run() as profiled:
         trainer.train_step()
-    events, formats = _seen_in(profiled, trainer.module)
+    events, formats = seen_in(profiled, trainer.module)
     is_compiled = any(event.name.startswith("Torch-Compiled Region") for event in events)
     return {"compile": is_compiled, **formats}
 
 
-def _seen_in(profiled: profile, module: nn.Module) -> tuple[list[Any], Labels]:
-    """The events, and what an inner convolution of the network that is a call received, if any."""
-    assert profiled.profiler is not None, "it has ended"
-    assert profiled.profiler.kineto_results is not None
-    events = _in_order(profiled.profiler.kineto_results.experimental_event_tree())
-    calls = [event.extra_fields.inputs[:2] for event in events if event.name == _CONVOLUTION]
-    spatial = [(image, weight) for image, weight in calls if _is_spatial(weight.sizes)]
-    one_pass = spatial[: len(_spatial_convolutions(module))]
-    if not one_pass:
-        return events, {}
-    on_meta = [
-        torch.empty_strided(tensor.sizes, tensor.strides, dtype=tensor.dtype, device="meta")
-        for tensor in _middle(one_pass)
-    ]
-    return events, _formats(*on_meta)
-
-
-def _in_order(tree: Iterable[Any]) -> list[Any]:
-    """The events of a profile's tree as they began; a teacher's are not the network's."""
-    found, waiting = [], list(tree)
-    while waiting:
-        event = waiting.pop()
-        if event.name != EVENT:
-            found.append(event)
-            waiting.extend(event.children)
-    return sorted(found, key=lambda event: event.start_time_ns)
-
-
-def _formats(image: Tensor, weight: Tensor) -> Labels:
-    """Number formats and memory formats of what a convolution received."""
-    return {
-        **_dtypes(image, weight),
-        "input_channels_last": _is_channels_last(image),
-        "weight_channels_last": _is_channels_last(weight),
-    }
-
-
-def _dtypes(image: Tensor, weight: Tensor) -> Labels:
-    return {"input_dtype": _dtype_name(image.dtype), "weight_dtype": _dtype_name(weight.dtype)}
-
-
 def _settings(trainer: Trainer) -> Labels:
     """What switches, wrappers and parameters say; a collective call."""
-    parameter = _inner_layer(trainer.module).weight
+    parameter = inner_layer(trainer.module).weight
     precision = trainer.config.precision
     assert precision is not None, "a trainer has resolved it"
     scale: Labels = {} if trainer.scaler is None else {"loss_scale": trainer.scaler.get_scale()}
     return {
         "device": parameter.device.type,
         **placement(trainer),
-        "parameter_dtype": _dtype_name(parameter.dtype),
+        "parameter_dtype": dtype_name(parameter.dtype),
         "native_dtype": is_native(precision, trainer.device),
         "emulated": trainer.emulated,
         "tf32_matmul": _is_tf32(torch.backends.cuda.matmul),
@@ -250,8 +215,35 @@ def _settings(trainer: Trainer) -> Labels:
         "cudnn_benchmark": trainer.device.type == "cuda" and torch.backends.cudnn.benchmark,
         "loss_scaling": trainer.scaler is not None,
         **scale,
+        **({} if trainer.device.type == "cuda" else _fp32_of_a_cpu()),
+        **({"compile_mode": _compile_mode(trainer.model)} if trainer.config.compile else {}),
         **_exchange(trainer),
     }
+
+
+def _compile_mode(model: nn.Module) -> str:
+    """The mode whose switches compiled code was made with, environment variables included."""
+    tell = getattr(model, "get_compiler_config", None)
+    switches = tell() if tell else None
+    if switches is None:  # nothing compiles, or another compiler than Inductor
+        return UNOBSERVED
+    return _MODES[bool(switches["max_autotune"]), bool(switches["triton.cudagraphs"])]
+
+
+def _fp32_of_a_cpu() -> Labels:
+    """In what oneDNN computes fp32 convolutions and matrix products, as switches say."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the old switches and the new ones
+        precision = "mixed"
+    found: Labels = {"float32_matmul_precision": precision}
+    for name, backend in (
+        ("onednn_matmul", torch.backends.mkldnn.matmul),  # type: ignore[attr-defined]
+        ("onednn_convolution", torch.backends.mkldnn.conv),  # type: ignore[attr-defined]
+    ):
+        told = backend.fp32_precision
+        found[name] = "ieee" if told == "none" else told  # nobody has set it
+    return found
 
 
 def _exchange(trainer: Trainer) -> Labels:
@@ -273,48 +265,6 @@ def _is_tf32(backend: Any) -> bool:
     """
     override = {"0": False, "1": True}.get(os.environ.get("NVIDIA_TF32_OVERRIDE", ""))
     return bool(backend.fp32_precision == "tf32") if override is None else override
-
-
-def _spatial_convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """Those whose memory format can be told.
-
-    A weight that is shared out may not have its shape between two steps; its layer has the sizes.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    return [
-        layer
-        for layer in layers
-        if _is_spatial((layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size))
-    ]
-
-
-def _is_spatial(shape: Sequence[int]) -> bool:
-    """Whether a convolution is wider than 1x1 and of several channels.
-
-    The strides of a 1x1 weight, or of a depthwise one, are of both memory formats.
-    """
-    return shape[1] > 1 and max(shape[2:]) > 1
-
-
-def _inner_layer(module: nn.Module) -> nn.Conv2d | nn.Linear:
-    """A convolution in the middle of the network; a linear layer where it has none to tell of."""
-    spatial = _spatial_convolutions(module)
-    if spatial:
-        return _middle(spatial)
-    return _middle([layer for layer in module.modules() if isinstance(layer, nn.Linear)])
-
-
-def _middle(items: Sequence[T]) -> T:
-    return items[len(items) // 2]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether NHWC order alone describes the tensor's memory."""
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def told_by_all(phrases: Sequence[str], device: torch.device) -> list[str]:

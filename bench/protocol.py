@@ -62,7 +62,8 @@ class Protocol:
     memory_limit: int | None = None
     """Bytes that each process may allocate, see `bench.limits`; None: as much as there is."""
     allow_emulated: bool = True
-    """False: a precision the device only emulates is `unsupported`, for its speed says nothing."""
+    """False: a precision that the device has no instructions for, and so emulates or converts, is
+    `unsupported`, for its speed says nothing."""
     timeout: float = field(default=1800.0, metadata=NOT_IN_DIGEST)
     """Seconds after which the cell's processes are ended."""
 

@@ -117,6 +117,10 @@ class Environment:
     """The whole memory of each of them; empty in records that do not tell."""
     gpu_ids: tuple[str, ...] = ()
     """The UUID of each of them, `GPU-...`; empty in records that do not tell."""
+    gpu_power_limits: tuple[int | None, ...] = ()
+    """Watts that the driver holds each of them to; None: it does not tell of that one."""
+    gpu_application_clocks: tuple[tuple[int, int] | None, ...] = ()
+    """MHz of graphics and of memory that programs on each of them were given, likewise."""
     cores: str = ""
     """The numbers of the CPU cores that this process may run on, `0-3,8`; empty in records that do
     not tell."""
@@ -170,6 +174,12 @@ class Environment:
         return len(self.gpu_names)
 
     @property
+    def gpu_limits(self) -> tuple[object, ...]:
+        """What power and clocks the GPUs are held to; empty where nothing tells, as on a CPU."""
+        told = (*self.gpu_power_limits, *self.gpu_application_clocks)
+        return (self.gpu_power_limits, self.gpu_application_clocks) if any(told) else ()
+
+    @property
     def device(self) -> str:
         """The kind of device that processes compute on here: `cuda`, or `cpu` without a GPU."""
         return "cuda" if self.gpu_names else "cpu"
@@ -196,7 +206,7 @@ class Environment:
         The code is known by the digest of its sources, not by its commit: a commit may change only
         prose, and uncommitted changes count. Memory size is left out; a reboot may change it. So
         are which of equal GPUs it was and the numbers of the cores, but not how many devices were
-        measured on at the same time.
+        measured on at the same time, nor the limits that somebody has set their power and clocks.
         """
         return {
             "code": self.code_digest,
@@ -207,7 +217,7 @@ class Environment:
                 self.driver,
                 tuple(sorted(self.tools.items())),
             ),
-            "hardware": (self.cpu_model, self.cpu_count, self.gpu_names),
+            "hardware": (self.cpu_model, self.cpu_count, self.gpu_names, self.gpu_limits),
             "worker environment": (
                 tuple(sorted(self.settings.items())),
                 self.threads,

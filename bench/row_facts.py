@@ -64,6 +64,11 @@ def _machine(environment: Environment) -> str:
         if environment.gpu_names
         else []
     )
+    if watts := sorted({limit for limit in environment.gpu_power_limits if limit}):
+        gpus.append(f"at most {' or '.join(map(str, watts))} W")
+    if clocks := sorted({each for each in environment.gpu_application_clocks if each}):
+        told = " or ".join(f"{graphics} and {memory}" for graphics, memory in clocks)
+        gpus.append(f"application clocks {told} MHz")
     cpu = f"{environment.cpu_model}, {environment.cpu_count} cores"
     return ", ".join([*gpus, cpu, f"{environment.memory_bytes / 2**30:.0f} GiB of memory"])
 

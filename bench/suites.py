@@ -81,7 +81,7 @@ def precisions() -> Suite:
 
     Up to `PROCESSES` processes per cell, fewer where the interval is narrow sooner. Cost: 32 cells;
     half an hour for one process each on a GPU (`--repeats 1`), hours on two CPU cores, where fp16
-    and tf32 are unsupported, and bf16 where there are no kernels for it.
+    and tf32 are unsupported, and bf16 where there are no instructions for it.
     """
     protocol = _repeated(Protocol(inference_iterations=P99_BATCHES, allow_emulated=False))
     cells = grid(

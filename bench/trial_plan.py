@@ -35,7 +35,8 @@ def known_records(run: Run, here: Environment, fingerprints: Fingerprints) -> di
 def _anywhere(environment: Environment) -> Environment:
     """An environment without its place: which of the GPUs and how many, and its share of the cores.
 
-    It changes no accuracy, and depends on how many trials ran at the same time.
+    It changes no accuracy, nor do their power and clocks, and it depends on how many trials ran at
+    the same time.
     """
     place = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     variables = {name: value for name, value in environment.worker_env.items() if name not in place}
@@ -44,6 +45,8 @@ def _anywhere(environment: Environment) -> Environment:
         environment,
         worker_env=variables,
         gpu_names=kinds,
+        gpu_power_limits=(),
+        gpu_application_clocks=(),
         cpu_count=1,
         threads=1,
         side_by_side=1,

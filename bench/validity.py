@@ -100,6 +100,12 @@ class Window:
         """Whether heat, the power supply or the hardware slowed the GPU down; False if unknown."""
         return any(bit > 0 for bit in (self.gpu_thermal, self.gpu_power_brake, self.gpu_slowdown))
 
+    @property
+    def gpu_clock_drop(self) -> float:
+        """Fraction of its clock that the GPU lost; NaN if unknown, as of a virtual one at 0 Hz."""
+        before = self.gpu_clock_before
+        return 1 - self.gpu_clock_after / before if before > 0 else math.nan
+
     def fraction(self, cpu_seconds: float) -> float:
         """Of the cores' time; NaN if the machine does not count it."""
         return cpu_seconds / self.capacity if self.capacity > 0 else math.nan
@@ -247,7 +253,7 @@ GPU_WATCHES = (
     Watch(
         name="window_gpu_clock_drop",
         unit="fraction",
-        value=lambda window: 1 - window.gpu_clock_after / window.gpu_clock_before,
+        value=lambda window: window.gpu_clock_drop,
         limit=CLOCK_DROP,
         says="the GPU's clock fell by {value:.0%} in the window",
         only_if=lambda window: window.gpu_slowed_by_trouble and not window.gpu_power_cap > 0,

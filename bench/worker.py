@@ -8,7 +8,7 @@ An out-of-memory error, a crash or a hang leaves a record of what was known by t
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -18,17 +18,19 @@ import torch
 
 from bench.environment import collect
 from bench.faults import InjectedFault
-from bench.job import CELL_FILE, RECORD_FILE, Job
+from bench.job import CELL_FILE, DEVICE, RECORD_FILE, Job
 from bench.judge import mismatches, unproven
 from bench.limits import limit_memory
 from bench.measure import BASIC, CORE, FURTHER, TRIAL
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
+from bench.nvml import installed_gpus
 from bench.observe import told_by_all
 from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from bench.unfinished import PENDING, unfinished
-from cifar.accelerator import emulation_of, shortfall_of
+from cifar import device_memory
+from cifar.accelerator import shortfall_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
@@ -88,7 +90,8 @@ class Worker:
         # before anything is refused: every record names its images
         self._data = facts = describe(dataset)
         self._keep(self._record("failed", PENDING))
-        refuse_emulation(task)
+        device = expected_device(self._environment.device, os.environ)
+        refuse_shortfall(task)
         limit_memory(protocol.memory_limit)
         batch_size = train.recipe.global_batch_size
         trainer = Trainer(
@@ -107,8 +110,8 @@ class Worker:
         for metric in self._core(trainer):
             _take(subject, metric)
         self._effective = subject.witness.effective()
-        subject.invalid += unproven(task.cell, self._effective)
-        phrases = mismatches(task.cell, self._effective, self._environment.device)
+        subject.invalid += unproven(train, self._effective)
+        phrases = mismatches(task.cell, self._effective, device)
         wrong = told_by_all(phrases, trainer.device)
         if wrong:
             return subject, "failed", "; ".join(wrong)
@@ -165,10 +168,36 @@ def _take(subject: Subject, metric: Metric) -> None:
         subject.taken.append(measurement)
 
 
-def refuse_emulation(task: Task) -> None:
-    """Raise an UnsupportedError if the protocol refuses a precision this device emulates."""
+def expected_device(seen: str, environ: Mapping[str, str]) -> str:
+    """The kind of device to measure: the one that was named, else a GPU where NVML has one.
+
+    `seen` is the kind that torch has, see `Environment.device`. CUDA_VISIBLE_DEVICES hides GPUs on
+    purpose where it is empty or begins with what is no GPU, as launchers and schedulers write it.
+
+    Raises:
+        CifarError: torch has no such GPU, and would measure the CPU.
+    """
+    shown, there = environ.get("CUDA_VISIBLE_DEVICES"), installed_gpus()
+    first = "0" if shown is None else shown.split(",")[0].strip()
+    hidden = not first or first.startswith("-") or first == "NoDevFiles"
+    expected = environ.get(DEVICE) or ("cuda" if there and not hidden else seen)
+    if (expected, seen) == ("cuda", "cpu"):
+        under = "" if shown is None else f" under CUDA_VISIBLE_DEVICES={shown}"
+        build = "" if torch.version.cuda else ", as it was built without CUDA"
+        raise CifarError(
+            f"device: cpu: NVML sees {there} GPU(s), and torch none{under}{build}; mend that, or "
+            "set CUDA_VISIBLE_DEVICES= to measure the CPU on purpose"
+        )
+    return expected
+
+
+def refuse_shortfall(task: Task) -> None:
+    """Raise an UnsupportedError if the protocol refuses a precision whose speed is another's here.
+
+    That is one that the device emulates, or has kernels but no instructions for.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = emulation_of(task.cell.precision, device)
+    told = shortfall_of(task.cell.precision, device)
     if told and not task.protocol.allow_emulated:
         raise UnsupportedError(
             f"{told}; to measure that, name the cell: bench run --models ... --precisions ..."
@@ -197,7 +226,8 @@ def main(folder: Path) -> int:
         if first:
             write_atomic(folder / RECORD_FILE, to_json(record))
 
-    record = Worker(job, keep).run()
+    with device_memory.named():  # the launcher goes by what the error is called
+        record = Worker(job, keep).run()
     keep(record)
     if record.reason and not first:  # the first process may not have met it, and not tell it
         print(record.reason, file=sys.stderr, flush=True)

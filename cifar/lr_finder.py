@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
+from cifar.device_memory import explained_training
 from cifar.distributed import barrier, reduce_sum, then_leave
 from cifar.errors import Stopped
 from cifar.losses import ComputeLoss
-from cifar.memory import explained_training
 from cifar.meter import Meter
 from cifar.progress import TrainingProgress
 from cifar.range_test import Curve, RangeTest, told, tuned

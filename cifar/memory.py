@@ -1,14 +1,10 @@
-"""A process's memory on the host: its peak, and running out of it told in one line. No torch."""
+"""A process's memory on the host: its peak, and what is said when it runs out. No torch."""
 
-import contextlib
+import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-from cifar.config import TrainConfig
-from cifar.errors import OutOfMemoryError
 
 OUT_OF_MEMORY = re.compile(
     r"^(?:[\w.]*(?:OutOfMemoryError|MemoryError)\b|what\(\):\s+std::bad_alloc)"
@@ -26,32 +22,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
 
 
-@contextlib.contextmanager
-def explained(what: str, remedy: str) -> Iterator[None]:
-    """While entered, running out of memory is an error: `what` does not fit, and the remedy.
+def give_heap_back() -> None:
+    """Return to the kernel what this process has freed and the C library kept, as far as it can.
 
-    Raises:
-        OutOfMemoryError: in place of whatever says so.
+    glibc alone can be told to, and under `cifar.process.MALLOC` gives back next to nothing by
+    itself (https://man7.org/linux/man-pages/man3/malloc_trim.3.html). Pages that are used again
+    are faulted in anew, so a warm-up must come next and never a timed window.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(f"memory: {what} does not fit; {remedy}") from None
-
-
-def explained_training(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
-    """`explained` for a model in training."""
-    smaller = "--resize" if config.model.library else "--width"
-    return explained(
-        f"model {config.model.label} with batch size {config.recipe.global_batch_size}",
-        f"choose a smaller {smaller} or -b, or more --accumulation",
-    )
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(ctypes.c_size_t(0))
 
 
 def reset_peak_resident() -> bool:
-    """Start the high-water mark of this process's resident set anew; whether that could be done."""
+    """Start the high-water mark of this process's resident set anew; whether that could be done.
+
+    The kernel sets it to what is resident now: the heap is given back first, or the mark would be
+    that of work before.
+    """
+    give_heap_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not on this system, or forbidden: the mark then stands

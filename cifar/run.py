@@ -13,11 +13,11 @@ from cifar.accelerator import meet, runs_on_cpu, shortfall_of
 from cifar.checkpoint import newest_whole
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
+from cifar.device_memory import explained_training
 from cifar.distributed import reduce_max, then_leave
 from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
 from cifar.lr_finder import find_lr
-from cifar.memory import explained_training
 from cifar.process import differences
 from cifar.pulse import PULSE
 from cifar.range_test import RangeTest

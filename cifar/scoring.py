@@ -18,9 +18,9 @@ from cifar.data.division import divide
 from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
 from cifar.data.test_set import read_test_set
+from cifar.device_memory import explained
 from cifar.errors import CheckpointError, DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
-from cifar.memory import explained
 from cifar.network import few, load_network
 from cifar.predictions import Predictions, calibrate, calibration_error
 

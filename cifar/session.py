@@ -13,11 +13,10 @@ import torch
 from cifar import checkpoint, report, run_folder
 from cifar.config import TrainConfig
 from cifar.data.config import DataConfig
-from cifar.device_memory import reset_peak_memory
+from cifar.device_memory import explained_training, reset_peak_memory
 from cifar.distributed import barrier, broadcast_from_first, explained_peers
 from cifar.errors import CheckpointError, CifarError, Stopped, TrainingError
 from cifar.evaluation import Evaluation
-from cifar.memory import explained_training
 from cifar.outcome import Outcome
 from cifar.progress import TrainingProgress
 from cifar.pulse import PULSE

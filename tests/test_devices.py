@@ -18,7 +18,7 @@ from bench import commands, cores, devices, nvml
 from bench.cores import pinned, read_cores, shares, write_cores
 from bench.device_lock import held
 from bench.devices import Device, Machine, Place, find_machine
-from bench.job import SIDE_BY_SIDE
+from bench.job import DEVICE, SIDE_BY_SIDE
 from bench.present import present_environment
 from bench.processes import BLAME_SECONDS, OomKills
 from bench.protocol import Protocol
@@ -176,7 +176,11 @@ def test_gpus_have_their_uuid_a_lock_and_a_share_of_the_cores() -> None:
     )
     place = machine.first_place(2)
     assert (place.label, place.cores) == ("0,GPU-b", tuple(range(8)))
-    assert place.variables == {"CUDA_VISIBLE_DEVICES": "GPU-a1,GPU-b1", SIDE_BY_SIDE: "2"}
+    assert place.variables == {
+        "CUDA_VISIBLE_DEVICES": "GPU-a1,GPU-b1",
+        SIDE_BY_SIDE: "2",
+        DEVICE: "cuda",
+    }
     assert [machine.share(count) for count in (1, 2)] == [0.5, 1.0]
     assert find("1,3", MIXED).locks == ("GPU-a2", "GPU-c1"), "of one model"
 
@@ -193,7 +197,11 @@ def test_groups_of_cores_hide_the_gpus() -> None:
     machine = find("cpu:0-1+4,cpu:2-3+5")
     assert [device.cores for device in machine.devices] == [(0, 1, 4), (2, 3, 5)]
     assert machine.locks == tuple(f"core-{core}" for core in range(6))
-    assert machine.first_place(1).variables == {"CUDA_VISIBLE_DEVICES": "", SIDE_BY_SIDE: "2"}
+    assert machine.first_place(1).variables == {
+        "CUDA_VISIBLE_DEVICES": "",
+        SIDE_BY_SIDE: "2",
+        DEVICE: "cpu",
+    }
 
 
 @pytest.mark.usefixtures("eight")
@@ -268,7 +276,7 @@ def test_a_place_s_environment_is_asked_for_on_its_cores() -> None:
         return NO_GPU
 
     assert place.environment(present, 1) is NO_GPU
-    assert seen == [(1, {"CUDA_VISIBLE_DEVICES": "", SIDE_BY_SIDE: "3"}, {one})]
+    assert seen == [(1, {"CUDA_VISIBLE_DEVICES": "", SIDE_BY_SIDE: "3", DEVICE: "cpu"}, {one})]
 
 
 @pytest.mark.multiprocess

@@ -26,6 +26,7 @@ from bench.record import Measurement
 from cifar.accelerator import allow_tf32
 from cifar.config import RunConfig
 from cifar.errors import UnsupportedError
+from cifar.teacher import EVENT
 
 PROTOCOL = Protocol(
     inference_batch_sizes=(1, 8), inference_warmup=1, inference_iterations=4,
@@ -443,6 +444,104 @@ def test_inference_in_another_format_than_asked_has_failed() -> None:
         assert each.reason == "input_channels_last: True where False was asked"
 
 
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dynamo without a code generator, in any mode."""
+    real = torch.compile
+    for module in (backends, "cifar.accelerator"):
+        name = module if isinstance(module, str) else module.__name__
+        monkeypatch.setattr(f"{name}.check_compiler", lambda _: None)
+    monkeypatch.setattr("cifar.accelerator.check_compile_mode", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda m, mode, **o: real(m, backend="eager", **o))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def replayed(source: Source, images: Tensor) -> Run:
+    """Compiled code that is run as it is twice, the second time recorded, then replayed.
+
+    What a replay returns calls no kernel by name.
+    """
+    run, calls = backends.compiled(source, images), []
+    kept: dict[int, Tensor] = {}
+
+    def replay(batch: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) <= 2:
+            return run(batch)
+        key = hash(batch.cpu().numpy().tobytes())
+        if key not in kept:  # what a graph computes, out of the profiler's sight
+            with torch.profiler.record_function(EVENT):
+                kept[key] = run(batch).clone()
+        return kept[key]
+
+    return replay
+
+
+def unseen(subject: Subject) -> list[str]:
+    return [each for each in subject.invalid if "not seen" in each]
+
+
+COMPILED = replace(PROTOCOL, inference_backends=("compiled",), inference_batch_sizes=(8,))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_formats_in_cuda_graphs_are_seen_as_they_are_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(BACKENDS, "compiled", replayed)
+
+    def subject_in(mode: str, precision: str) -> Subject:
+        reset_accelerate()
+        return make_subject(COMPILED, compile=True, compile_mode=mode, precision=precision)
+
+    for precision in ("fp32", "bf16"):
+        subject = subject_in("reduce-overhead", precision)
+        latency = find(list(measure_inference(subject)), "inference_latency", batch_size=8)
+        assert (latency.status, unseen(subject)) == ("ok", [])
+    subject = subject_in("default", "fp32")  # in which nobody expects a graph
+    list(measure_inference(subject))
+    assert unseen(subject) == [
+        f"inference b8: {name} of a convolution was not seen in the compiled code"
+        for name in ("input_dtype", "weight_dtype")
+    ]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_another_format_in_a_cuda_graph_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 where bf16 was asked: the logits agree, so nothing else tells."""
+    monkeypatch.setitem(
+        BACKENDS,
+        "compiled",
+        lambda source, images: replayed(replace(source, precision="fp32"), images),
+    )
+    subject = make_subject(COMPILED, compile=True, compile_mode="reduce-overhead", precision="bf16")
+    latency = find(list(measure_inference(subject)), "inference_latency", batch_size=8)
+    assert (latency.status, latency.reason) == (
+        "failed",
+        "input_dtype: float32 where bfloat16 was asked; "
+        "weight_dtype: float32 where bfloat16 was asked",
+    )
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_cuda_graphs_that_are_skipped_in_inference_have_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def skipping(source: Source, images: Tensor) -> Run:
+        counters["inductor"]["cudagraph_skips"] += 1
+        return backends.compiled(source, images)
+
+    monkeypatch.setitem(BACKENDS, "compiled", skipping)
+    subject = make_subject(COMPILED, compile=True, compile_mode="reduce-overhead")
+    latency = find(list(measure_inference(subject)), "inference_latency", batch_size=8)
+    assert (latency.status, latency.reason) == (
+        "failed",
+        "compile_mode: CUDA graphs skipped 1 times: reduce-overhead was asked",
+    )
+
+
 def test_the_same_images_are_compared_at_every_size() -> None:
     subject = make_subject()
     seen: list[Tensor] = []
@@ -652,3 +751,16 @@ def test_compilers_run_on_a_gpu(name: str, precision: str) -> None:
     found = list(measure_inference(Subject(trainer, protocol)))
     mine = [each for each in found if each.labels.get("backend") == name]
     assert {(each.status, each.reason) for each in mine} == {("ok", "")}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_inference_in_cuda_graphs_is_proven_on_a_gpu(mode: str) -> None:
+    trainer = make_trainer(
+        run=RunConfig(), precision="bf16", compile=True, compile_mode=mode, channels_last=True
+    )
+    subject = Subject(trainer, replace(PROTOCOL, inference_backends=()))
+    found = list(measure_inference(subject))
+    latencies = [each for each in found if each.name == "inference_latency"]
+    assert {(each.status, each.reason) for each in latencies} == {("ok", "")}
+    assert unseen(subject) == []

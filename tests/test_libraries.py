@@ -15,7 +15,7 @@ from training import cifar, make_trainer, tiny_recipe
 
 from bench.estimate import estimate_seconds
 from bench.judge import UNOBSERVED, inference_mismatches
-from bench.observe import observe_inference
+from bench.observe import InferenceWitness
 from bench.protocol import Protocol
 from bench.spec import Cell, Plan, Suite, expand
 from bench.tuning import trial_protocol
@@ -461,7 +461,8 @@ def observed(module: nn.Module, *, channels_last: bool) -> dict[str, Any]:
     module = module.eval().to(memory_format=layout)
     images = torch.rand(2, 3, 32, 32).contiguous(memory_format=layout)
     with torch.inference_mode():
-        return observe_inference(module, lambda: module(images), compiled=False)
+        witness = InferenceWitness(module, compiled=False)
+        return witness.observe(lambda: module(images))
 
 
 def told_of(name: str, seen: dict[str, Any], **fields: Any) -> list[str]:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from bench import measure, worker
 from bench.environment import code_digest, collect, cpu_model
-from bench.job import Job
+from bench.job import DEVICE, Job
 from bench.measure import clock, compilation, inference, outcome, training
 from bench.measure.clock import HostClock
 from bench.measure.compilation import break_even, excess, first_steps, measure_compilation
@@ -39,7 +39,7 @@ from cifar.data.config import parse_data
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
 from cifar.device_memory import reset_peak_memory
-from cifar.errors import ConfigError, UnsupportedError
+from cifar.errors import CifarError, ConfigError, UnsupportedError
 from cifar.process import worker_environment
 from cifar.serialize import to_json
 from cifar.trainer import Trainer
@@ -491,15 +491,68 @@ def assert_names_its_images(record: Record, npz: Path) -> None:
     assert (record.data.train_samples, record.data.test_samples) == (96, 50)
 
 
-def test_worker_refuses_emulation_where_the_protocol_does(
+NAMED = "CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("there", "environ", "seen", "told"),
+    [
+        (0, {}, "cpu", "cpu"),
+        (0, {}, "cuda", "cuda"),  # NVML cannot be asked
+        (2, {}, "cuda", "cuda"),
+        (2, {}, "cpu", "NVML sees 2 GPU(s), and torch none"),
+        (1, {NAMED: "7"}, "cpu", f"NVML sees 1 GPU(s), and torch none under {NAMED}=7"),
+        *((2, {NAMED: hidden}, "cpu", "cpu") for hidden in ("", "-1", "-1,0", "NoDevFiles")),
+        (2, {NAMED: "", DEVICE: "cpu"}, "cpu", "cpu"),
+        (0, {NAMED: "GPU-1", DEVICE: "cuda"}, "cpu", f"torch none under {NAMED}=GPU-1"),
+        (2, {NAMED: "", DEVICE: "cuda"}, "cpu", f"torch none under {NAMED}="),
+        (2, {NAMED: "", DEVICE: "cpu"}, "cuda", "cpu"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_expected_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, there: int, environ: dict[str, str], seen: str, told: str
+) -> None:
+    monkeypatch.setattr(worker, "installed_gpus", lambda: there)
+    if told in ("cpu", "cuda"):
+        assert worker.expected_device(seen, environ) == told
+        return
+    with pytest.raises(CifarError) as caught:
+        worker.expected_device(seen, environ)
+    assert told in str(caught.value)
+    assert "set CUDA_VISIBLE_DEVICES= to measure the CPU on purpose" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_worker_does_not_measure_the_cpu_of_a_machine_whose_gpus_it_cannot_see(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(worker, "installed_gpus", lambda: 2)
+    monkeypatch.delenv(NAMED, raising=False)
+    assert run_worker(tmp_path / "job", make_cell(npz)) == 1
+    record = record_in(tmp_path / "job")
+    assert (record.status, record.measurements) == ("failed", ())
+    assert record.reason.startswith("device: cpu: NVML sees 2 GPU(s), and torch none")
+    assert_names_its_images(record, npz)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "told"),
+    [(False, "has no bf16 kernels and emulates them"), (True, "has no bf16 instructions")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has instructions")
+def test_worker_refuses_another_formats_speed_where_the_protocol_does(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: bool, told: str
+) -> None:
+    """As of a CPU without AVX-512, and of one with it but without its bf16 extension."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
+    monkeypatch.setattr("cifar.accelerator.platform.machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
     protocol = replace(PROTOCOL, allow_emulated=False)
     assert run_worker(tmp_path / "job", bf16_cell(npz), protocol) == 0
     record = record_in(tmp_path / "job")
-    assert record.status == "unsupported"
-    assert "emulate" in record.reason
+    assert (record.status, record.measurements) == ("unsupported", ())
+    assert told in record.reason
     assert_names_its_images(record, npz)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,23 +14,23 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from training import finish, reset_accelerate, save_weights, start, taught_by
 
-from bench import observe
+from bench import kernels, observe
 from bench.job import CELL_FILE, RECORD_FILE, Job
-from bench.judge import WRAPPERS, mismatches, unproven
+from bench.judge import WRAPPERS, changes, mismatches, unproven
 from bench.measure.subject import Subject
 from bench.measure.training import measure_training
 from bench.observe import Witness
 from bench.protocol import Protocol
 from bench.record_file import parse_record
 from bench.spec import CAPTURE_STEPS, Cell, Task, grid
-from cifar.config import Recipe, RunConfig
+from cifar.config import CompileMode, Recipe, RunConfig
 from cifar.data.config import parse_data
 from cifar.data.loader import Batch
 from cifar.losses import ComputeLoss, cross_entropy
 from cifar.optim import build_optimizer
 from cifar.serialize import to_json
 from cifar.trainer import Trainer
-from cifar.updates import descend
+from cifar.updates import SharpnessAware, descend
 
 PROTOCOL = Protocol(warmup_steps=0, timed_steps=3, min_timed_seconds=0.0)
 """Step 1 is the first, 2 the observed one, 3 to 5 the window, 6 the other observed one; of a
@@ -42,9 +42,12 @@ Act = Callable[[Trainer], object]
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn.allow_tf32
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+    for each in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
+        each.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @pytest.fixture
@@ -149,6 +152,11 @@ def in_doubles(_model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return LOSS(_model, replace(batch, images=batch.images.double()))
 
 
+def with_another_pass(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    model(batch.images[:6])
+    return LOSS(model, batch)
+
+
 def steep(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     loss, logits = LOSS(model, batch)
     return loss * 1000, logits
@@ -244,21 +252,85 @@ def test_cast_weights_are_told() -> None:
 def test_autocast_of_another_kind_is_told(
     precision: str, loss: ComputeLoss, seen: tuple[str, str], wanted: tuple[str, str]
 ) -> None:
+    past = loss is past_autocast  # and past the model
+    bypassed = {"forward_passes": (0, 1), "micro_batch_size": ("unobserved", 16)} if past else {}
     assert told(make_cell(precision), compute_loss=loss) == asked(
+        **bypassed,
         autocast=(seen[0], wanted[0]),
         input_dtype=(seen[1], wanted[1]),
         weight_dtype=(seen[1], wanted[1]),
     )
 
 
+def test_another_number_of_passes_and_another_micro_batch_are_told() -> None:
+    whole = make_cell()
+    cell = replace(whole, train=replace(whole.train, accumulation_steps=2))
+    effective = measured(make_subject(cell))
+    assert (effective["forward_passes"], effective["micro_batch_size"]) == (2, 8)
+    assert mismatches(cell, effective, "cpu") == []
+    others = asked(forward_passes=(2, 1), micro_batch_size=(8, 16))
+    assert mismatches(whole, effective, "cpu") == others
+    assert told(cell, compute_loss=with_another_pass) == asked(
+        forward_passes=(4, 2), micro_batch_size=("6, 8, 6, 8", 8)
+    )
+
+
+def test_the_second_pass_of_sam_is_asked_for() -> None:
+    cell = make_cell(recipe=Recipe(sam_rho=0.05))
+    assert told(cell) == []
+    assert told(make_cell(), update=SharpnessAware(0.05)) == asked(forward_passes=(2, 1))
+
+
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [("tf32_matmul", torch.backends.cuda.matmul), ("tf32_convolution", torch.backends.cudnn)],
+    ("setting", "seen"),
+    [
+        (("highest", "none", "none"), {}),
+        (("highest", "ieee", "ieee"), {}),
+        (
+            ("medium", None, "none"),
+            {
+                "tf32_matmul": (True, False),
+                "float32_matmul_precision": ("medium", "highest"),
+                "onednn_matmul": ("bf16", "ieee"),
+            },
+        ),
+        (
+            ("highest", "tf32", "none"),
+            {
+                "float32_matmul_precision": ("mixed", "highest"),
+                "onednn_matmul": ("tf32", "ieee"),
+            },
+        ),
+        (("highest", "none", "bf16"), {"onednn_convolution": ("bf16", "ieee")}),
+    ],
 )
-def test_tf32_is_told_of_both_kinds_of_operation(name: str, backend: Any) -> None:
-    assert told(make_cell(), allow(backend)) == asked(**{name: (True, False)})
+def test_what_a_cpu_computes_fp32_in_is_told(
+    setting: tuple[str, str | None, str], seen: dict[str, tuple[object, object]]
+) -> None:
+    def switch(_: Trainer) -> None:
+        precision, matmul, convolution = setting
+        torch.set_float32_matmul_precision(precision)
+        if matmul is not None:
+            torch.backends.mkldnn.matmul.fp32_precision = matmul
+        torch.backends.mkldnn.conv.fp32_precision = convolution
+
+    assert told(make_cell(), switch) == asked(**seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "also"),
+    [
+        ("tf32_matmul", torch.backends.cuda.matmul, {"float32_matmul_precision": "high"}),
+        ("tf32_convolution", torch.backends.cudnn, {}),
+    ],
+)
+def test_tf32_is_told_of_both_kinds_of_operation(
+    name: str, backend: Any, also: dict[str, str]
+) -> None:
+    further = {each: (value, "highest") for each, value in also.items()}
+    assert told(make_cell(), allow(backend)) == asked(**{name: (True, False)}, **further)
     (text,) = told_of_window(make_cell(), allow(backend))
-    assert text == f"changed in the timed window: {name}: False before, True after"
+    assert text.startswith(f"changed in the timed window: {name}: False before, True after")
 
 
 def test_nvidia_s_variable_overrides_the_tf32_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +338,7 @@ def test_nvidia_s_variable_overrides_the_tf32_flags(monkeypatch: pytest.MonkeyPa
     both = asked(tf32_matmul=(True, False), tf32_convolution=(True, False))
     assert told(make_cell()) == both
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-    assert told(make_cell(), allow(torch.backends.cuda.matmul)) == []
+    assert told(make_cell(), allow(torch.backends.cudnn)) == []
 
 
 def test_loss_scaling_and_the_steps_it_skips_are_told() -> None:
@@ -291,9 +363,20 @@ def test_the_wrong_number_of_processes_is_told_and_a_missing_wrapper() -> None:
         devices=(1, 2),
         backend=("none", "gloo"),
         wrapper=("ResNet", "DistributedDataParallel"),
+        micro_batch_size=(16, 8),
     )
     (text,) = told_of_window(cell, wrap)
     assert text == "changed in the timed window: wrapper: ResNet before, Sequential after"
+
+
+def test_a_label_that_comes_or_goes_is_a_change() -> None:
+    before = {"device": "cpu", "loss_scale": 8.0, "gradient_hook": "none"}
+    after = {"device": "cpu", "recompiles": 3, "batch_norm": "per device"}
+    assert changes(before, after) == (
+        "gradient_hook: none before, unobserved after, "
+        "batch_norm: unobserved before, per device after"
+    )
+    assert changes(before, {**before, "loss_scale": 4.0}) == ""
 
 
 SHARED_OUT = {"weights_held": 0.5, "weights_updated": 0.5}
@@ -321,7 +404,8 @@ def test_another_engine_than_the_launchers_is_told(
     one = make_cell()
     two = {"num_processes": 2, "devices": 2, "backend": "gloo", "wrapper": WRAPPERS[launcher]}
     own_way = {"batch_norm": "per device", "gradient_hook": "none", "bucket_bytes": 25 * 2**20}
-    effective = measured(make_subject(one)) | two | own_way | SHARED_OUT | seen
+    half = {"micro_batch_size": 8}
+    effective = measured(make_subject(one)) | two | own_way | half | SHARED_OUT | seen
     told = mismatches(replace(one, launcher=launcher, num_processes=2), effective, "cpu")
     assert len(told) == bool(phrase) and "".join(told).startswith(phrase)
 
@@ -373,7 +457,7 @@ def test_what_the_replay_of_a_graph_does_not_show_is_told_of_its_recording(
     witness = Witness(make_subject(cell, steps=4).trainer)
     with witness.recording():
         witness._trainer.train_step()
-    monkeypatch.setattr(observe, "_CONVOLUTION", "nothing")
+    monkeypatch.setattr(kernels, "_CONVOLUTION", "nothing")
     with witness.recording():
         witness._trainer.train_step()
     seen = witness._observe_step()
@@ -384,12 +468,12 @@ def test_what_the_replay_of_a_graph_does_not_show_is_told_of_its_recording(
 def test_a_format_that_compiled_code_never_shows_is_not_proven(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(observe, "_CONVOLUTION", "nothing")
+    monkeypatch.setattr(kernels, "_CONVOLUTION", "nothing")
     cell = make_cell(compile=(True,), channels_last=(True,))
     effective = measured(make_subject(cell, steps=4))
     assert mismatches(cell, effective, "cpu") == []
     names = ("input_dtype", "weight_dtype", "input_channels_last", "weight_channels_last")
-    assert unproven(cell, effective) == [
+    assert unproven(cell.train, effective) == [
         f"{name} of a convolution was not seen in the compiled code" for name in names
     ]
 
@@ -429,6 +513,41 @@ def test_a_recompilation_in_the_window_is_told() -> None:
 
     (text,) = told_of_window(make_cell(compile=(True,)), another_shape)
     assert text == "recompiled 1 times in the timed window"
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_recompilation_in_the_warm_up_is_told() -> None:
+    def another_shape(trainer: Trainer) -> None:
+        step = trainer.train_step
+
+        def train_step() -> None:
+            step()
+            if trainer.step == 2:
+                trainer.model(torch.zeros(3, 3, 16, 16))
+
+        trainer.train_step = train_step
+
+    cell = make_cell(compile=(True,))
+    assert told(cell, another_shape) == ["recompiled 1 times before the timed window"]
+    sam = make_cell(compile=(True,), recipe=Recipe(sam_rho=0.05))
+    assert told(sam) == []
+
+
+@pytest.mark.parametrize("mode", get_args(CompileMode))
+def test_the_compiler_s_mode_is_seen_in_its_switches(mode: CompileMode) -> None:
+    compiled = torch.compile(nn.Linear(2, 2), mode=mode)
+    assert observe._compile_mode(compiled) == mode
+    with torch._inductor.config.patch({"max_autotune": True}):
+        assert observe._compile_mode(torch.compile(nn.Linear(2, 2))).startswith("max-autotune")
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_another_mode_of_the_compiler_is_told() -> None:
+    def tune(trainer: Trainer) -> None:
+        switches = {"max_autotune": True, "triton.cudagraphs": True}
+        trainer.model.get_compiler_config = lambda: switches
+
+    assert told(make_cell(compile=(True,)), tune) == asked(compile_mode=("max-autotune", "default"))
 
 
 @pytest.mark.usefixtures("quick_compiler")
@@ -489,7 +608,7 @@ def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> 
         pytest.skip(f"this GPU has no {precision}")
     cell = make_cell(precision, channels_last=(True,), compile=(compiled,))
     effective = measured(make_subject(cell, run=RunConfig()))
-    assert mismatches(cell, effective, "cuda") == unproven(cell, effective) == []
+    assert mismatches(cell, effective, "cuda") == unproven(cell.train, effective) == []
     asked = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     assert effective["input_dtype"] == effective["weight_dtype"] == asked
     assert effective["device"] == "cuda"
@@ -504,7 +623,7 @@ def test_cuda_graphs_run_where_they_are_asked_for() -> None:
     cell = replace(cell, train=replace(cell.train, compile_mode="reduce-overhead"))
     effective = measured(make_subject(cell, run=RunConfig()))
     assert effective["cudagraph_skips"] == 0
-    assert mismatches(cell, effective, "cuda") == unproven(cell, effective) == []
+    assert mismatches(cell, effective, "cuda") == unproven(cell.train, effective) == []
     assert effective["input_dtype"] == effective["weight_dtype"] == "float32"
     torch._dynamo.reset()
 

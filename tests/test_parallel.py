@@ -377,6 +377,8 @@ class TestTwoProcesses:
 # --- What a record says ---
 
 OBSERVED = {
+    "forward_passes": 1, "micro_batch_size": 64, "float32_matmul_precision": "highest",
+    "onednn_matmul": "ieee", "onednn_convolution": "ieee",
     "device": "cpu", "num_processes": 2, "devices": 2, "backend": "gloo",
     "compile": False, "autocast": "off",
     "input_dtype": "float32", "weight_dtype": "float32", "input_channels_last": False,

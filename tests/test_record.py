@@ -403,6 +403,9 @@ def test_hardware_is_named_without_marketing():
         ("software", {"tools": {"CXX": "g++ 12"}}),
         ("hardware", {"cpu_count": 4}),
         ("hardware", {"gpu_names": ("NVIDIA H200",)}),
+        ("hardware", {"gpu_power_limits": (500,)}),
+        ("hardware", {"gpu_power_limits": (None, 500)}),
+        ("hardware", {"gpu_application_clocks": ((1980, 2619),)}),
         ("worker environment", {"threads": 1}),
         ("worker environment", {"worker_env": {"OMP_NUM_THREADS": "1"}}),
     ],
@@ -415,6 +418,20 @@ def test_environment_keys_differ_in_the_part_that_differs(part, change):
 def test_environment_key_ignores_time_host_and_commit():
     other = replace(ENVIRONMENT, started="later", host="b", git_sha="c", memory_bytes=1)
     assert other.key() == ENVIRONMENT.key()
+
+
+def test_limits_that_nobody_tells_are_those_of_older_records():
+    untold = replace(ENVIRONMENT, gpu_power_limits=(None,), gpu_application_clocks=(None,))
+    assert untold.key() == ENVIRONMENT.key()
+
+
+def test_limits_of_gpus_survive_json():
+    limits = {"gpu_power_limits": (700, None), "gpu_application_clocks": ((1980, 2619), None)}
+    environment = replace(ENVIRONMENT, gpu_names=("NVIDIA H200",) * 2, **limits)
+    again = parse_record(to_json(replace(make_record(), environment=environment))).environment
+    assert again is not None
+    assert again.key() == environment.key() != ENVIRONMENT.key()
+    assert again.gpu_power_limits == (700, None)
 
 
 def test_environment_key_survives_json():

@@ -12,7 +12,7 @@ from fake_worker import DATA, environment
 from bench.columns import DASH, scaling_columns
 from bench.efficiency import in_order, scaling_rows, told_apart
 from bench.launchers import LAUNCHERS
-from bench.nvml import visible_gpus
+from bench.nvml import installed_gpus, visible_gpus
 from bench.options import RunOptions, build_suite
 from bench.protocol import Protocol
 from bench.record import Measurement, Record
@@ -437,6 +437,25 @@ def test_gpus_that_a_process_sees(
     nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 4, NVMLError=OSError)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert visible_gpus({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == seen
+
+
+def test_gpus_that_were_given_to_others_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts all of the machine's, and a job that has none may open none."""
+
+    def handle(number: int) -> None:
+        if number > 0:
+            raise OSError("Insufficient Permissions")
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=handle,
+        NVMLError=OSError,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert installed_gpus() == 1
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert installed_gpus() == 0
 
 
 def test_without_a_driver_or_its_library_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

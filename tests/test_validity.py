@@ -17,7 +17,7 @@ import pytest
 import torch
 from training import ROOT, make_trainer, tiny_recipe
 
-from bench import counters, nvml, validity
+from bench import counters, environment, nvml, validity
 from bench.counters import Counters, read_counters
 from bench.measure import monitor, training
 from bench.measure.monitor import CollectorClock, Monitor, gpu_fields
@@ -362,15 +362,20 @@ class FakeNvml(types.ModuleType):
     """pynvml of a machine with one GPU; `changes` replaces its answers, an exception is raised."""
 
     NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    NVML_CLOCK_GRAPHICS, NVML_CLOCK_MEM = 0, 2
     NVML_PERF_POLICY_POWER, NVML_PERF_POLICY_THERMAL = 0, 1
 
     class NVMLError(Exception):
         pass
 
+    class NVMLLibraryMismatchError(Exception):
+        pass
+
     def __init__(self, **changes: object) -> None:
         super().__init__("pynvml")
         self.answers = {
-            "clock": 1980, "heat": 61, "events": 0, "pids": (41,), "slowed": (3e9, 5e8), **changes
+            "clock": 1980, "heat": 61, "events": 0, "pids": (41,), "slowed": (3e9, 5e8),
+            "limit": 699_900, "clocks": (1980, None, 2619), **changes
         }  # fmt: skip
 
     def _answer(self, name: str) -> object:
@@ -401,6 +406,12 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetViolationStatus(self, handle: str, policy: int) -> object:
         return types.SimpleNamespace(violationTime=self._answer("slowed")[policy])
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> object:
+        return self._answer("limit")
+
+    def nvmlDeviceGetApplicationsClock(self, handle: str, kind: int) -> object:
+        return self._answer("clocks")[kind]
+
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> object:
         return [types.SimpleNamespace(pid=pid) for pid in self._answer("pids")]
 
@@ -426,6 +437,28 @@ def test_seconds_that_are_not_counted_are_unknown(monkeypatch: pytest.MonkeyPatc
     install(monkeypatch, slowed=FakeNvml.NVMLError("Not Supported"))
     state = Gpu(UUID).state()
     assert math.isnan(state.thermal_seconds) and math.isnan(state.power_seconds)
+
+
+def test_a_driver_older_than_the_binding_leaves_out_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, pids=FakeNvml.NVMLLibraryMismatchError("use a versioned function"))
+    state = Gpu(UUID).state()
+    assert (state.processes, state.clock_hz) == (None, 1.98e9)
+    assert math.isnan(other_processes(state, own=7))
+    monkeypatch.delattr(FakeNvml, "NVMLLibraryMismatchError")
+    install(monkeypatch, pids=FakeNvml.NVMLError("Not Supported"))
+    assert Gpu(UUID).state().processes is None, "as of a binding without that error"
+
+
+def test_the_limits_of_a_gpu_are_in_watts_and_megahertz(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert (Gpu(UUID).power_limit(), Gpu(UUID).application_clocks()) == (700, (1980, 2619))
+    assert environment._limits(UUID) == (700, (1980, 2619))
+    deprecated = FakeNvml.NVMLError("Not Supported")
+    install(monkeypatch, limit=deprecated, clocks=deprecated)
+    assert environment._limits(UUID) == (None, None)
+    assert environment._limits("GPU-1111") == (None, None)
 
 
 def test_an_older_binding_has_another_name_for_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,6 +534,16 @@ def test_a_gpu_is_looked_at_while_it_works() -> None:
     found = gpu_fields([idle, busy, idle], 2.0)
     assert found["gpu_clock_after"] == 1.7e9
     assert found["gpu_thermal"] == 1.0
+
+
+def test_a_clock_of_nothing_has_not_fallen() -> None:
+    """Some virtual GPUs tell 0 MHz."""
+    state = GpuState(clock_hz=0.0, temperature=50.0, slowed_by=nvml.THERMAL, processes=())
+    found = gpu_fields([state, state], 2.0)
+    (window,) = together([astuple(replace(QUIET, **found))])
+    told = {each.name: each for each in measure(GPU_WATCHES, [window])}
+    assert told["window_gpu_clock_drop"].status == "absent"
+    assert not [reason for reason in judge(GPU_WATCHES, [window]) if "clock" in reason]
 
 
 def test_seconds_of_heat_are_a_share_of_the_window() -> None:

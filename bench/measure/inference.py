@@ -12,13 +12,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bench.judge import Labels, inference_mismatches
+from bench.judge import Labels, inference_mismatches, unproven
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.clock import synchronize
 from bench.measure.comparison import Comparison, Reference, sample_images
 from bench.measure.subject import Better, Subject
 from bench.measure.training import has_settled
-from bench.observe import observe_inference
+from bench.observe import InferenceWitness
 from bench.record import Label, Measurement
 from bench.spec import warm_up_span
 from cifar.distributed import barrier, least
@@ -133,9 +133,12 @@ class Candidate:
         if self._trouble and self._trouble.status == "absent":
             return None
         started, trouble = None, None
+        self._witness = InferenceWitness(self._source.module, compiled=not self._is_eager)
         try:
             with cold_caches() if cold and not self._is_eager else contextlib.nullcontext():
                 started = _begin(BACKENDS[self._name], self._source, images)
+            if self._name == "compiled" and self._source.compile_mode != "default":
+                self._witness.record(functools.partial(started.run, images))
         except UnsupportedError as error:
             trouble = Trouble(status="absent", reason=str(error))
         except Exception as error:  # a library's, of any kind: it costs this number, not the cell
@@ -166,6 +169,8 @@ class Candidate:
         backend = f" {self._name}" if self._labels else ""
         where = f"inference{backend} b{len(images)}"
         before = self._observe(started, images)
+        unseen = unproven(self._subject.trainer.config, before)
+        self._subject.invalid += [f"{where}: {each}" for each in unseen]
         seconds = _time_batches(started.run, images, self._subject, where)
         fault = self._mismatch(before, self._observe(started, images))
         self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
@@ -175,9 +180,7 @@ class Candidate:
         """What runs in a batch; nothing of a library that computes out of torch's sight."""
         if self._name not in ("eager", "compiled"):
             return {}
-        compiled = not self._is_eager
-        run = functools.partial(started.run, images)
-        seen = observe_inference(self._source.module, run, compiled=compiled)
+        seen = self._witness.observe(functools.partial(started.run, images))
         return {**seen, "emulated": self._subject.trainer.emulated}
 
     def _mismatch(self, before: Labels, after: Labels) -> str:
