@@ -7,10 +7,11 @@ import os
 import torch
 from torch import Tensor, nn
 
+from cifar.accelerator import meet
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
-from cifar.distributed import barrier, reduce_sum, then_leave
+from cifar.distributed import barrier, explained_peers, reduce_sum, then_leave
 from cifar.errors import Stopped
 from cifar.losses import ComputeLoss
 from cifar.memory import explained_training
@@ -185,7 +186,8 @@ def explore(config: TrainConfig, run: RunConfig, test: RangeTest) -> tuple[Curve
     """
 
     def found() -> tuple[Curve, str]:
-        with explained_training(config):
+        with explained_training(config), explained_peers():
+            meet(config, run)
             dataset = load_dataset(config.data)
             return find_curve(config, run, dataset, test), _what(config, dataset)
 

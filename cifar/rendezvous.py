@@ -31,14 +31,20 @@ def is_launched(environ: Mapping[str, str]) -> bool:
 
 
 def form_group(
-    environ: Mapping[str, str], *, backend: str, meeting_timeout: float, collective_timeout: float
+    environ: Mapping[str, str],
+    *,
+    backend: str,
+    told: Mapping[str, str],
+    meeting_timeout: float,
+    collective_timeout: float,
 ) -> Group | None:
     """Form torch's default process group, unless there is none to form (None) or it exists.
 
     Call it on all processes of the job, before `Accelerator()` or DeepSpeed, which take the group
     as it is. `environ` must have passed `cifar.ranks.check_rendezvous`. `backend`: gloo, nccl or
-    "cuda:nccl,cpu:gloo". The processes may start `meeting_timeout` seconds apart; a collective call
-    fails after `collective_timeout` seconds.
+    "cuda:nccl,cpu:gloo". `told` must be alike on all, see `cifar.agreement`. The processes may
+    start `meeting_timeout` seconds apart; a collective call fails after `collective_timeout`
+    seconds.
 
     Raises:
         ConfigError: the processes do not fit together; all of them say so.
@@ -51,7 +57,7 @@ def form_group(
         torch.cuda.set_device(device)
     with _Guard(meeting_timeout, environ) as guard:
         gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
-        meeting = Meeting(environ, gpu, meeting_timeout)
+        meeting = Meeting(environ, gpu, told, meeting_timeout)
         guard.expect(meeting.unreachable())
         group, store, peers = meeting.hold()
         if "gloo" in backend:

@@ -22,7 +22,13 @@ TIMEOUT = 6.0
 
 def meet(words: list[str]) -> int:
     check_rendezvous(os.environ, cpu=True)
-    group = form_group(os.environ, backend="gloo", meeting_timeout=TIMEOUT, collective_timeout=30.0)
+    group = form_group(
+        os.environ,
+        backend="gloo",
+        told=json.loads(os.environ.get("TOLD", "{}")),
+        meeting_timeout=TIMEOUT,
+        collective_timeout=30.0,
+    )
     print(f"met as {group.rank} of {group.size}")
     leave()
     return 0
