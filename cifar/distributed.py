@@ -44,7 +44,8 @@ def join_group(backend: str, run: RunConfig, told: Mapping[str, str]) -> None:
         collective_timeout=BACKSTOP * run.collective_timeout,
     )
     if group is not None and group.size > 1:
-        _WATCHDOGS.append(Watchdog(group, run.collective_timeout))
+        runs_ahead = "nccl" in backend
+        _WATCHDOGS.append(Watchdog(group, run.collective_timeout, runs_ahead=runs_ahead))
         _WATCHDOGS[-1].start()
 
 

@@ -17,6 +17,7 @@ from cifar.losses import ComputeLoss
 from cifar.memory import explained_training
 from cifar.meter import Meter
 from cifar.progress import TrainingProgress
+from cifar.pulse import PULSE
 from cifar.range_test import Curve, RangeTest, told, tuned
 from cifar.ranks import is_first
 from cifar.report import Files, range_test_files
@@ -45,7 +46,8 @@ class Losses(Meter):
         """
         losses = torch.stack(self._kept).double().view(-1, self._parts).mean(1)
         self._kept = []
-        means: list[float] = (reduce_sum(losses) / self._processes).tolist()
+        with PULSE.waiting():
+            means: list[float] = (reduce_sum(losses) / self._processes).tolist()
         return means
 
 

@@ -120,7 +120,9 @@ def found_there(folder: Path, config: TrainConfig, run: RunConfig) -> tuple[Trai
         warn = functools.partial(print, file=sys.stderr, flush=True)
         found = int(newest_whole(checkpoints, warn) is not None)
     device = torch.device("cpu" if runs_on_cpu(run) else "cuda")
-    if not reduce_max(torch.tensor(found, device=device)):
+    with PULSE.waiting():
+        is_found = bool(reduce_max(torch.tensor(found, device=device)))
+    if not is_found:
         return config, False
     return run_folder.read_config(folder).train, True
 

@@ -36,10 +36,11 @@ _ECHO_SECONDS = 3.0
 """How long all but one of the waiting processes leave it to that one to speak."""
 
 _WAITING = (
-    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/"),
-    *("cifar/distributed.py", "cifar/meter.py"),
+    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "torch/cuda/"),
+    "cifar/distributed.py",
 )
-"""Where a process is that waits for another one, or for its device, which does."""
+"""Where a process is that waits for another one, or for its device, which does; elsewhere it marks
+that by `Pulse.waiting`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ class Beat:
     place: str = ""
     """Where its main thread is, `file:line function`, if it makes no progress."""
     waits: bool = False
-    """Whether that is a place where one waits for others."""
+    """Whether it waits for others there."""
 
 
 @dataclass(slots=True)
@@ -111,9 +112,16 @@ class _Correspondent:
 
 class Watchdog:
     """Watches over a group of several processes until `stop`; time that a process was suspended
-    for, which its thread was too, does not count."""
+    for, which its thread was too, does not count.
 
-    def __init__(self, group: Group, timeout: float, pulse: Pulse = PULSE) -> None:
+    `runs_ahead`: a process may have finished steps, as far as it knows, that its device has yet to
+    compute, as under NCCL.
+    """
+
+    def __init__(
+        self, group: Group, timeout: float, *, runs_ahead: bool = False, pulse: Pulse = PULSE
+    ) -> None:
+        self._runs_ahead = runs_ahead
         self._group, self._timeout, self._pulse = group, timeout, pulse
         self._interval = min(MOST_INTERVAL, max(LEAST_INTERVAL, timeout / _LOOKS))
         self._main = threading.main_thread().ident
@@ -157,6 +165,7 @@ class Watchdog:
         place, waits = "", False
         if watches := self._still >= self._timeout / 2:
             place, waits = whereabouts(sys._current_frames().get(self._main or 0))
+            waits = waits or pulse.waits
         self._mine = replace(
             mine,
             number=mine.number + 1,
@@ -212,7 +221,8 @@ class Watchdog:
         if rank not in self._seen:
             return f"rank {rank} has not come at all ({self._still:.0f} s)"
         beat = self._seen[rank].beat
-        step = max(beat.step, self._mine.step)  # which takes both; it may have told of it no more
+        # A step takes both, and it may have told of its last one no more.
+        step = f"at least {beat.step}" if self._runs_ahead else max(beat.step, self._mine.step)
         return (
             f"{_named(rank, beat)} has not come since step {step} ({self._still:.0f} s ago) and "
             "does not answer"

@@ -26,7 +26,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pulse = Pulse()
-        self.watchdog = Watchdog(GROUP, TIMEOUT, self.pulse)
+        self.watchdog = Watchdog(GROUP, TIMEOUT, pulse=self.pulse)
         self.told: list[tuple[str, int]] = []
         self.store = self.watchdog._correspondent
         self.answers = True
@@ -74,6 +74,28 @@ def test_one_that_does_not_answer_is_named_by_the_first_of_the_others(watched: W
     ((told, speaker),) = watched.told
     assert told.startswith("rank 1 (node, pid 1) has not come since step 12 (")
     assert told.endswith("s ago) and does not answer") and speaker == 0
+
+
+def test_where_hosts_run_ahead_the_step_is_the_one_that_the_lost_rank_has_told(
+    watched: Watched,
+) -> None:
+    """This one's host has queued steps that its GPU waits in for the other."""
+    watched.watchdog._runs_ahead = True
+    watched.pulse.at(30)
+    watched.change(1, step=11)
+    watched.frozen = {1}
+    watched.pass_time(100)
+    assert " has not come since step at least 11 (" in watched.told[0][0]
+
+
+def test_a_rank_that_reads_from_its_device_is_one_that_waits(watched: Watched) -> None:
+    """Wherever in the program that is; the rank that does not is named."""
+    watched.change(2, waits=False, place="evaluation.py:1 evaluate")
+    with watched.pulse.waiting():
+        watched.pass_time(100)
+    ((told, speaker),) = watched.told
+    assert told.startswith("rank 2 (node, pid 2) has not come since step 0") and speaker == 0
+    assert not watched.pulse.waits
 
 
 def test_it_takes_the_time_that_is_given_and_no_less(watched: Watched) -> None:
