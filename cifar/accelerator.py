@@ -18,7 +18,7 @@ from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.distributed import join_group
 from cifar.errors import ConfigError, UnsupportedError
-from cifar.ranks import check_rendezvous, local_world_size, world_size
+from cifar.ranks import check_rendezvous, local_rank, local_world_size, world_size
 from cifar.strategy import Strategy, check_settings, check_suits, launched_strategy
 
 _NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -301,15 +301,22 @@ def is_native(name: str, device: torch.device) -> bool:
 
 
 def check_devices(environ: Mapping[str, str]) -> None:
-    """Raise a ConfigError if torchrun or Accelerate started more processes here than GPUs are seen.
+    """Raise a ConfigError if torchrun or Accelerate started more processes here than GPUs are seen,
+    or if there is no GPU of this process's number.
 
-    NCCL would end them with tracebacks. Other launchers may show every process its own GPU alone.
+    NCCL, Accelerate or DeepSpeed would end them with tracebacks. Other launchers may show every
+    process its own GPU alone, which is number 0.
     """
     processes, count = local_world_size(environ), torch.cuda.device_count()
     if "TORCHELASTIC_RUN_ID" in environ and processes > count > 0:
         raise ConfigError(
             f"num-processes: {processes}: this machine has {count} GPU(s), and every process needs "
             "one; start at most that many on it, or give --cpu"
+        )
+    if local_rank(environ) >= count > 0:
+        raise ConfigError(
+            f"LOCAL_RANK: '{local_rank(environ)}': this process sees {count} GPU(s), numbered from "
+            "0; give the number of one, 0 where every process sees its own alone, or give --cpu"
         )
 
 

@@ -76,10 +76,10 @@ def form_group(
 
 
 def _device(backend: str, environ: Mapping[str, str]) -> torch.device | None:
-    """The GPU of this process as Accelerate chooses it, None on a CPU."""
+    """The GPU of this process as Accelerate chooses it, which must exist; None on a CPU."""
     if "nccl" not in backend:
         return None
-    return torch.device("cuda", max(0, local_rank(environ)) % torch.cuda.device_count())
+    return torch.device("cuda", max(0, local_rank(environ)))
 
 
 def _unconnected(environ: Mapping[str, str]) -> str:
