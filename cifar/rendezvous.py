@@ -23,6 +23,8 @@ from cifar.ranks import local_rank, rank, world_size
 
 GUARD_SECONDS = 5.0
 """Beyond the time for meeting, after which a process that sits in C is ended all the same."""
+CONNECT_SECONDS = 0.5
+"""For every process of the group on top of that, to connect them: NCCL makes its rings at once."""
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:
@@ -62,7 +64,8 @@ def form_group(
         group, store, peers = meeting.hold()
         if "gloo" in backend:
             choose_interface(peers[group.rank].source, [peer.source for peer in peers])
-        guard.expect(_unconnected(environ))
+        guard.expect(_unconnected(environ), CONNECT_SECONDS * group.size)
+        store.set_timeout(timedelta(seconds=collective_timeout))  # was the meeting's
         dist.init_process_group(
             backend,
             store=PrefixStore(group.name, store),
@@ -99,9 +102,9 @@ class _Guard:
         self._text, self._deadline = "", time.monotonic() + self._timeout
         self._done = threading.Event()
 
-    def expect(self, text: str) -> None:
-        """Say that if what comes now takes too long, or fails."""
-        self._text, self._deadline = text, time.monotonic() + self._timeout
+    def expect(self, text: str, more: float = 0.0) -> None:
+        """Say that if what comes now fails, or takes so many seconds more than a meeting may."""
+        self._text, self._deadline = text, time.monotonic() + self._timeout + more
 
     def __enter__(self) -> "_Guard":
         threading.Thread(target=self._watch, name="meeting-guard", daemon=True).start()

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from cifar import cli
 from cifar.cli import Command, run_program
 from cifar.distributed import leave
@@ -30,6 +32,8 @@ def meet(words: list[str]) -> int:
         collective_timeout=30.0,
     )
     print(f"met as {group.rank} of {group.size}")
+    store = torch.distributed.distributed_c10d._get_default_store()
+    print(f"store waits {store.timeout.total_seconds():g} s")
     leave()
     return 0
 

@@ -15,7 +15,7 @@ from meet_all import TIMEOUT
 from torch.distributed import TCPStore
 from training import ROOT, finish, free_port, start
 
-from cifar import interface
+from cifar import interface, rendezvous
 from cifar.errors import ConfigError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
@@ -94,6 +94,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 def test_two_processes_meet(jobs: Jobs) -> None:
     assert jobs.of("two") == [(0, "met as 0 of 2"), (0, "met as 1 of 2")]
+
+
+def test_the_groups_store_waits_as_long_as_a_collective_call(jobs: Jobs) -> None:
+    """NCCL asks it for addresses when a new group is made; the meeting's time was for the start."""
+    assert "store waits 30 s" in (jobs.folder / "two-0.out").read_text()
+
+
+def test_connecting_takes_longer_the_more_processes_there_are() -> None:
+    guard = rendezvous._Guard(45.0, {})
+    before = guard._deadline
+    guard.expect("", rendezvous.CONNECT_SECONDS * 256)
+    assert guard._deadline - before >= 0.5 * 256
 
 
 def test_one_process_that_a_launcher_started_has_a_group_too(jobs: Jobs) -> None:
