@@ -10,13 +10,14 @@ class Pulse:
     It costs the training loop an assignment and an addition; only the watchdog looks at it.
     """
 
-    __slots__ = ("announced", "count", "step", "waits")
+    __slots__ = ("announced", "count", "is_stopping", "step", "waits")
 
     def __init__(self) -> None:
         self.count = 0
         self.step = 0
         self.announced = ""
         self.waits = False
+        self.is_stopping = False
 
     def at(self, step: int) -> None:
         """So many optimiser steps are finished."""

@@ -242,6 +242,19 @@ def test_a_process_whose_launcher_was_killed_is_told_to_end(how: str) -> None:
     os.close(child)
 
 
+def test_a_launcher_that_ends_before_the_kernel_was_asked_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parents, raised = iter([7, 1, 7, 7]), []
+    monkeypatch.setattr("cifar.signals.ctypes.CDLL", mock.MagicMock())
+    monkeypatch.setattr("cifar.signals.os.getppid", lambda: next(parents))
+    monkeypatch.setattr("cifar.signals.signal.raise_signal", raised.append)
+    end_with_launcher({"TORCHELASTIC_RUN_ID": "x"})
+    assert raised == [signal.SIGTERM]
+    end_with_launcher({"TORCHELASTIC_RUN_ID": "x"})
+    assert raised == [signal.SIGTERM]
+
+
 def test_without_a_launcher_nothing_is_asked_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cifar.signals.ctypes.CDLL", None)
     end_with_launcher({})
