@@ -6,6 +6,7 @@ and a suite that was killed finds its jobs again. No torch.
 """
 
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -49,9 +50,9 @@ def read_attempt(folder: Path) -> Attempt | None:
         return None
 
 
-def write_result(folder: Path, token: str, record: Record) -> None:
-    """Say what came of an attempt."""
-    write_atomic(result_file(folder, token), to_json(record) + "\n")
+def write_result(folder: Path, token: str, record: Record, *, replaces: bool = True) -> None:
+    """Say what came of an attempt; raises as `cifar.files.write_atomic`."""
+    write_atomic(result_file(folder, token), to_json(record) + "\n", replaces=replaces)
 
 
 def read_result(folder: Path, token: str) -> Record | None:
@@ -61,6 +62,8 @@ def read_result(folder: Path, token: str) -> Record | None:
         ValueError: it is no record.
     """
     path = result_file(folder, token)
+    with suppress(OSError):
+        list(folder.iterdir())  # or a network file system goes on saying that it is not there
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:

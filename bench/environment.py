@@ -3,14 +3,12 @@
 `python -m bench.environment` prints it as JSON.
 """
 
-import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -21,6 +19,7 @@ from bench.counters import usable_cores
 from bench.job import SIDE_BY_SIDE
 from bench.nvml import Gpu, NvmlError
 from bench.record import Environment, this_host
+from cifar.agreement import installed, sources_digest
 from cifar.compilers import compiler_versions
 from cifar.process import available_cores, recorded_environment
 from cifar.serialize import to_json
@@ -51,9 +50,9 @@ def collect() -> Environment:
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         torch=torch.__version__,
-        torchvision=_version("torchvision"),
-        accelerate=_version("accelerate") or "unknown",
-        numpy=_version("numpy") or "unknown",
+        torchvision=installed("torchvision"),
+        accelerate=installed("accelerate") or "unknown",
+        numpy=installed("numpy") or "unknown",
         cuda=torch.version.cuda,
         cudnn=_cudnn(),
         tools=_tools(),
@@ -79,15 +78,8 @@ def _limits(uuid: str) -> tuple[int | None, tuple[int, int] | None]:
 
 def _tools() -> dict[str, str]:
     """What networks, engines, and compiled and exported backends are built with."""
-    versions = {package: _version(package) for package in _TOOLS}
+    versions = {package: installed(package) for package in _TOOLS}
     return compiler_versions() | {name: found for name, found in versions.items() if found}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
@@ -127,13 +119,7 @@ def _cudnn() -> str | None:
 
 def code_digest() -> str:
     """16 hexadecimal digits over the sources of this project's packages."""
-    sha = hashlib.sha256()
-    for package in _PACKAGES:
-        for path in sorted((_ROOT / package).rglob("*")):
-            if path.suffix in (".py", ".yaml"):
-                sha.update(f"{path.relative_to(_ROOT).as_posix()}\0".encode())
-                sha.update(path.read_bytes())
-    return sha.hexdigest()[:16]
+    return sources_digest(_PACKAGES, (".py", ".yaml"))
 
 
 def _git() -> tuple[str | None, bool | None, str]:

@@ -6,8 +6,10 @@ import sys
 
 import torch
 
+from cifar.accelerator import check_devices
 from cifar.config import require
 from cifar.errors import UnsupportedError
+from cifar.ranks import local_rank
 
 
 def limit_memory(limit: int | None) -> None:
@@ -20,13 +22,14 @@ def limit_memory(limit: int | None) -> None:
     would also count the 2 GiB of mapped libraries, which take memory from nobody.
 
     Raises:
-        ConfigError: more than there is or than is allowed.
+        ConfigError: more than there is or than is allowed, or this process has no GPU.
         UnsupportedError: this system's kernel has no such limit.
     """
     if limit is None:
         return
     if torch.cuda.is_available():
-        _limit_gpu(limit, int(os.environ.get("LOCAL_RANK", "0")))
+        check_devices(os.environ)
+        _limit_gpu(limit, max(0, local_rank(os.environ)))
     else:
         _limit_process(limit)
 

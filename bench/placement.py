@@ -22,8 +22,9 @@ from cifar.trainer import Trainer
 def placement(trainer: Trainer) -> Labels:
     """Of a trainer between two steps; a collective call.
 
-    `devices` counts those that differ: GPUs by their UUID, shares of a machine's cores by the rank
-    of a launcher's node and of the process there. `weights_held` and `weights_updated` are the
+    `devices` counts those that differ: GPUs by their UUID. Processes on CPUs share a machine's
+    cores, of which none is any process's own: there the count is of the numbers that the launcher
+    gave them, and nothing observed. `weights_held` and `weights_updated` are the
     fractions of all weights that lie on this process and that its optimiser changes, 1 where
     nothing is shared out.
     """
@@ -45,8 +46,21 @@ def wrapper_of(trainer: Trainer) -> str:
     if isinstance(model, FSDPModule):
         return "FSDP2"
     if type(model).__name__ == "DeepSpeedEngine":
-        return f"ZeRO-{int(cast(Any, model).zero_optimization_stage())}"
+        return f"ZeRO-{_zero_stage(trainer)}"
     return type(model).__name__
+
+
+def _zero_stage(trainer: Trainer) -> int:
+    """By what DeepSpeed's optimiser does, whatever the engine was configured with.
+
+    0: it shares out nothing. Stages 1 and 2 are one class, whose switch says what becomes of the
+    gradients (deepspeed/runtime/zero/stage_1_and_2.py).
+    """
+    optimizer: Any = cast(Any, trainer.wrapped).optimizer
+    if any(hasattr(each, "ds_tensor") for each in trainer.module.parameters()):
+        return 3
+    switch: bool | None = getattr(optimizer, "partition_gradients", None)
+    return 0 if switch is None else 1 + switch
 
 
 def _device(device: torch.device) -> str:

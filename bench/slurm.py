@@ -36,6 +36,9 @@ ASK_SECONDS = 30.0
 """Between two questions to SLURM, which answers all users of the cluster."""
 SETTLE_SECONDS = 30.0
 """After a job has left the queue, for its record to show on this machine and for accounting."""
+COMPLETED_SETTLE_SECONDS = 150.0
+"""The same of one that has completed, which leaves a record: clients of NFS look at a folder anew
+after 60 s by default (acdirmax in nfs(5)), and so does the node that has written it."""
 FOLDER = "slurm"
 """In a run's folder: batch scripts and logs of its jobs."""
 _STATES: Mapping[str, Status] = {"TIMEOUT": "timeout", "OUT_OF_MEMORY": "oom"}
@@ -51,6 +54,8 @@ class _Submitted:
     attempt: Attempt
     left: float | None = None
     """When it was first seen to have left the queue."""
+    state: str = ""
+    """How accounting says that it has ended, once that was asked."""
 
 
 class SlurmJobs:
@@ -161,7 +166,7 @@ class SlurmJobs:
             return
         for each in self._jobs:
             if each.attempt.job_id in queued:
-                each.left = None
+                each.left, each.state = None, ""
             elif each.left is None:
                 each.left = now
 
@@ -170,16 +175,22 @@ class SlurmJobs:
         record = _result(each.job, each.folder, each.attempt)
         if record is not None or each.left is None:
             return record
-        if time.monotonic() - each.left < SETTLE_SECONDS:
+        waited = time.monotonic() - each.left
+        if waited < SETTLE_SECONDS:
+            return None
+        each.state = each.state or self._cluster.state(each.attempt.job_id)
+        if each.state.startswith("COMPLETED") and waited < COMPLETED_SETTLE_SECONDS:
             return None
         record = self._of_dead(each)
-        write_result(each.folder, each.attempt.token, record)
+        try:
+            write_result(each.folder, each.attempt.token, record, replaces=False)
+        except FileExistsError:  # it has come after all
+            return _result(each.job, each.folder, each.attempt)
         return record
 
     def _of_dead(self, each: _Submitted) -> Record:
         """Of a job that has ended without a record."""
-        job_id = each.attempt.job_id
-        state = self._cluster.state(job_id)
+        job_id, state = each.attempt.job_id, each.state
         status = _STATES.get(state.split()[0], "failed")
         said = _last_line(self._cluster.log(job_id))
         why = f"SLURM job {job_id}: {state.lower()}" + (f": {said}" if said else "")

@@ -37,6 +37,7 @@ from cifar.data.sources import load_dataset
 from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
+from cifar.process import ended
 from cifar.pulse import PULSE
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
@@ -236,4 +237,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(ended(main(Path(sys.argv[1]))))

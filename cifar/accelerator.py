@@ -1,6 +1,7 @@
 """Starting Accelerate, and refusing what it would quietly turn into something else."""
 
 import contextlib
+import dataclasses
 import os
 import platform
 import warnings
@@ -12,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
 from torch import nn
 
+from cifar.agreement import told
 from cifar.compilers import check_compiler
 from cifar.config import PRECISIONS, RunConfig, TrainConfig
 from cifar.distributed import join_group
 from cifar.errors import ConfigError, UnsupportedError
-from cifar.ranks import check_rendezvous, local_world_size, world_size
+from cifar.ranks import check_rendezvous, local_rank, local_world_size, world_size
 from cifar.strategy import Strategy, check_settings, check_suits, launched_strategy
 
 _NAMED = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -36,24 +38,13 @@ def start_accelerator(config: TrainConfig, run: RunConfig) -> tuple[Accelerator,
             the recipe, or Accelerate was launched with an engine or setting that this program does
             not have.
     """
-    check_launch(os.environ)
-    strategy = launched_strategy(os.environ)
-    name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    cpu = runs_on_cpu(run)
-    device = torch.device("cpu" if cpu else "cuda")
-    check_supported(name, device)
-    check_suits(strategy, config, name)
-    if config.compile:
-        check_compile_mode(config.compile_mode, device)
-        check_compiler(device.type)
-    check_grouped(strategy, os.environ)
-    meet(run)
+    name, strategy = meet(config, run)
     precision = PRECISIONS[name]
     allow_tf32(precision.tf32)
     torch.backends.cudnn.benchmark = True  # sizes are few and fixed; a CPU has no use for it
     with _engines_hidden():
         accelerator = Accelerator(
-            cpu=cpu,
+            cpu=runs_on_cpu(run),
             mixed_precision=precision.mixed_precision,
             kwargs_handlers=[
                 # Buffers are made equal before they are saved or evaluated, not at every step.
@@ -94,17 +85,41 @@ def autocast_module(accelerator: Accelerator, module: nn.Module, precision: str)
     return prepared
 
 
-def meet(run: RunConfig) -> None:
-    """Form the group of the job's processes, which `Accelerator()` then uses.
+def meet(config: TrainConfig, run: RunConfig, **others: object) -> tuple[str, Strategy]:
+    """Check what can be without images, and form the group of the job's processes.
+
+    `Accelerator()` then uses it. `others` are what else all of them must have been told alike, by
+    the options' names. Returns the precision to train in and the strategy that was launched.
+    Raises as `start_accelerator`; if a group exists it stays.
+    """
+    check_launch(os.environ)
+    strategy = launched_strategy(os.environ)
+    name = resolve_precision(config.precision, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    device = torch.device("cpu" if runs_on_cpu(run) else "cuda")
+    check_supported(name, device)
+    check_suits(strategy, config, name)
+    if config.compile:
+        check_compile_mode(config.compile_mode, device)
+        check_compiler(device.type)
+    check_grouped(strategy, os.environ)
+    resolved = dataclasses.replace(config, precision=name)  # type: ignore[arg-type]
+    join_job(resolved, run, strategy=strategy, **others)
+    return name, strategy
+
+
+def join_job(config: TrainConfig | None, run: RunConfig, **others: object) -> None:
+    """Form the group of processes that were told alike, see `cifar.agreement.told`.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes, or they could not find each other.
+        ConfigError: there are fewer GPUs than processes, or they could not find each other, or were
+            told otherwise.
     """
     cpu = runs_on_cpu(run)
     if not cpu:
         check_devices(os.environ)
     check_rendezvous(os.environ, cpu=cpu)
-    join_group("gloo" if cpu else "nccl", run)
+    backend = "gloo" if cpu else "nccl"
+    join_group(backend, run, told(config, run, backend=backend, **others))
 
 
 def runs_on_cpu(run: RunConfig) -> bool:
@@ -286,15 +301,22 @@ def is_native(name: str, device: torch.device) -> bool:
 
 
 def check_devices(environ: Mapping[str, str]) -> None:
-    """Raise a ConfigError if torchrun or Accelerate started more processes here than GPUs are seen.
+    """Raise a ConfigError if torchrun or Accelerate started more processes here than GPUs are seen,
+    or if there is no GPU of this process's number.
 
-    NCCL would end them with tracebacks. Other launchers may show every process its own GPU alone.
+    NCCL, Accelerate or DeepSpeed would end them with tracebacks. Other launchers may show every
+    process its own GPU alone, which is number 0.
     """
     processes, count = local_world_size(environ), torch.cuda.device_count()
     if "TORCHELASTIC_RUN_ID" in environ and processes > count > 0:
         raise ConfigError(
             f"num-processes: {processes}: this machine has {count} GPU(s), and every process needs "
             "one; start at most that many on it, or give --cpu"
+        )
+    if local_rank(environ) >= count > 0:
+        raise ConfigError(
+            f"LOCAL_RANK: '{local_rank(environ)}': this process sees {count} GPU(s), numbered from "
+            "0; give the number of one, 0 where every process sees its own alone, or give --cpu"
         )
 
 

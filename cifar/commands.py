@@ -21,11 +21,12 @@ from cifar.errors import ConfigError
 from cifar.evaluate_options import run_evaluate
 from cifar.files import user_path
 from cifar.lr_find_options import run_lr_find
-from cifar.process import ensure_environment
+from cifar.process import ended, ensure_environment
 from cifar.range_test import RangeTest
 from cifar.ranks import is_first, world_size
 from cifar.recipes import get_recipe
 from cifar.signals import end_with_launcher
+from cifar.strategy import launched_strategy
 from cifar.train_options import TrainOptions, read_train_options
 
 arg = tyro.conf.arg
@@ -249,10 +250,11 @@ def run_meet(argv: list[str]) -> int:
         "they do not, a line says why. Start it as you would start a training.",
         example="RANK=0 WORLD_SIZE=2 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 cifar meet --cpu",
     )
-    from cifar.accelerator import meet
+    from cifar.accelerator import join_job
     from cifar.distributed import leave
 
-    meet(RunConfig(cpu=options.cpu, meeting_timeout=options.meeting_timeout))
+    run = RunConfig(cpu=options.cpu, meeting_timeout=options.meeting_timeout)
+    join_job(None, run, strategy=launched_strategy(os.environ))
     if is_first(os.environ):
         print(f"all {world_size(os.environ)} have met")
     leave()
@@ -272,4 +274,4 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that is named; returns the exit code."""
-    return run_program("cifar", SUMMARY, COMMANDS)
+    return ended(run_program("cifar", SUMMARY, COMMANDS))

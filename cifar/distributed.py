@@ -1,10 +1,11 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
+import atexit
 import contextlib
 import gc
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar.config import RunConfig
-from cifar.errors import Stopped, TrainingError
+from cifar.errors import DataError, Stopped, TrainingError, UserError
 from cifar.rendezvous import form_group
 from cifar.watchdog import BACKSTOP, Watchdog
 
@@ -28,19 +29,23 @@ _WATCHDOGS: list[Watchdog] = []
 """That of the default group, if it has one: like the group, one in a process."""
 
 
-def join_group(backend: str, run: RunConfig) -> None:
+def join_group(backend: str, run: RunConfig, told: Mapping[str, str]) -> None:
     """Meet the other processes of the job, if there are any and this has not happened yet.
+
+    `told` must be alike on all of them, see `cifar.agreement`.
 
     Raises as `cifar.rendezvous.form_group` does, which see.
     """
     group = form_group(
         os.environ,
         backend=backend,
+        told=told,
         meeting_timeout=run.meeting_timeout,
         collective_timeout=BACKSTOP * run.collective_timeout,
     )
     if group is not None and group.size > 1:
-        _WATCHDOGS.append(Watchdog(group, run.collective_timeout))
+        runs_ahead = "nccl" in backend
+        _WATCHDOGS.append(Watchdog(group, run.collective_timeout, runs_ahead=runs_ahead))
         _WATCHDOGS[-1].start()
 
 
@@ -111,13 +116,17 @@ def leave() -> None:
 def then_leave(work: Callable[[], T]) -> T:
     """What `work` returns, after which this process leaves the group; also if a signal stopped it.
 
-    The frames of a stop hold the models, and so the group: it forgets where it was raised.
+    The frames of a stop hold the models, and so the group: it forgets where it was raised. Where
+    bad input is found it leaves at its end: others may wait for it until it has said what it found.
     """
     try:
         result = work()
     except Stopped as error:
         error.__traceback__ = None
         leave()
+        raise
+    except UserError:
+        atexit.register(leave)
         raise
     leave()
     return result
@@ -144,3 +153,14 @@ def gather_text(text: str, device: torch.device) -> tuple[str, ...]:
     longest = -least(-len(mine), device)
     everyone = gather(list(mine.ljust(longest + 1, b"\0")), device)
     return tuple(bytes(map(int, each)).rstrip(b"\0").decode() for each in everyone)
+
+
+def check_same_images(fingerprint: str, device: torch.device) -> None:
+    """Raise a DataError on all processes unless all have the same images; a collective call."""
+    everyone = gather_text(fingerprint, device)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise DataError(
+                f"data: fingerprint {theirs}: of the images of rank {rank}, but {everyone[0]} of "
+                "those of rank 0; give all processes the same images"
+            )

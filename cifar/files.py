@@ -89,12 +89,13 @@ def subfolders(folder: Path, name: str) -> list[str]:
         raise UserError(f"{name}: {str(folder)!r}: {error.strerror}; give another path") from None
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes, *, replaces: bool = True) -> None:
     """Write a file so that a reader, or a crash, sees the old contents or the new, never a part.
 
     Text is written in UTF-8.
 
     Raises:
+        FileExistsError: there is one already, and this `replaces` none.
         OSError: the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -103,7 +104,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if replaces:
+            temporary.replace(path)
+        else:
+            path.hardlink_to(temporary)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

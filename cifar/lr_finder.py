@@ -7,15 +7,17 @@ import os
 import torch
 from torch import Tensor, nn
 
+from cifar.accelerator import meet
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
 from cifar.device_memory import explained_training
-from cifar.distributed import barrier, reduce_sum, then_leave
+from cifar.distributed import barrier, explained_peers, reduce_sum, then_leave
 from cifar.errors import Stopped
 from cifar.losses import ComputeLoss
 from cifar.meter import Meter
 from cifar.progress import TrainingProgress
+from cifar.pulse import PULSE
 from cifar.range_test import Curve, RangeTest, told, tuned
 from cifar.ranks import is_first
 from cifar.report import Files, range_test_files
@@ -44,7 +46,8 @@ class Losses(Meter):
         """
         losses = torch.stack(self._kept).double().view(-1, self._parts).mean(1)
         self._kept = []
-        means: list[float] = (reduce_sum(losses) / self._processes).tolist()
+        with PULSE.waiting():
+            means: list[float] = (reduce_sum(losses) / self._processes).tolist()
         return means
 
 
@@ -190,7 +193,8 @@ def explore(config: TrainConfig, run: RunConfig, test: RangeTest) -> tuple[Curve
     """
 
     def found() -> tuple[Curve, str]:
-        with explained_training(config):
+        with explained_training(config), explained_peers():
+            meet(config, run)
             dataset = load_dataset(config.data)
             return find_curve(config, run, dataset, test), _what(config, dataset)
 

@@ -12,11 +12,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cifar.agreement import first_difference
 from cifar.errors import ConfigError, UnmetError
 from cifar.interface import source_towards
 from cifar.ranks import rank, world_size
@@ -75,6 +76,14 @@ class Hello:
     source: str = ""
     """Its address on the way to the store."""
     token: str = field(default_factory=lambda: secrets.token_hex(8))
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What it was told that must be alike everywhere, see `cifar.agreement`; rank 0 compares."""
+
+    @classmethod
+    def read(cls, text: str | bytes) -> "Hello":
+        """That of a process which may have other sources, and so other fields."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
     @property
     def label(self) -> str:
@@ -96,10 +105,12 @@ class Meeting:
     """One process's part in a meeting: rank 0 leads, the others follow.
 
     `environ` must have passed `cifar.ranks.check_rendezvous`; `gpu` is the number of the process's
-    own one, "" on a CPU.
+    own one, "" on a CPU; `told` is what must be alike, see `cifar.agreement`.
     """
 
-    def __init__(self, environ: Mapping[str, str], gpu: str, timeout: float) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], gpu: str, told: Mapping[str, str], timeout: float
+    ) -> None:
         self._address = address_of(environ)
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
@@ -110,6 +121,7 @@ class Meeting:
             pid=os.getpid(),
             gpu=gpu,
             source=_source(self._address),
+            told=told,
         )
 
     def hold(self) -> tuple[Group, TCPStore, list[Hello]]:
@@ -160,14 +172,15 @@ class Meeting:
         except ConfigError as error:
             _refuse(store, met, self._me.size, str(error))
             raise
-        store.set(f"go/{name}", json.dumps([asdict(peer) for peer in peers]))
+        brief = [asdict(replace(peer, told={})) for peer in peers]
+        store.set(f"go/{name}", json.dumps(brief))
         return name, peers
 
     def _greet(self, store: TCPStore, name: str, other: int, met: dict[int, Hello]) -> None:
         """Answer a rank's hello; it is met once it has seen that."""
         if not store.check([f"hello/{other}"]):
             return
-        hello = Hello(**json.loads(store.get(f"hello/{other}")))
+        hello = Hello.read(store.get(f"hello/{other}"))
         if other in met:
             if hello != met[other]:
                 raise ConfigError(
@@ -178,12 +191,7 @@ class Meeting:
         store.set(f"answer/{hello.token}", name)
         if store.check([f"here/{name}/{hello.token}"]):
             met[other] = hello
-            if hello.size != self._me.size:
-                raise ConfigError(
-                    f"WORLD_SIZE: '{hello.size}': given to rank {other} ({hello.label}), but "
-                    f"'{self._me.size}' to rank 0 ({self._me.label}); start all nodes with the "
-                    "same numbers of nodes and of processes"
-                )
+            check_alike(self._me, hello)
 
     def _follow(self, store: TCPStore) -> tuple[str, list[Hello]]:
         """Say hello until rank 0 answers, then wait until all are there."""
@@ -234,10 +242,26 @@ def _absent(met: Mapping[int, Hello], me: Hello, timeout: float) -> str:
 def _refuse(store: TCPStore, met: Mapping[int, Hello], size: int, text: str) -> None:
     """Let every process that has said hello know why there is no group."""
     waiting = [each for each in range(1, size) if store.check([f"hello/{each}"])]
-    last = [Hello(**json.loads(store.get(f"hello/{each}"))) for each in waiting]
+    last = [Hello.read(store.get(f"hello/{each}")) for each in waiting]
     for hello in (*met.values(), *last):
         store.set(f"refusal/{hello.rank}/{hello.token}", text)
     time.sleep(FAREWELL_SECONDS)
+
+
+def check_alike(first: Hello, other: Hello) -> None:
+    """Raise a ConfigError if a process was not told what rank 0 was."""
+    sizes = {"WORLD_SIZE": str(first.size)}, {"WORLD_SIZE": str(other.size)}
+    remedy = "start all nodes with the same numbers of nodes and of processes"
+    difference = first_difference(*sizes)
+    if difference is None:
+        difference = first_difference(first.told, other.told)
+        remedy = "start all processes with the same options and sources"
+    if difference is not None:
+        name, mine, theirs = difference
+        raise ConfigError(
+            f"{name}: {theirs!r}: given to rank {other.rank} ({other.label}), but {mine!r} to rank "
+            f"{first.rank} ({first.label}); {remedy}"
+        )
 
 
 def check_gpus(peers: list[Hello]) -> None:

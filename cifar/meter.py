@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cifar.distributed import reduce_max, reduce_sum
+from cifar.pulse import PULSE
 from cifar.serialize import STRICT
 
 
@@ -100,13 +101,15 @@ class Meter:
         if not self._unread:
             return
         loss_sum, correct_sum, samples = self._sums
-        losses = torch.cat(self._losses).tolist()
+        with PULSE.waiting():
+            losses = torch.cat(self._losses).tolist()
+            correct = float(self._correct)
         for (step, count), loss in zip(self._unread, losses, strict=True):
             loss_sum += loss * count
             samples += count
             if not math.isfinite(loss):
                 self._first_bad = min(self._first_bad, step)
-        self._sums = loss_sum, correct_sum + float(self._correct), samples
+        self._sums = loss_sum, correct_sum + correct, samples
         self._correct.zero_()
         self._losses, self._unread = [], []
 
@@ -119,8 +122,9 @@ class Meter:
     def health(self, signal: int) -> Health:
         """Read the state that all processes share; a collective call."""
         self._read()
-        mine = self._on_device(-self._first_bad, float(self._skips[2]), float(signal))
-        bad, skips, worst_signal = reduce_max(mine).tolist()
+        with PULSE.waiting():
+            mine = self._on_device(-self._first_bad, float(self._skips[2]), float(signal))
+            bad, skips, worst_signal = reduce_max(mine).tolist()
         return Health(
             bad_step=None if bad == -math.inf else int(-bad),
             skipped_in_a_row=int(skips),
@@ -136,7 +140,8 @@ class Meter:
 
     def _all_sums(self) -> tuple[float, float, float]:
         self._read()
-        loss, correct, samples = reduce_sum(self._on_device(*self._sums)).tolist()
+        with PULSE.waiting():
+            loss, correct, samples = reduce_sum(self._on_device(*self._sums)).tolist()
         return loss, correct, samples
 
     def _on_device(self, *values: float) -> Tensor:
@@ -154,7 +159,8 @@ class Meter:
 
     def state(self) -> MeterState:
         """The counters over all processes, for a checkpoint; a collective call."""
-        total, in_a_row, longest = self._skips.tolist()
+        with PULSE.waiting():
+            total, in_a_row, longest = self._skips.tolist()
         return MeterState(sums=self._all_sums(), skips=(total, in_a_row, longest))
 
     def load(self, state: MeterState, *, first: bool) -> None:

@@ -179,3 +179,17 @@ def ensure_environment() -> None:
     argv = [sys.executable, *sys.orig_argv[1:]]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # stays with the new program
     os.execve(sys.executable, argv, {**environment, _RESTARTED: "1"})  # noqa: S606
+
+
+def ended(code: int) -> int:
+    """The exit code of a program that has done its work; where ZeRO was used it ends here with it.
+
+    DeepSpeed's hooks lie in autograd and hold its groups, whose threads abort a process that ends
+    by way of the interpreter (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if "cifar.zero" in sys.modules:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code

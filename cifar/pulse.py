@@ -10,12 +10,14 @@ class Pulse:
     It costs the training loop an assignment and an addition; only the watchdog looks at it.
     """
 
-    __slots__ = ("announced", "count", "step")
+    __slots__ = ("announced", "count", "is_stopping", "step", "waits")
 
     def __init__(self) -> None:
         self.count = 0
         self.step = 0
         self.announced = ""
+        self.waits = False
+        self.is_stopping = False
 
     def at(self, step: int) -> None:
         """So many optimiser steps are finished."""
@@ -36,6 +38,18 @@ class Pulse:
         finally:
             self.announced = before
             self.count += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While entered, this process reads what its device has computed, or others send.
+
+        On a GPU it is there, in C, and not in the collective call, that it waits for the others.
+        """
+        before, self.waits = self.waits, True
+        try:
+            yield
+        finally:
+            self.waits = before
 
 
 PULSE = Pulse()

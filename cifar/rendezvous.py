@@ -23,6 +23,8 @@ from cifar.ranks import local_rank, rank, world_size
 
 GUARD_SECONDS = 5.0
 """Beyond the time for meeting, after which a process that sits in C is ended all the same."""
+CONNECT_SECONDS = 0.5
+"""For every process of the group on top of that, to connect them: NCCL makes its rings at once."""
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:
@@ -31,14 +33,20 @@ def is_launched(environ: Mapping[str, str]) -> bool:
 
 
 def form_group(
-    environ: Mapping[str, str], *, backend: str, meeting_timeout: float, collective_timeout: float
+    environ: Mapping[str, str],
+    *,
+    backend: str,
+    told: Mapping[str, str],
+    meeting_timeout: float,
+    collective_timeout: float,
 ) -> Group | None:
     """Form torch's default process group, unless there is none to form (None) or it exists.
 
     Call it on all processes of the job, before `Accelerator()` or DeepSpeed, which take the group
     as it is. `environ` must have passed `cifar.ranks.check_rendezvous`. `backend`: gloo, nccl or
-    "cuda:nccl,cpu:gloo". The processes may start `meeting_timeout` seconds apart; a collective call
-    fails after `collective_timeout` seconds.
+    "cuda:nccl,cpu:gloo". `told` must be alike on all, see `cifar.agreement`. The processes may
+    start `meeting_timeout` seconds apart; a collective call fails after `collective_timeout`
+    seconds.
 
     Raises:
         ConfigError: the processes do not fit together; all of them say so.
@@ -51,12 +59,13 @@ def form_group(
         torch.cuda.set_device(device)
     with _Guard(meeting_timeout, environ) as guard:
         gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
-        meeting = Meeting(environ, gpu, meeting_timeout)
+        meeting = Meeting(environ, gpu, told, meeting_timeout)
         guard.expect(meeting.unreachable())
         group, store, peers = meeting.hold()
         if "gloo" in backend:
             choose_interface(peers[group.rank].source, [peer.source for peer in peers])
-        guard.expect(_unconnected(environ))
+        guard.expect(_unconnected(environ), CONNECT_SECONDS * group.size)
+        store.set_timeout(timedelta(seconds=collective_timeout))  # was the meeting's
         dist.init_process_group(
             backend,
             store=PrefixStore(group.name, store),
@@ -70,10 +79,10 @@ def form_group(
 
 
 def _device(backend: str, environ: Mapping[str, str]) -> torch.device | None:
-    """The GPU of this process as Accelerate chooses it, None on a CPU."""
+    """The GPU of this process as Accelerate chooses it, which must exist; None on a CPU."""
     if "nccl" not in backend:
         return None
-    return torch.device("cuda", max(0, local_rank(environ)) % torch.cuda.device_count())
+    return torch.device("cuda", max(0, local_rank(environ)))
 
 
 def _unconnected(environ: Mapping[str, str]) -> str:
@@ -93,9 +102,9 @@ class _Guard:
         self._text, self._deadline = "", time.monotonic() + self._timeout
         self._done = threading.Event()
 
-    def expect(self, text: str) -> None:
-        """Say that if what comes now takes too long, or fails."""
-        self._text, self._deadline = text, time.monotonic() + self._timeout
+    def expect(self, text: str, more: float = 0.0) -> None:
+        """Say that if what comes now fails, or takes so many seconds more than a meeting may."""
+        self._text, self._deadline = text, time.monotonic() + self._timeout + more
 
     def __enter__(self) -> "_Guard":
         threading.Thread(target=self._watch, name="meeting-guard", daemon=True).start()

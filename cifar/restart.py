@@ -6,22 +6,25 @@ it anew.
 
 import contextlib
 import dataclasses
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cifar import run_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.errors import CheckpointError, ConfigError
 from cifar.files import LOCK, locked, made
+from cifar.ranks import world_size
 from cifar.run_folder import CONFIG
 from cifar.weights import list_checkpoints
 
 AUTO = "auto"
 """The value of `--resume` that leaves it to what `--output-dir` holds."""
 PATIENCE_SECONDS = 60.0
-"""How long the processes of the start before, which may be saving still, may take to end."""
+"""How long the processes of the start before, which may be saving still, may take to end; where
+other processes wait for this one to meet them, no longer than half of what they wait."""
 _LOOK_SECONDS = 0.5
 
 
@@ -38,7 +41,7 @@ def taken_up(folder: Path, train: TrainConfig, run: RunConfig, *, finds_lr: bool
         try:
             stack.enter_context(made(folder))
             _check_contents(folder)
-            _lock(folder, stack)
+            _lock(folder, patience(run, os.environ), stack)
         except OSError as error:
             raise ConfigError(
                 f"output-dir: '{folder}': cannot be written ({error.strerror}); choose another"
@@ -49,8 +52,14 @@ def taken_up(folder: Path, train: TrainConfig, run: RunConfig, *, finds_lr: bool
         yield
 
 
-def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def patience(run: RunConfig, environ: Mapping[str, str]) -> float:
+    """Seconds to wait for the folder; raises as `cifar.ranks.world_size`."""
+    alone = world_size(environ) == 1
+    return PATIENCE_SECONDS if alone else min(PATIENCE_SECONDS, run.meeting_timeout / 2)
+
+
+def _lock(folder: Path, seconds: float, stack: contextlib.ExitStack) -> None:
+    deadline = time.monotonic() + seconds
     while True:
         try:
             stack.enter_context(locked(folder))

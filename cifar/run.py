@@ -14,7 +14,7 @@ from cifar.checkpoint import newest_whole
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
 from cifar.device_memory import explained_training
-from cifar.distributed import reduce_max, then_leave
+from cifar.distributed import explained_peers, reduce_max, then_leave
 from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
 from cifar.lr_finder import find_lr
@@ -79,11 +79,13 @@ def _train(
     compute_loss: ComputeLoss | None,
     update: Update | None,
 ) -> Evaluation:
-    with explained_training(config):
+    with explained_training(config), explained_peers():
+        told = {"resume": resume} | ({"lr": "auto"} if range_test else {})
+        meet(config, run, **told)  # who cannot be met is told before images are read
         if resume == "auto":
             assert folder is not None, "that decides"
             config, resume = found_there(folder, config, run)
-        with PULSE.during("reading images"):  # the group may have been formed already
+        with PULSE.during("reading images"):
             dataset = load_dataset(config.data)
         lr_files: report.Files = {}
         if range_test is not None and not resume:
@@ -112,14 +114,15 @@ def found_there(folder: Path, config: TrainConfig, run: RunConfig) -> tuple[Trai
 
     The run's own configuration knows what was resolved or found when it began.
     """
-    meet(run)
     found = 0
     if is_first(os.environ):
         checkpoints = list_checkpoints(folder / "checkpoints")
         warn = functools.partial(print, file=sys.stderr, flush=True)
         found = int(newest_whole(checkpoints, warn) is not None)
     device = torch.device("cpu" if runs_on_cpu(run) else "cuda")
-    if not reduce_max(torch.tensor(found, device=device)):
+    with PULSE.waiting():
+        is_found = bool(reduce_max(torch.tensor(found, device=device)))
+    if not is_found:
         return config, False
     return run_folder.read_config(folder).train, True
 

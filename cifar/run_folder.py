@@ -163,7 +163,7 @@ def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None
     """
     check_same_teacher(train.distillation.teacher, stored.train.distillation.teacher)
     compared = [
-        (_options(each.train, each.run, contents), _options(each.train, each.run, to_dict))
+        (options_of(each.train, each.run, contents), options_of(each.train, each.run, to_dict))
         for each in (stored, StoredConfig(train=train, run=run))
     ]
     (before, all_before), (now, all_now) = compared
@@ -175,10 +175,10 @@ def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None
             )
 
 
-def _options(
+def options_of(
     train: TrainConfig, run: RunConfig, fields: Callable[[TrainConfig], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What must not change of these fields, by the options' names; files may have moved."""
+    """What must not differ of these fields, by the options' names; files may have moved."""
     weights = train.model.pretrained
     alone = dataclasses.replace(train, model=dataclasses.replace(train.model, pretrained=None))
     flat = _flat({**fields(alone), "data": train.data.source})

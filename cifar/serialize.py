@@ -76,8 +76,11 @@ def _problem(first: ErrorDetails) -> str:
     return f"{key}: {reprlib.repr(first['input'])}: {first['msg']}; correct it, {_OTHER_VERSION}"
 
 
-def contents(value: Any) -> Any:
-    """The fields that enter a digest: those read and not at their default, nested ones likewise."""
+def contents(value: Any, *, defaults: bool = False) -> Any:
+    """The fields that enter a digest: those read and not at their default, nested ones likewise.
+
+    With `defaults` all that are read.
+    """
     if not dataclasses.is_dataclass(value):
         return list(value) if isinstance(value, tuple) else value
     kept = {}
@@ -88,8 +91,8 @@ def contents(value: Any) -> Any:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        if is_read(value, field) and item != default:
-            kept[field.name] = contents(item)
+        if is_read(value, field) and (defaults or item != default):
+            kept[field.name] = contents(item, defaults=defaults)
     return kept
 
 

@@ -288,11 +288,13 @@ class Session:
             -1 if chosen is None else checkpoint.step_of(chosen[0]), device=self.trainer.device
         )
         broadcast_from_first([step])
-        if int(step) < 0:
+        with PULSE.waiting():
+            number = int(step)
+        if number < 0:
             raise CheckpointError(
                 f"resume: '{root}': no whole checkpoint there; remove it and start a new run"
             )
         if chosen is None:
-            folder = checkpoint.checkpoint_folder(root, int(step))
+            folder = checkpoint.checkpoint_folder(root, number)
             chosen = folder, checkpoint.read_folder(folder)
         return chosen

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from cifar.pulse import PULSE
 from cifar.ranks import world_size
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -18,6 +19,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 """A launcher passes on the Ctrl-C that the terminal has sent to all processes of the job already;
 under one, another signal within this time after the first is taken for that."""
+
+SLURM_ECHO_SECONDS = 10.0
+"""SLURM signals every process of a step, torchrun passes that on, and a batch script's trap sends
+it once more, by way of the controller."""
 
 REPEAT_SECONDS = 0.1
 """Without a launcher: `timeout` signals its child and then the group that it is in."""
@@ -28,12 +33,14 @@ _END = 0
 
 
 def echo_seconds(environ: Mapping[str, str]) -> float:
-    """How long a further signal may be an echo, of a launcher or of `timeout`.
+    """How long a further signal may be an echo, of SLURM, a launcher or `timeout`.
 
     Raises:
         ConfigError: `WORLD_SIZE` is no number.
     """
     launched = "TORCHELASTIC_RUN_ID" in environ or world_size(environ) > 1
+    if "SLURM_JOB_ID" in environ:
+        return SLURM_ECHO_SECONDS
     return ECHO_SECONDS if launched else REPEAT_SECONDS
 
 
@@ -41,10 +48,14 @@ def end_with_launcher(environ: Mapping[str, str]) -> None:
     """Let this process get a SIGTERM when torchrun, or Accelerate by it, ends without one.
 
     After a SIGKILL of the launcher a run would go on unseen, and hold its folder against the next
-    start. Linux alone can do that (prctl(2), PR_SET_PDEATHSIG).
+    start. Linux alone can do that (prctl(2), PR_SET_PDEATHSIG). One that ends just before that is
+    told by the change of this process's parent.
     """
     if "TORCHELASTIC_RUN_ID" in environ and sys.platform == "linux":
+        launcher = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class StopSignals:
@@ -53,7 +64,7 @@ class StopSignals:
     A second one ends the process at once, with a line on stderr that says so and `remedy`, or with
     none if that is empty. Python runs handlers on the main thread, and not while that sits in C, as
     in a collective call whose peer is gone. So a thread counts the signals, by what the handler in
-    C writes to a pipe.
+    C writes to a pipe, and lets the watchdog know of the first.
     """
 
     def __init__(self, remedy: str = "") -> None:
@@ -84,6 +95,7 @@ class StopSignals:
         signal.set_wakeup_fd(self._wakeup_before)
         os.write(self._pipe[1], bytes([_END]))
         self._thread.join()
+        PULSE.is_stopping = False
         for end in self._pipe:
             os.close(end)
 
@@ -97,6 +109,7 @@ class StopSignals:
                 continue
             if first is None:
                 first = time.monotonic()
+                PULSE.is_stopping = True
             elif time.monotonic() - first >= self._echo_seconds:
                 self._end(number)
 

@@ -24,7 +24,7 @@ from cifar.data.loader import (
     TrainBatch,
     eval_batches,
 )
-from cifar.distributed import broadcast_from_first
+from cifar.distributed import broadcast_from_first, check_same_images
 from cifar.emulation import emulate_if_needed
 from cifar.engines import build_engine
 from cifar.errors import TrainingError
@@ -76,6 +76,7 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         self.dataset = divide(dataset, config.limit_train, config.recipe.validation)
         self.device: torch.device = self.accelerator.device
+        check_same_images(self.fingerprint, self.device)
         self.place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self._update = update or build_update(config.recipe)
         self.model_config = dataclasses.replace(

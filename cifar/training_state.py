@@ -9,6 +9,7 @@ from torch import Tensor
 from cifar.checkpoint import ModelCard, Tensors, TrainState, check_same_shapes
 from cifar.errors import CheckpointError, TrainingError
 from cifar.meter import Meter
+from cifar.pulse import PULSE
 from cifar.selection import Selection
 from cifar.trainer import Trainer
 
@@ -61,7 +62,9 @@ def state_of(
     if selection and best:
         tensors["best"] = selection.weights
     for name, tensor in tensors["model"].items():
-        if not bool(tensor.isfinite().all()):
+        with PULSE.waiting():
+            is_finite = bool(tensor.isfinite().all())
+        if not is_finite:
             raise TrainingError(
                 f"weights: {name} is not finite after step {trainer.step}: training stopped; "
                 "lower --lr or change --precision"

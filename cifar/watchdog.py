@@ -28,7 +28,10 @@ EXIT_CODE = 3
 BACKSTOP = 2.0
 """torch's own timeout, in units of ours: it has to come later, as it names nobody; and work that a
 process has announced may keep the others waiting that long."""
-LEAST_INTERVAL, MOST_INTERVAL = 0.05, 5.0
+STOPPING_SECONDS = 10.0
+"""Without progress once a signal asks to stop, after which a process whose peer does not answer
+ends: a launcher signals the others when one has died, and kills them 30 s later."""
+LEAST_INTERVAL, MOST_INTERVAL = 0.05, 1.0
 """Seconds between two looks."""
 _LOOKS = 16
 """In the time that a process may make no progress."""
@@ -36,10 +39,11 @@ _ECHO_SECONDS = 3.0
 """How long all but one of the waiting processes leave it to that one to speak."""
 
 _WAITING = (
-    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/"),
-    *("cifar/distributed.py", "cifar/meter.py"),
+    *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "torch/cuda/"),
+    "cifar/distributed.py",
 )
-"""Where a process is that waits for another one, or for its device, which does."""
+"""Where a process is that waits for another one, or for its device, which does; elsewhere it marks
+that by `Pulse.waiting`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +59,7 @@ class Beat:
     place: str = ""
     """Where its main thread is, `file:line function`, if it makes no progress."""
     waits: bool = False
-    """Whether that is a place where one waits for others."""
+    """Whether it waits for others there."""
 
 
 @dataclass(slots=True)
@@ -111,9 +115,16 @@ class _Correspondent:
 
 class Watchdog:
     """Watches over a group of several processes until `stop`; time that a process was suspended
-    for, which its thread was too, does not count."""
+    for, which its thread was too, does not count.
 
-    def __init__(self, group: Group, timeout: float, pulse: Pulse = PULSE) -> None:
+    `runs_ahead`: a process may have finished steps, as far as it knows, that its device has yet to
+    compute, as under NCCL.
+    """
+
+    def __init__(
+        self, group: Group, timeout: float, *, runs_ahead: bool = False, pulse: Pulse = PULSE
+    ) -> None:
+        self._runs_ahead = runs_ahead
         self._group, self._timeout, self._pulse = group, timeout, pulse
         self._interval = min(MOST_INTERVAL, max(LEAST_INTERVAL, timeout / _LOOKS))
         self._main = threading.main_thread().ident
@@ -155,8 +166,9 @@ class Watchdog:
         moved = (pulse.count, pulse.announced) != (mine.count, mine.announced)
         self._still = 0.0 if moved else self._still + seconds
         place, waits = "", False
-        if watches := self._still >= self._timeout / 2:
+        if watches := self._still >= self._patience / 2:
             place, waits = whereabouts(sys._current_frames().get(self._main or 0))
+            waits = waits or pulse.waits
         self._mine = replace(
             mine,
             number=mine.number + 1,
@@ -184,18 +196,26 @@ class Watchdog:
                 self._seen[other].look(beat, seconds)
             else:
                 self._seen[other] = _Seen(beat)
-        if self._still >= self._timeout and (told := self._verdict()):
+        if self._still >= self._patience and (told := self._verdict()):
             self._end(*told)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds without progress after which to look for a reason."""
+        return min(self._timeout, STOPPING_SECONDS) if self._pulse.is_stopping else self._timeout
 
     def _verdict(self) -> tuple[str, int] | None:
         """What has happened and which rank is to say it; None if nothing is wrong."""
-        long = self._timeout / 4  # of the half of it that this one has looked at the others for
+        long = self._patience / 4  # of the half of it that this one has looked at the others for
+        is_early = self._still < self._timeout  # then only one that does not answer is missing
         if self._unheard > long:
-            return self._lost()
+            return None if is_early else self._lost()
         others = {each for each in range(self._group.size) if each != self._group.rank}
         frozen = {
             each for each in others if each not in self._seen or self._seen[each].quiet > long
         }
+        if is_early and (not frozen or self._pulse.announced):
+            return None
         if not frozen:
             beats = {each: self._seen[each].beat for each in others} | {
                 self._group.rank: self._mine
@@ -212,7 +232,8 @@ class Watchdog:
         if rank not in self._seen:
             return f"rank {rank} has not come at all ({self._still:.0f} s)"
         beat = self._seen[rank].beat
-        step = max(beat.step, self._mine.step)  # which takes both; it may have told of it no more
+        # A step takes both, and it may have told of its last one no more.
+        step = f"at least {beat.step}" if self._runs_ahead else max(beat.step, self._mine.step)
         return (
             f"{_named(rank, beat)} has not come since step {step} ({self._still:.0f} s ago) and "
             "does not answer"

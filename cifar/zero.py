@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
 _NEVER = 2**62
 """Steps between two lines that DeepSpeed prints of its progress."""
+_BUCKETS = {
+    "reduce_bucket_size": 500_000_000,
+    "allgather_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+}
+"""DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)."""
+_ALIGNMENT = 2
+"""What sizes of buckets must be multiples of."""
 
 
 class ZeroEngine(SharingEngine):
@@ -57,7 +65,7 @@ class ZeroEngine(SharingEngine):
         self._engine, self._zero, _, _ = self._deepspeed.initialize(
             model=self.module,
             optimizer=optimizer,
-            config=zero_config(self._config, self._stage, dist.get_world_size()),
+            config=zero_config(self._config, self._stage, dist.get_world_size(), self._elements()),
             dist_init_required=False,
         )
         self._base = optimizer
@@ -70,6 +78,10 @@ class ZeroEngine(SharingEngine):
             optimizer.state[flat].update(_first_state(optimizer, flat))
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()  # else only after the first step
+
+    def _elements(self) -> int:
+        """Of all weights."""
+        return sum(shape.numel() for shape in self.shapes.values())
 
     def wrap(self) -> Any:
         """DeepSpeed's engine."""
@@ -182,16 +194,22 @@ class ZeroEngine(SharingEngine):
                 utils.safe_set_local_optimizer_state(parameter, own, name)
 
 
-def zero_config(config: TrainConfig, stage: int, num_processes: int) -> dict[str, Any]:
+def zero_config(
+    config: TrainConfig, stage: int, num_processes: int, elements: int
+) -> dict[str, Any]:
     """DeepSpeed's settings: what the recipe says, and its own defaults.
 
     Micro-batches are counted by the trainer. In stage 3 no parameter is too small to be shared out.
+    Buckets are no larger than a network of so many `elements` can fill: DeepSpeed allocates them
+    whole, which is 2 GB of fp32 by default.
     """
+    most = elements + elements % _ALIGNMENT
+    buckets = {name: min(size, most) for name, size in _BUCKETS.items()}
     return {
         "train_micro_batch_size_per_gpu": config.per_device_batch_size(num_processes),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.recipe.clip_norm,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **buckets},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NEVER,

@@ -31,7 +31,8 @@ def install():
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)
     devices.find_machine = functools.partial(devices.find_machine, present=present)
     slurm.PROGRAM = "fake_job_runner"
-    slurm.POLL_SECONDS, slurm.ASK_SECONDS, slurm.SETTLE_SECONDS = 0.05, 0.1, 0.2
+    slurm.POLL_SECONDS, slurm.ASK_SECONDS = 0.05, 0.1
+    slurm.SETTLE_SECONDS = slurm.COMPLETED_SETTLE_SECONDS = 0.2
     slurm.current = functools.partial(slurm.current, present=present)
     execution.missing = functools.partial(execution.missing, present=present)
     probes.missing = functools.partial(probes.missing, present=present)

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from cifar import cli
 from cifar.cli import Command, run_program
 from cifar.distributed import leave
@@ -22,8 +24,16 @@ TIMEOUT = 6.0
 
 def meet(words: list[str]) -> int:
     check_rendezvous(os.environ, cpu=True)
-    group = form_group(os.environ, backend="gloo", meeting_timeout=TIMEOUT, collective_timeout=30.0)
+    group = form_group(
+        os.environ,
+        backend="gloo",
+        told=json.loads(os.environ.get("TOLD", "{}")),
+        meeting_timeout=TIMEOUT,
+        collective_timeout=30.0,
+    )
     print(f"met as {group.rank} of {group.size}")
+    store = torch.distributed.distributed_c10d._get_default_store()
+    print(f"store waits {store.timeout.total_seconds():g} s")
     leave()
     return 0
 

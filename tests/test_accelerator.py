@@ -180,6 +180,18 @@ def test_more_processes_than_gpus_are_refused_before_nccl_meets_them(
         check_devices(environment)
 
 
+@pytest.mark.parametrize(("number", "gpus", "refused"), [(1, 2, False), (2, 2, True), (3, 1, True)])
+def test_a_process_without_a_gpu_of_its_number_is_refused(
+    number: int, gpus: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one of a launcher that shows every process one GPU, and numbers them all the same."""
+    environment = {"LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "8"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    raises = pytest.raises(ConfigError, match=rf"^LOCAL_RANK: '{number}': this process sees {gpus}")
+    with raises if refused else contextlib.nullcontext():
+        check_devices(environment)
+
+
 def test_compile_without_a_compiler_is_unsupported(tmp_path: Path) -> None:
     with mock.patch.dict(os.environ, PATH=str(tmp_path)):
         os.environ.pop("CXX", None)

@@ -35,7 +35,7 @@ from cifar.data.sources import load_dataset
 from cifar.errors import UnsupportedError
 from cifar.strategy import STRATEGIES, Strategy, check_settings, check_suits
 from cifar.trainer import Trainer
-from cifar.zero import import_deepspeed
+from cifar.zero import import_deepspeed, zero_config
 
 ENGINES: dict[str, dict[str, str]] = {
     "fsdp": {"ACCELERATE_USE_FSDP": "true"},
@@ -113,7 +113,7 @@ def check_engine(
     names = {file.name.rpartition("-")[0] for file in ours.glob("*.safetensors")}
     left_out = set(ONLY_FSDP if strategy.startswith("zero") else ()) & set(SUBJECTS)
     assert names == {*SUBJECTS, *ONCE} - left_out, err
-    assert code == 0 or strategy.startswith("zero"), err  # which may abort after its last line
+    assert code == 0, err
     found = {
         name: [load_file(ours / f"{name}-{rank}.safetensors") for rank in range(PROCESSES)]
         for name in names
@@ -298,6 +298,49 @@ def test_deepspeed_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
         UnsupportedError, match=r"'zero2': .* install cifar-resnet-bench\[deepspeed"
     ):
         import_deepspeed("zero2", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("elements", "buckets"),
+    [(269_723, (269_724, 269_724, 269_724)), (2 * 10**9, (5 * 10**8, 5 * 10**8, 5 * 10**7))],
+)
+def test_buckets_are_no_larger_than_a_network_fills(
+    elements: int, buckets: tuple[int, int, int]
+) -> None:
+    """DeepSpeed allocates them whole: 2 GB in every process, whatever the network."""
+    found = zero_config(TrainConfig(), 2, 1, elements)["zero_optimization"]
+    names = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+    assert tuple(found[name] for name in names) == buckets
+
+
+def test_the_default_sizes_of_buckets_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    default, found = DeepSpeedZeroConfig(), zero_config(TrainConfig(), 3, 1, 2**40)
+    asked = DeepSpeedZeroConfig(**found["zero_optimization"])
+    for name in ("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"):
+        assert getattr(asked, name) == getattr(default, name)
+
+
+ENDED = """
+import atexit, sys, types
+from cifar.process import ended
+atexit.register(print, "by way of the interpreter")
+if sys.argv[1] == "zero":
+    sys.modules["cifar.zero"] = types.ModuleType("zero")
+print("done")
+sys.exit(ended(3))
+"""
+
+
+def test_a_process_that_used_zero_ends_before_its_threads_can_abort_it() -> None:
+    """With its own exit code, and all that it has printed."""
+    assert finish(start("-c", ENDED, "zero", module=False)) == (3, "done\n", "")
+    assert finish(start("-c", ENDED, "ddp", module=False)) == (
+        3,
+        "done\nby way of the interpreter\n",
+        "",
+    )
 
 
 def test_a_record_names_the_installed_deepspeed() -> None:

@@ -29,8 +29,8 @@ FREE_NAMES = """
     bench.scaling bench.scaling_plot bench.search bench.selection bench.selfcheck bench.slurm
     bench.slurm_config bench.space bench.spec bench.stats bench.suites bench.table bench.trial_plan
     bench.trial_rows bench.trials bench.tuning bench.tuning_command bench.tuning_options
-    bench.unfinished bench.validity cifar cifar.__main__ cifar.architectures cifar.cli
-    cifar.commands cifar.comparison cifar.compilers cifar.config cifar.config.checks
+    bench.unfinished bench.validity cifar cifar.__main__ cifar.agreement cifar.architectures
+    cifar.cli cifar.commands cifar.comparison cifar.compilers cifar.config cifar.config.checks
     cifar.config.distillation cifar.config.model cifar.config.parallel cifar.config.precision
     cifar.config.pretrained cifar.config.recipe cifar.config.train cifar.cost cifar.data
     cifar.data.archives cifar.data.arrays cifar.data.config cifar.data.dataset cifar.data.division
@@ -98,6 +98,7 @@ CHAINS = (
     "cifar.engine cifar.zero cifar.engines",
     "cifar.config cifar.strategy cifar.accelerator cifar.engine",
     "cifar.optim cifar.exchange cifar.trainer",
+    "cifar.run_folder cifar.agreement cifar.meeting",
     "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
     "cifar.accelerator cifar.trainer",
     "cifar.pulse cifar.watchdog cifar.distributed",

@@ -66,6 +66,32 @@ def test_two_nodes_of_accelerate_train_as_one_launcher_does(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3"])
+def test_two_nodes_of_an_engine_are_one_training(
+    strategy: str, tmp_path: Path, train: Train
+) -> None:
+    """DeepSpeed's own launcher would make two trainings of them."""
+    config = ("--config_file", ROOT / "launch" / f"{strategy}.yaml")
+    where = ("--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port",
+             free_port())  # fmt: skip
+    words = (*train(tmp_path / "run"), "--recipe", "sgd", "--epochs", 1)
+    launch = (
+        "accelerate.commands.launch",
+        *config,
+        "--mixed_precision",
+        "no",
+        "--num_processes",
+        2,
+    )
+    nodes = [start(*launch, *where, "--machine_rank", rank, *words) for rank in (0, 1)]
+    ends = [finish(node, seconds=120) for node in nodes]
+    assert [code for code, _, _ in ends] == [0, 0], "\n".join(err for _, _, err in ends)
+    assert f"2 x cpu under {strategy}, global batch 32, steps 0..3" in ends[0][1]
+    assert ends[1][1].count("epoch") == 0, "the second node is no training of its own"
+    assert [line["samples_seen"] for line in metrics(tmp_path / "run")] == [96]
+
+
+@pytest.mark.slow
 def test_two_nodes_of_torchrun_train_as_one_launcher_does(
     tmp_path: Path, train: Train, alone: Path
 ) -> None:

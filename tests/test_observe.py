@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -20,6 +21,7 @@ from bench.judge import WRAPPERS, changes, mismatches, unproven
 from bench.measure.subject import Subject
 from bench.measure.training import measure_training
 from bench.observe import Witness
+from bench.placement import wrapper_of
 from bench.protocol import Protocol
 from bench.record_file import parse_record
 from bench.spec import CAPTURE_STEPS, Cell, Task, grid
@@ -408,6 +410,33 @@ def test_another_engine_than_the_launchers_is_told(
     effective = measured(make_subject(one)) | two | own_way | half | SHARED_OUT | seen
     told = mismatches(replace(one, launcher=launcher, num_processes=2), effective, "cpu")
     assert len(told) == bool(phrase) and "".join(told).startswith(phrase)
+
+
+class DeepSpeedEngine(nn.Linear):
+    """Stands in for DeepSpeed's, which was configured with stage 2."""
+
+    def zero_optimization_stage(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shares_weights", "seen"),
+    [
+        (SimpleNamespace(partition_gradients=False), False, "ZeRO-1"),
+        (SimpleNamespace(partition_gradients=True), False, "ZeRO-2"),
+        (SimpleNamespace(), True, "ZeRO-3"),
+        (SimpleNamespace(), False, "ZeRO-0"),
+    ],
+)
+def test_the_stage_is_what_deepspeeds_optimizer_does(
+    optimizer: SimpleNamespace, shares_weights: bool, seen: str
+) -> None:
+    engine = DeepSpeedEngine(1, 1)
+    engine.optimizer = optimizer
+    if shares_weights:
+        engine.weight.ds_tensor = torch.zeros(1)
+    trainer: Any = SimpleNamespace(model=engine, wrapped=engine, module=engine)
+    assert wrapper_of(trainer) == seen
 
 
 def test_one_process_of_an_engine_runs_the_engine_too() -> None:

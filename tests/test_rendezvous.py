@@ -15,10 +15,10 @@ from meet_all import TIMEOUT
 from torch.distributed import TCPStore
 from training import ROOT, finish, free_port, start
 
-from cifar import interface
+from cifar import interface, rendezvous
 from cifar.errors import ConfigError
 from cifar.interface import choose_interface, interface_of, source_towards
-from cifar.meeting import Hello, check_gpus
+from cifar.meeting import Hello, Meeting, check_gpus
 
 pytestmark = pytest.mark.multiprocess
 
@@ -80,9 +80,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "sizes": job((0, 2), (1, 3)),
             "absent": job((0, 4), (1, 4)),
             "twice": job((0, 3), (1, 3), (1, 3)),
+            "options": job((0, 2), (1, 2), TOLD='{"epochs": "3", "lr": "0.1"}'),
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
         listed["twice"][2]["LATE"] = "1"
+        listed["options"][1]["TOLD"] = '{"epochs": "3", "lr": "0.2"}'
         (folder / "jobs.json").write_text(json.dumps(listed))
         program = [sys.executable, str(ROOT / "tests" / "meet_all.py"), str(folder)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -92,6 +94,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 def test_two_processes_meet(jobs: Jobs) -> None:
     assert jobs.of("two") == [(0, "met as 0 of 2"), (0, "met as 1 of 2")]
+
+
+def test_the_groups_store_waits_as_long_as_a_collective_call(jobs: Jobs) -> None:
+    """NCCL asks it for addresses when a new group is made; the meeting's time was for the start."""
+    assert "store waits 30 s" in (jobs.folder / "two-0.out").read_text()
+
+
+def test_connecting_takes_longer_the_more_processes_there_are() -> None:
+    guard = rendezvous._Guard(45.0, {})
+    before = guard._deadline
+    guard.expect("", rendezvous.CONNECT_SECONDS * 256)
+    assert guard._deadline - before >= 0.5 * 256
 
 
 def test_one_process_that_a_launcher_started_has_a_group_too(jobs: Jobs) -> None:
@@ -124,6 +138,11 @@ def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, sa
     [
         ("sizes", r"WORLD_SIZE: '3': given to rank 1 \(.*, pid \d+\), but '2' to rank 0"),
         ("absent", "WORLD_SIZE: '4': rank 2, 3 has not come within 6 s; start as many processes"),
+        (
+            "options",
+            r"lr: '0\.2': given to rank 1 \(.*, pid \d+\), but '0\.1' to rank 0 \(.*, pid \d+\); "
+            "start all processes with the same options and sources",
+        ),
         ("twice", r"RANK: '1': given to two processes \(.*, pid \d+; .*, pid \d+\)"),
     ],
 )
@@ -150,6 +169,22 @@ def test_two_processes_with_one_gpu_are_refused() -> None:
         check_gpus(hellos)
     check_gpus(hellos[:2])
     check_gpus([Hello(rank=each, size=2, host="node", pid=each) for each in (0, 1)])
+
+
+def test_a_hello_of_other_sources_can_be_read() -> None:
+    """Which may have other fields, and is refused for its sources' digest."""
+    text = json.dumps({"rank": 1, "size": 2, "host": "node", "pid": 1, "told": {}, "new": 7})
+    assert Hello.read(text).rank == 1
+
+
+def test_rank_0_tells_the_others_where_all_are_and_not_what_they_were_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or what every process reads would grow with their number squared."""
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    meeting = Meeting({**process(0, 1, store.port), "LOCAL_RANK": "0"}, "", {"lr": "x" * 99}, 5.0)
+    name, (peer,) = meeting._lead(store)
+    assert peer.told and b"xxx" not in store.get(f"go/{name}")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from training import (
     cifar,
     complaints,
     finish,
+    free_port,
     kill,
     metrics,
     start,
@@ -174,6 +175,27 @@ def test_the_start_before_may_take_a_while_to_end(
         assert train(npz, folder, *AUTO, "--epochs", 1) == 0
 
 
+@pytest.mark.multiprocess
+def test_a_taken_folder_is_told_before_the_others_give_up(npz: Path, tmp_path: Path) -> None:
+    """By the first process, which alone looks for it; they would say that it has not come."""
+    folder, port = tmp_path / "run", free_port()
+    folder.mkdir()
+    words = ("train", "--cpu", *TINY_OPTIONS, "--data", f"npz:{npz}", *AUTO, "--output-dir", folder,
+             "--meeting-timeout", 20)  # fmt: skip
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with locked(folder):
+        first, second = (
+            start("cifar", *words, environment={**where, "RANK": str(rank)}) for rank in (0, 1)
+        )
+        code, _, err = finish(first, seconds=100)
+        assert second.poll() is None, second.communicate()
+    second.kill()
+    finish(second)
+    (line,) = complaints(err)
+    assert line.startswith(f"cifar: resume: '{folder}': another process is training there")
+    assert code == 2
+
+
 def test_a_learning_rate_that_was_found_is_kept(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +240,19 @@ def test_a_process_whose_launcher_was_killed_is_told_to_end(how: str) -> None:
     assert has_ended is (how == "launched")
     finish(parent)
     os.close(child)
+
+
+def test_a_launcher_that_ends_before_the_kernel_was_asked_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parents, raised = iter([7, 1, 7, 7]), []
+    monkeypatch.setattr("cifar.signals.ctypes.CDLL", mock.MagicMock())
+    monkeypatch.setattr("cifar.signals.os.getppid", lambda: next(parents))
+    monkeypatch.setattr("cifar.signals.signal.raise_signal", raised.append)
+    end_with_launcher({"TORCHELASTIC_RUN_ID": "x"})
+    assert raised == [signal.SIGTERM]
+    end_with_launcher({"TORCHELASTIC_RUN_ID": "x"})
+    assert raised == [signal.SIGTERM]
 
 
 def test_without_a_launcher_nothing_is_asked_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

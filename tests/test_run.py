@@ -740,6 +740,14 @@ def test_a_second_signal_stops_at_once_but_a_launchers_echo_does_not(name: str) 
     assert finish(process, seconds=50) == (143, "alive\n", told)
 
 
+def test_slurms_third_way_to_signal_a_process_is_no_second_wish() -> None:
+    """The step, torchrun and the script's trap: the last one more than a second after the first."""
+    environment = {"TORCHELASTIC_RUN_ID": "2", "SLURM_JOB_ID": "7"}
+    script = SECOND_SIGNAL.replace("time.sleep(60)", "time.sleep(0.5)")
+    found = finish(start("-c", script, module=False, environment=environment), seconds=50)
+    assert found == (0, "alive\nstill alive\n", "")
+
+
 def test_what_timeout_sends_twice_is_one_signal_and_a_hand_s_second_one_is_not() -> None:
     """It signals its child, and then the group that the child is in."""
     told = "stopped at once by signal {}, without saving; go on\n"

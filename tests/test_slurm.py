@@ -148,6 +148,51 @@ def test_every_node_gets_the_same_command(sbatch: Sbatch, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "comes_back"),
+    [(137, None, True), (137, 2, True), (137, 3, False), (1, None, False), (2, None, False)],
+)
+def test_a_job_whose_launcher_was_killed_comes_back_a_few_times(
+    sbatch: Sbatch, tmp_path: Path, code: int, restarts: int | None, comes_back: bool
+) -> None:
+    """torchrun itself ends with 1, also where it was given bad input."""
+    (tmp_path / "log").touch()
+    (tmp_path / "bin" / "srun").write_text(
+        f'#!/bin/sh\ncase "$*" in *meet*) ;; *) exit {code};; esac\n'
+    )
+    count = {} if restarts is None else {"SLURM_RESTART_COUNT": str(restarts)}
+    found, _, err = finish(sbatch(**count))
+    assert found == (0 if comes_back else code)
+    assert calls(tmp_path) == ["scontrol requeue 17"] * comes_back
+    assert ("back into the queue" in err) is comes_back
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "24", "SLURM_CPUS_ON_NODE": "32"}, "24"),
+        ({"SLURM_CPUS_ON_NODE": "32"}, "32"),
+    ],
+)
+def test_the_launcher_of_a_node_has_the_cores_of_the_job_there(
+    sbatch: Sbatch, tmp_path: Path, variables: dict[str, str], cores: str
+) -> None:
+    """srun has not taken them from sbatch's --cpus-per-task since SLURM 22.05."""
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho $SRUN_CPUS_PER_TASK >> "$FAKE_LOG"\n')
+    assert finish(sbatch(**variables))[0] == 0
+    assert (tmp_path / "log").read_text().split() == [cores, cores]
+
+
+@pytest.mark.parametrize("job", [1, 12767, 12768, 4_000_000_000])
+def test_the_port_is_none_that_linux_gives_to_anyone(
+    sbatch: Sbatch, tmp_path: Path, job: int
+) -> None:
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\necho $MASTER_PORT >> "$FAKE_LOG"\n')
+    assert finish(sbatch(SLURM_JOB_ID=str(job)))[0] == 0
+    port = int((tmp_path / "log").read_text().split()[0])
+    assert port == 20000 + job % 12768 < 32768
+
+
 def test_nodes_that_do_not_meet_end_the_job_at_once(sbatch: Sbatch, tmp_path: Path) -> None:
     (tmp_path / "bin" / "srun").write_text(
         '#!/bin/sh\necho "$MASTER_ADDR:$MASTER_PORT $WORLD_SIZE $*" >> "$FAKE_LOG"\nexit 2\n'

@@ -17,7 +17,7 @@ from fake_worker import environment, record_of
 from test_bench_cli import bench, environ, statuses
 
 from bench import cluster, runs, slurm
-from bench.attempt import Attempt, read_attempt, write_attempt, write_result
+from bench.attempt import Attempt, read_attempt, read_result, write_attempt, write_result
 from bench.cluster import Slurm, SubmissionError
 from bench.commands import main
 from bench.job import Job
@@ -254,7 +254,8 @@ class FakeCluster:
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    for name in ("POLL_SECONDS", "ASK_SECONDS", "SETTLE_SECONDS"):
+    names = ("POLL_SECONDS", "ASK_SECONDS", "SETTLE_SECONDS", "COMPLETED_SETTLE_SECONDS")
+    for name in names:
         monkeypatch.setattr(slurm, name, 0.0)
 
 
@@ -266,6 +267,35 @@ def test_a_job_that_nothing_is_known_of_any_more_is_a_record(tmp_path: Path) -> 
     ((job, record),) = jobs.wait()
     assert (job.task, record.status, record.reason) == (task, "failed", "SLURM job 1: unknown")
     assert jobs.ended() == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_result_that_shows_late_is_not_replaced_by_a_failure(tmp_path: Path, monkeypatch) -> None:
+    """This machine's look at the folder was older than the result that the job has written."""
+    run, task, folder = make_run(tmp_path)
+    jobs = slurm.SlurmJobs(run, SlurmConfig(), FakeCluster(state="COMPLETED"))
+    job = Job(task=task, run_id=run.id)
+    jobs.start(job, folder)
+    write_result(folder, read_attempt(folder).token, record_of(job))
+    looks = iter([None])
+    monkeypatch.setattr(slurm, "read_result", lambda *words: next(looks, read_result(*words)))
+    ((_, record),) = jobs.wait()
+    assert record.status == "ok" and next(looks, "none left") == "none left"
+    assert read_result(folder, read_attempt(folder).token).status == "ok"
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_result_of_a_completed_job_is_waited_for_longer(tmp_path: Path, monkeypatch) -> None:
+    run, task, folder = make_run(tmp_path)
+    monkeypatch.setattr(slurm, "COMPLETED_SETTLE_SECONDS", 3600.0)
+    nodes = FakeCluster(state="COMPLETED")
+    jobs = slurm.SlurmJobs(run, SlurmConfig(), nodes)
+    job = Job(task=task, run_id=run.id)
+    jobs.start(job, folder)
+    assert [jobs.ended() for _ in range(3)] == [[]] * 3
+    write_result(folder, read_attempt(folder).token, record_of(job))
+    ((_, record),) = jobs.ended()
+    assert record.status == "ok"
 
 
 @pytest.mark.usefixtures("quick")

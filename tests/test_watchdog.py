@@ -15,7 +15,7 @@ from training import ROOT, TINY_OPTIONS, complaints, finish, free_port, start
 
 from cifar.meeting import Address, Group
 from cifar.pulse import Pulse
-from cifar.watchdog import EXIT_CODE, Beat, Watchdog, missing, whereabouts
+from cifar.watchdog import EXIT_CODE, STOPPING_SECONDS, Beat, Watchdog, missing, whereabouts
 
 GROUP = Group(address=Address(host="here", port=1, is_launchers=True), name="group", rank=0, size=3)
 TIMEOUT = 16.0
@@ -26,7 +26,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pulse = Pulse()
-        self.watchdog = Watchdog(GROUP, TIMEOUT, self.pulse)
+        self.watchdog = Watchdog(GROUP, TIMEOUT, pulse=self.pulse)
         self.told: list[tuple[str, int]] = []
         self.store = self.watchdog._correspondent
         self.answers = True
@@ -74,6 +74,53 @@ def test_one_that_does_not_answer_is_named_by_the_first_of_the_others(watched: W
     ((told, speaker),) = watched.told
     assert told.startswith("rank 1 (node, pid 1) has not come since step 12 (")
     assert told.endswith("s ago) and does not answer") and speaker == 0
+
+
+def test_where_hosts_run_ahead_the_step_is_the_one_that_the_lost_rank_has_told(
+    watched: Watched,
+) -> None:
+    """This one's host has queued steps that its GPU waits in for the other."""
+    watched.watchdog._runs_ahead = True
+    watched.pulse.at(30)
+    watched.change(1, step=11)
+    watched.frozen = {1}
+    watched.pass_time(100)
+    assert " has not come since step at least 11 (" in watched.told[0][0]
+
+
+def test_a_rank_that_reads_from_its_device_is_one_that_waits(watched: Watched) -> None:
+    """Wherever in the program that is; the rank that does not is named."""
+    watched.change(2, waits=False, place="evaluation.py:1 evaluate")
+    with watched.pulse.waiting():
+        watched.pass_time(100)
+    ((told, speaker),) = watched.told
+    assert told.startswith("rank 2 (node, pid 2) has not come since step 0") and speaker == 0
+    assert not watched.pulse.waits
+
+
+def test_once_told_to_stop_it_waits_less_long_for_one_that_does_not_answer(
+    watched: Watched,
+) -> None:
+    """Which has died, so that the launcher told the others to end; they may sit in C."""
+    watched.pulse.is_stopping = True
+    watched.frozen = {1}
+    watched.pass_time(int(STOPPING_SECONDS) - 1)
+    assert watched.told == []
+    watched.pass_time(2)
+    assert watched.told[0][0].startswith("rank 1 (node, pid 1) has not come since step 0")
+
+
+def test_once_told_to_stop_a_slow_step_or_checkpoint_is_still_waited_for(watched: Watched) -> None:
+    watched.pulse.is_stopping = True
+    watched.pass_time(int(TIMEOUT) - 1)
+    assert watched.told == []
+    watched.frozen = {1}
+    with watched.pulse.during("writing a checkpoint"):
+        watched.pass_time(int(TIMEOUT) - 1)
+    watched.pulse.beat()
+    watched.frozen, watched.answers = set(), False
+    watched.pass_time(int(TIMEOUT) - 1)
+    assert watched.told == [], "a launcher that was killed has taken the store with it"
 
 
 def test_it_takes_the_time_that_is_given_and_no_less(watched: Watched) -> None:
@@ -218,9 +265,17 @@ sys.exit(main())
 
 
 def two(
-    tmp_path: Path, npz: Path, how: str, *options: object, device: str = "--cpu"
+    tmp_path: Path,
+    npz: Path,
+    how: str,
+    *options: object,
+    device: str = "--cpu",
+    then: Callable[[int], object] = lambda pid: None,
 ) -> Callable[[], tuple[int, str]]:
-    """Start two processes, the second of which stops in step 3; how the first has ended."""
+    """Start two processes, the second of which stops in step 3; how the first has ended.
+
+    `then` is done with the first one's id.
+    """
     (tmp_path / "hung.py").write_text(HUNG)
     words = ("train", *filter(None, [device]), *TINY_OPTIONS, "--data", f"npz:{npz}",
              "--output-dir", tmp_path / "run", *options)  # fmt: skip
@@ -234,6 +289,7 @@ def two(
 
     def ends() -> tuple[int, str]:
         try:
+            then(processes[0].pid)
             code, _, err = finish(processes[0], seconds=120)
         finally:
             os.killpg(processes[1].pid, signal.SIGKILL)
@@ -247,6 +303,21 @@ def two(
 @pytest.mark.parametrize("how", ["stopped", pytest.param("asleep", marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_named_by_the_other(npz: Path, tmp_path: Path, how: str) -> None:
     assert_named(tmp_path, how, *two(tmp_path, npz, how, "--collective-timeout", "4")())
+
+
+@pytest.mark.multiprocess
+def test_a_process_told_to_stop_ends_though_another_one_never_comes(
+    npz: Path, tmp_path: Path
+) -> None:
+    """It waits in C, as under NCCL for one that has died; the timeout is ten minutes."""
+
+    def stop(pid: int) -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(pid, signal.SIGTERM)
+
+    assert_named(tmp_path, "stopped", *two(tmp_path, npz, "stopped", then=stop)())
 
 
 def assert_named(tmp_path: Path, how: str, code: int, err: str) -> None:
