@@ -17,7 +17,14 @@ from training import ROOT, finish, make_trainer, reset_accelerate, start, tiny_r
 from bench.measure import backends, comparison, inference
 from bench.measure import subject as subject_module
 from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
-from bench.measure.comparison import Comparison, Reference, sample_images
+from bench.measure.comparison import (
+    EXACT,
+    REDUCED,
+    Comparison,
+    Reference,
+    floor_of,
+    sample_images,
+)
 from bench.measure.inference import Trouble, evaluated_module, measure_inference
 from bench.measure.outcome import measure_accuracy
 from bench.measure.subject import Subject
@@ -405,7 +412,7 @@ def test_the_floor_depends_on_the_precision(
     precision: str, agreement: float, difference: float, wrong: bool
 ) -> None:
     result = Comparison(difference=2 * difference, agreement=agreement, scale=2.0)
-    assert bool(result.fault(precision)) == wrong
+    assert bool(result.fault(floor_of(precision))) == wrong
 
 
 def rounded_to_tf32(numbers: Tensor) -> Tensor:
@@ -424,9 +431,43 @@ def test_tf32_behind_an_fp32_name_is_found_out() -> None:
                 layer.weight.data = rounded_to_tf32(layer.weight.data)
                 layer.register_forward_pre_hook(lambda _, inputs: (rounded_to_tf32(inputs[0]),))
         comparison = reference.compare(network, 8)
+        floor = reference.floor(comparison, "fp32", 8)
     assert comparison.difference > 0
-    assert "a logit differs by" in comparison.fault("fp32")
-    assert comparison.fault("tf32") == ""
+    assert "a logit differs by" in comparison.fault(floor)
+    assert floor == EXACT, "eager fp32 shows no such difference"
+    assert comparison.fault(floor_of("tf32")) == ""
+
+
+def test_fp32_may_be_off_twice_as_far_as_eager_is_at_its_batch_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, whose library takes another algorithm for another batch size."""
+    reference = Reference(make_subject().trainer, source_of(make_subject()))
+    reference.logits = torch.tensor([[8.0, 0.0]]).expand(50, 2)
+    asked: list[int] = []
+
+    def exact(images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return torch.tensor([[8.0 + 2**-7 * (len(images) == 8), 0.0]]).expand(len(images), 2)
+
+    monkeypatch.setattr(reference, "exact", exact)
+    near, far = (Comparison(difference=d, agreement=1.0, scale=8.0) for d in (8e-4, 0.02))
+    assert reference.floor(near, "fp32", 8) == EXACT
+    assert reference.floor(far, "bf16", 8) == REDUCED
+    assert asked == [], "measured where it matters"
+    floor = reference.floor(far, "fp32", 8)
+    assert (floor.agreement, floor.difference) == (0.99, 2 * 2**-10)
+    assert reference.floor(far, "fp32", 8) == floor
+    assert asked == [8] * 7, "once for a size"
+    assert reference.floor(far, "fp32", 25) == EXACT, "never less"
+    assert asked[7:] == [25] * 2
+
+
+def test_a_reference_that_is_not_finite_allows_no_more() -> None:
+    reference = Reference(make_subject().trainer, source_of(make_subject()))
+    reference.logits = torch.full((50, 10), math.nan)
+    found = Comparison(difference=math.nan, agreement=1.0, scale=1.0)
+    assert reference.floor(found, "fp32", 50) == EXACT
 
 
 def test_inference_in_another_format_than_asked_has_failed() -> None:

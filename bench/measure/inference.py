@@ -40,7 +40,7 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
     assert trainer.config.precision is not None
     compiles = trainer.config.compile or subject.protocol.inference_backends
     apart = compiling_apart() if compiles else contextlib.nullcontext()
-    with _evaluating(trainer.bare), apart:
+    with evaluating(trainer.bare), apart:
         source = Source(
             module=evaluated_module(trainer),
             precision=trainer.config.precision,
@@ -56,7 +56,7 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Let a network infer; afterwards it is in the mode it was in."""
     training = module.training
     module.eval()
@@ -159,7 +159,8 @@ class Candidate:
         if not self._is_eager:
             comparison = self._reference.compare(started.run, len(images))
             self._comparisons.append(comparison)
-            fault = comparison.fault(self._source.precision)
+            floor = self._reference.floor(comparison, self._source.precision, len(images))
+            fault = comparison.fault(floor)
             self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
         if self._trouble:
             return None
