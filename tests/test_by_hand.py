@@ -70,6 +70,7 @@ def test_a_gpu_tells_what_was_reserved_as_well(
     assert allocated.labels["kind"] == "allocated on the device"
     assert (allocated.value, reserved.value) == (350 * MIB, 800 * MIB)
     assert reserved.name == "peak_memory_reserved_bytes"
+    assert reserved.samples[0] == (400 * MIB,)
 
 
 def test_a_mark_that_could_not_be_reset_says_so(

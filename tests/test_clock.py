@@ -3,13 +3,18 @@
 import time
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from training import never_waiting
+from training import make_trainer, never_waiting
 
-from bench.measure import clock, inference, training
-from bench.measure.clock import CudaClock, HostClock, make_clock, timed
+from bench.measure import batches, clock
+from bench.measure.clock import CudaClock, HostClock, make_clock, seconds_of, timed
+from bench.measure.inference import measure_inference
+from bench.measure.subject import Subject
+from bench.protocol import Protocol
+from cifar.config import RunConfig
 
 GPU = torch.device("cuda")
 
@@ -55,7 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     cuda = SimpleNamespace(Event=fake.event, synchronize=fake.synchronize)
     monkeypatch.setattr(clock, "torch", SimpleNamespace(cuda=cuda))
     told = SimpleNamespace(perf_counter=lambda: fake.program)
-    for module in (clock, inference, training):
+    for module in (clock, batches):
         monkeypatch.setattr(module, "time", told)
     return fake
 
@@ -93,13 +98,92 @@ def test_a_batch_that_is_waited_for_takes_as_long_as_the_device_needs(gpu: FakeG
         return images
 
     images = torch.zeros(1)
-    assert inference._seconds_of(run, images, GPU) == pytest.approx(0.501)
-    assert inference._seconds_of(run, images, GPU) == pytest.approx(0.501)
+    assert batches._seconds_of(run, images, GPU) == pytest.approx(0.501)
+    assert batches._seconds_of(run, images, GPU) == pytest.approx(0.501)
 
 
 def test_work_that_is_waited_for_starts_on_an_idle_device(gpu: FakeGpu) -> None:
     gpu.launch(9.0)
-    assert training._seconds_of(lambda: gpu.launch(0.5), GPU) == pytest.approx(0.501)
+    assert seconds_of(lambda: gpu.launch(0.5), GPU) == pytest.approx(0.501)
+
+
+def waiting_subject(**protocol: float) -> Any:
+    return SimpleNamespace(device=GPU, protocol=Protocol(**protocol))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "count"),
+    [
+        ({"inference_iterations": 3, "min_timed_seconds": 0.0}, 3),
+        ({"inference_iterations": 3, "min_timed_seconds": 2.0}, 8),
+        ({"inference_iterations": 9, "min_timed_seconds": 2.0}, 9),
+        ({"inference_iterations": 9, "inference_seconds": 1.6}, 7),
+        ({"inference_iterations": 9, "inference_seconds": 0.1}, 3),
+    ],
+)
+def test_batches_fill_the_least_seconds_within_the_most(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, protocol: dict[str, float], count: int
+) -> None:
+    """Of a quarter of a second each."""
+    work, images = lambda _: gpu.launch(0.25, cost=0.0), torch.zeros(1)
+    seconds = batches._one_by_one(work, images, waiting_subject(**protocol))
+    assert seconds == [0.25] * count
+
+
+def test_short_batches_are_no_more_than_a_record_keeps(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MOST_FILLING", 5)
+    work, images = lambda _: gpu.launch(2**-10, cost=0.0), torch.zeros(1)
+    for least, count in ((3, 5), (8, 8)):
+        subject = waiting_subject(inference_iterations=least)
+        assert len(batches._one_by_one(work, images, subject)) == count
+
+
+def test_a_busy_gpu_s_batches_take_no_launching(gpu: FakeGpu) -> None:
+    """Each takes 1 ms to launch and 4 ms to compute, so 5 ms where it is waited for."""
+    gpu.launch(9.0)
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        gpu.launch(0.004)
+        return images
+
+    assert batches._in_a_row(run, torch.zeros(1), 10, GPU) == pytest.approx(0.001 + 10 * 0.004)
+    assert batches._seconds_of(run, torch.zeros(1), GPU) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "each", "count"),
+    [
+        ("cuda", 0.5, [0.9, 0.01, 0.01], 50),
+        ("cuda", 0.5, [1.0], 10),
+        ("cpu", 0.5, [0.2, 0.2, 0.7], 3),
+        ("cpu", 0.5, [9.0], 1),
+        ("cuda", 0.0, [1.0], 0),
+    ],
+)
+def test_batches_in_a_row_fill_their_seconds_at_the_pace_of_those_before(
+    monkeypatch: pytest.MonkeyPatch, device: str, seconds: float, each: list[float], count: int
+) -> None:
+    monkeypatch.setattr(batches, "least", lambda mine, _: mine)
+    subject = SimpleNamespace(
+        device=torch.device(device), protocol=Protocol(throughput_seconds=seconds)
+    )
+    assert batches._fitting(each, subject) == count
+
+
+@pytest.mark.gpu
+def test_a_busy_gpu_infers_no_less_than_one_that_is_waited_for() -> None:
+    """At batch 1 a small network's kernels are shorter than their launches."""
+    trainer = make_trainer(run=RunConfig(), precision="fp32")
+    protocol = Protocol(inference_batch_sizes=(1, 64))
+    found = {
+        (each.name, each.labels.get("batch_size")): each.value
+        for each in measure_inference(Subject(trainer, protocol))
+    }
+    for size in (1, 64):
+        busy, waited = found["inference_throughput", size], found["inference_latency", size]
+        assert busy > 0.9 / waited
 
 
 @pytest.mark.gpu
@@ -117,7 +201,7 @@ def test_the_clock_and_the_waiting_agree_with_wall_time() -> None:
     start = time.perf_counter()
     by_events = timed(CudaClock(), work, 5)
     wall = time.perf_counter() - start
-    waited = [inference._seconds_of(work, matrix, GPU) for _ in range(5)]
+    waited = [batches._seconds_of(work, matrix, GPU) for _ in range(5)]
     assert sum(by_events) == pytest.approx(wall, rel=0.05)
     assert sum(waited) == pytest.approx(wall, rel=0.2), "clocks rise and fall"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from training import ROOT, finish, make_trainer, reset_accelerate, start, tiny_recipe
 
-from bench.measure import backends, comparison, inference
+from bench.measure import backends, batches, comparison, inference
 from bench.measure import subject as subject_module
 from bench.measure.backends import BACKENDS, Run, Source, compiling_apart, plain
 from bench.measure.comparison import (
@@ -36,7 +36,7 @@ from cifar.errors import UnsupportedError
 
 PROTOCOL = Protocol(
     inference_batch_sizes=(1, 8), inference_warmup=1, inference_iterations=4,
-    inference_backends=("exported",),
+    min_timed_seconds=0.0, throughput_seconds=0.01, inference_backends=("exported",),
 )  # fmt: skip
 CPU = torch.device("cpu")
 HAS_ONNX = all(map(importlib.util.find_spec, ("onnxruntime", "onnx", "onnxscript")))
@@ -89,6 +89,9 @@ def test_every_backend_has_its_latency_at_every_size(monkeypatch: pytest.MonkeyP
         for size in (1, 8):
             one = find(found, "inference_latency", backend=backend, batch_size=size)
             assert (one.status, len(one.samples[0])) == ("ok", 4)
+            busy = find(found, "inference_throughput", backend=backend, batch_size=size)
+            assert (busy.status, busy.unit, busy.better) == ("ok", "samples/s", "higher")
+            assert busy.labels["samples_per_step"] % size == 0
     assert find(found, "output_agreement", backend="exported").samples == ((1.0,),)
     assert find(found, "output_max_difference", backend="exported").value < 1e-5
     assert find(found, "output_agreement", backend="exported").labels["samples"] == 50
@@ -188,7 +191,7 @@ def test_what_disturbs_timed_batches_makes_the_record_invalid(
 ) -> None:
     monkeypatch.setattr(subject_module, "Monitor", Goat)
     put(monkeypatch, fake(lambda logits: logits))
-    subject = make_subject()
+    subject = make_subject(replace(PROTOCOL, inference_warmup=0))
     found = list(measure_inference(subject))
     assert subject.invalid == [
         f"inference {where}: a goat" for where in ("b1", "b8", "exported b1", "exported b8")
@@ -204,11 +207,12 @@ def test_the_timed_batches_alone_are_watched(monkeypatch: pytest.MonkeyPatch) ->
         return images
 
     monkeypatch.setattr(subject_module, "Monitor", Goat)
-    subject = make_subject(replace(PROTOCOL, inference_warmup=3, max_warmup_steps=30))
-    monkeypatch.setattr(inference, "has_settled", lambda seconds, span: len(seconds) == 4)
-    seconds = inference._time_batches(run, torch.zeros(2), subject, "here")
+    subject = make_subject(replace(PROTOCOL, inference_warmup=3, throughput_seconds=0.0))
+    monkeypatch.setattr(batches, "has_settled", lambda seconds, span: len(seconds) == 4)
+    timed = batches.time_batches(run, torch.zeros(2), subject, "here")
     assert watched == [False] * 4 + [True] * 4
-    assert len(seconds) == 4 and subject.invalid == ["here: a goat"]
+    assert len(timed.each) == 4 and subject.invalid == ["here: a goat"]
+    assert (timed.row, timed.in_row) == (None, 0)
 
 
 @pytest.mark.parametrize(
@@ -232,19 +236,19 @@ def test_the_warm_up_ends_when_its_spans_agree_or_at_the_cap(
     settled: bool,
 ) -> None:
     told = iter(seconds)
-    monkeypatch.setattr(inference, "_seconds_of", lambda *_: next(told))
+    monkeypatch.setattr(batches, "_seconds_of", lambda *_: next(told))
     chosen = {"inference_seconds": 100.0, "warmup_steps": 1, "max_warmup_steps": 5, **protocol}
     if settled:
         chosen["max_warmup_steps"] = 30
     subject = make_subject(Protocol(**chosen))
-    assert inference._warm_up(lambda x: x, torch.zeros(1), subject) == (taken, settled)
+    assert batches._warm_up(lambda x: x, torch.zeros(1), subject) == (taken, settled)
 
 
 def test_batches_that_do_not_settle_make_the_record_invalid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inference, "has_settled", lambda seconds, span: False)
-    protocol = replace(PROTOCOL, inference_warmup=2, warmup_steps=1, max_warmup_steps=3)
+    monkeypatch.setattr(batches, "has_settled", lambda seconds, span: False)
+    protocol = replace(PROTOCOL, inference_warmup=1, warmup_steps=1, max_warmup_steps=3)
     subject = make_subject(replace(protocol, inference_backends=(), inference_batch_sizes=(2,)))
     list(measure_inference(subject))
     unsettled = "inference b2: warm-up: batch time had not settled after 3 batches"
@@ -265,10 +269,10 @@ def test_the_warm_up_goes_on_until_all_processes_have_settled(
         mine.append(int(count))
         return min(count, next(others))
 
-    monkeypatch.setattr(inference, "least", agree)
-    monkeypatch.setattr(inference, "_seconds_of", lambda *_: 1.0)
+    monkeypatch.setattr(batches, "least", agree)
+    monkeypatch.setattr(batches, "_seconds_of", lambda *_: 1.0)
     subject = make_subject()
-    assert inference._warm_up(lambda x: x, torch.zeros(1), subject) == (3, True)
+    assert batches._warm_up(lambda x: x, torch.zeros(1), subject) == (3, True)
     assert mine == [0, 0, 1, 0, 1]
 
 
@@ -289,6 +293,8 @@ def test_a_fast_wrong_backend_is_seen(
         one = find(found, "inference_latency", backend="exported", batch_size=size)
         assert (one.status, one.samples) == ("failed", ())
         assert reason in one.reason
+        busy = find(found, "inference_throughput", backend="exported", batch_size=size)
+        assert (busy.status, busy.reason) == ("failed", one.reason)
         assert find(found, "inference_latency", backend=None, batch_size=size).status == "ok"
 
 
@@ -318,9 +324,10 @@ def test_what_is_missing_is_absent_and_tried_once(monkeypatch: pytest.MonkeyPatc
     put(monkeypatch, missing)
     found = [e for e in measure_inference(make_subject()) if e.labels.get("backend")]
     assert {(e.name, e.status, e.reason) for e in found} == {
-        ("inference_latency", "absent", "no such package")
+        ("inference_latency", "absent", "no such package"),
+        ("inference_throughput", "absent", "no such package"),
     }
-    assert (len(found), tried) == (2, [1])
+    assert (len(found), tried) == (4, [1])
 
 
 def test_what_breaks_is_failed_with_one_line_and_tried_at_every_size(
@@ -665,7 +672,7 @@ def check_for_real(name: str, precision: str) -> None:
     mine = [each for each in found if each.labels.get("backend") == name]
     assert {(each.status, each.reason) for each in mine} == {("ok", "")}
     assert [each.name for each in mine] == [
-        "inference_latency", "inference_latency", "first_inference", "inference_build",
+        *["inference_latency", "inference_throughput"] * 2, "first_inference", "inference_build",
         "output_max_difference", "output_agreement",
     ]  # fmt: skip
     assert find(mine, "output_agreement").value >= (0.99 if precision == "fp32" else 0.9)

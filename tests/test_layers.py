@@ -43,8 +43,9 @@ FREE_NAMES = """
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.limits bench.measure bench.measure.anatomy
-    bench.measure.augmentation_cost bench.measure.backends bench.measure.clock bench.measure.cold
-    bench.measure.comparison bench.measure.compilation bench.measure.energy bench.measure.inference
+    bench.measure.augmentation_cost bench.measure.backends bench.measure.batches
+    bench.measure.clock bench.measure.cold bench.measure.comparison bench.measure.compilation
+    bench.measure.energy bench.measure.inference
     bench.measure.memory bench.measure.monitor bench.measure.outcome bench.measure.pipeline
     bench.measure.ranks bench.measure.subject bench.measure.training bench.measure.utilization
     bench.measure.validation bench.observe bench.placement bench.worker cifar.accelerator
