@@ -699,4 +699,6 @@ def test_compilers_run_on_a_gpu(name: str, precision: str) -> None:
     trainer = make_trainer(run=RunConfig(), precision=precision)
     found = list(measure_inference(Subject(trainer, protocol)))
     mine = [each for each in found if each.labels.get("backend") == name]
+    if mine[0].status == "absent":
+        pytest.skip(mine[0].reason)
     assert {(each.status, each.reason) for each in mine} == {("ok", "")}
