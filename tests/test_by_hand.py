@@ -1,19 +1,27 @@
 """Metrics by hand, over one, two and four processes, of which one is a straggler."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_worker import record_of
+from training import make_trainer
 
-from bench.measure import anatomy, memory
+from bench.job import Job
+from bench.measure import anatomy, clock, memory, ranks, training
 from bench.measure import subject as subject_module
 from bench.measure.anatomy import PARTS
+from bench.measure.batches import Timed
 from bench.measure.compilation import break_even
+from bench.measure.inference import Candidate
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
+from bench.rows import rows
+from bench.spec import Task, grid
 
 Others = Callable[..., None]
 MIB = 2**20
@@ -51,14 +59,14 @@ def peak(monkeypatch: pytest.MonkeyPatch, device: str, **options: bool) -> list[
     return list(memory.measure_peak(pretend(device), **options))
 
 
-@pytest.mark.parametrize("ranks", [(), (500,), (200, 900, 300)])
+@pytest.mark.parametrize("more", [(), (500,), (200, 900, 300)])
 def test_the_memory_of_a_group_is_that_of_the_rank_that_takes_most(
-    monkeypatch: pytest.MonkeyPatch, others: Others, ranks: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, others: Others, more: tuple[int, ...]
 ) -> None:
-    others([(MIB * each,) for each in ranks])
+    others([(MIB * each,) for each in more])
     (found,) = peak(monkeypatch, "cpu", was_reset=True)
-    assert found.samples == tuple((float(MIB * each),) for each in (300, *ranks))
-    assert found.value == MIB * max(300, *ranks, 0)
+    assert found.samples == tuple((float(MIB * each),) for each in (300, *more))
+    assert found.value == MIB * max(300, *more, 0)
     assert (found.name, found.unit, found.better) == ("peak_memory_bytes", "bytes", "lower")
 
 
@@ -110,3 +118,87 @@ def test_compiling_breaks_even_when_the_slowest_of_four_processes_does() -> None
     eager = [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0], [5.0, 5.0, 1.0], [4.0, 4.0, 4.0]]
     assert break_even(cold, compiled, eager).value == 10, "20 / (5 - 3)"
     assert break_even(cold, compiled, [[3.0]] * 4).status == "absent", "a straggler saves nothing"
+
+
+@pytest.mark.parametrize(
+    ("count", "value", "percentiles"),
+    [
+        (1, 13.0, (13.0, 23.8, None)),
+        (2, 38.0, (25.5, 47.55, None)),
+        (4, 88.0, (50.5, 95.05, 99.01)),
+    ],
+)
+def test_latency_percentiles_pool_all_ranks_and_the_headline_is_the_slowest_s(
+    others: Others, count: int, value: float, percentiles: tuple[float | None, ...]
+) -> None:
+    """The first rank's batches take 1 to 25 s, the next one's 26 to 50 s, and so on."""
+    batches = [[float(25 * rank + each) for each in range(1, 26)] for rank in range(count)]
+    others(batches[1:], [(4.0 + rank,) for rank in range(1, count)])
+    candidate = Candidate(pretend("cpu", count), None, "eager", None)
+    timed = Timed(each=batches[0], row=4.0, in_row=10)
+    latency, throughput = candidate._times(timed, 1)
+    assert latency.value == value
+    assert throughput.value == 10 / (4 + count - 1), "ten images on the slowest device"
+    task = Task(cell=grid(["resnet20"], ["fp32"])[0], protocol=Protocol())
+    (row,) = rows([record_of(Job(task=task), measurements=(latency, throughput))])
+    told = [row[f"inference_latency_b1_p{each}"] for each in (50, 95, 99)]
+    assert told == [each and pytest.approx(each) for each in percentiles]
+    assert row["inference_throughput_b1"] == throughput.value
+
+
+@pytest.mark.parametrize("slower", [(), (2.0,), (1.5, 3.0, 0.5)])
+def test_seconds_of_a_training_by_hand(
+    monkeypatch: pytest.MonkeyPatch, slower: tuple[float, ...]
+) -> None:
+    """Six steps, of which the first takes 8 s and each other one half a second.
+
+    The second and the fifth are observed; two are timed between them. It was launched 100 s before.
+    Another rank's seconds are as many times as long.
+    """
+    now = [0.0]
+    told = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    for module in (training, clock):
+        monkeypatch.setattr(module, "time", told)
+    monkeypatch.setattr(training, "find_counter", lambda *_, **__: "none here")
+    monkeypatch.setattr(
+        subject_module,
+        "gather",
+        lambda mine, _: (tuple(mine), *(tuple(each * one for one in mine) for each in slower)),
+    )
+    monkeypatch.setenv("BENCH_LAUNCHED", "-100")
+    trainer = make_trainer(trainer={"train_samples": 6 * 32})
+    step = trainer.train_step
+
+    def slow_step() -> None:
+        now[0] += 0.5 if trainer.step else 8.0
+        step()
+
+    monkeypatch.setattr(trainer, "train_step", slow_step)
+    protocol = Protocol(train_samples=6 * 32, warmup_steps=0, timed_steps=2, min_timed_seconds=0.0)
+    found = {each.name: each for each in training.measure_training(Subject(trainer, protocol))}
+    longest = max(1.0, *slower, 0.0)
+    assert found["first_step"].value == 8 * longest
+    assert found["time_to_first_timed_step"].value == (100 + 8 + 0.5) * longest
+    assert found["training_seconds"].value == (8 + 5 * 0.5) * longest
+    assert found["train_throughput"].value == 2 * 32 / (2 * 0.5 * longest)
+    assert found["training_seconds"].samples[0] == (10.5,)
+
+
+def test_short_steps_of_a_rank_alone_fill_the_least_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 0.25 s a step, as one tells that is waited for; the next one warms up as well."""
+    now, taken = [0.0], []
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(ranks, "align", lambda _: None)
+
+    def step() -> None:
+        now[0] += 0.25
+        taken.append(1)
+
+    subject = pretend("cpu", 2, alone=contextlib.nullcontext, train_step=step)
+    subject.protocol = Protocol(timed_steps=3, min_timed_seconds=2.0)
+    assert ranks._steps_alone(subject) == [0.25] * 8
+    assert len(taken) == 10
+    monkeypatch.setattr(ranks, "least", lambda count, _: min(count, 5))
+    assert len(ranks._steps_alone(subject)) == 5, "as many as the slowest rank"
