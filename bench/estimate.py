@@ -127,9 +127,11 @@ def _inference_seconds(forward: float, protocol: Protocol) -> float:
     for size in protocol.inference_batch_sizes:
         batch = forward * size
         least = min(protocol.inference_iterations, 3) * batch
-        timed = min(protocol.inference_iterations * batch, protocol.inference_seconds)
+        filled = max(protocol.inference_iterations * batch, protocol.min_timed_seconds)
+        timed = min(filled, protocol.inference_seconds)
         warm = max(1, 2 * warm_up_span(protocol.inference_warmup, batch)) * batch
-        timing += warm + max(least, timed)
+        row = max(batch, protocol.throughput_seconds) if protocol.throughput_seconds else 0.0
+        timing += warm + max(least, timed) + row
     further = len(protocol.inference_backends)
     building = BUILD_SECONDS * len(protocol.inference_batch_sizes)
     return (1 + further) * timing + further * building

@@ -34,7 +34,8 @@ class Protocol:
     """Time as many steps as fit into so many seconds instead."""
     min_timed_seconds: float = 2.0
     """Time more than `timed_steps` where these would take less than so many seconds: steps may last
-    milliseconds, a GPU's energy is counted every 0.1 s and a CPU's neighbours every 0.01 s."""
+    milliseconds, a GPU's energy is counted every 0.1 s and a CPU's neighbours every 0.01 s. The
+    same of the steps of further metrics and of `inference_iterations`, up to some 2,000."""
     repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
     """Fresh processes per cell; at most so many with `target_interval`."""
     target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)
@@ -51,6 +52,9 @@ class Protocol:
     """Batches timed at each batch size."""
     inference_seconds: float = 10.0
     """At each batch size, stop after this many seconds, but not before the third batch."""
+    throughput_seconds: float = 0.5
+    """At each batch size, after those batches, keep the device busy with as many as take so many
+    seconds, to tell the throughput; with one at least, on a GPU with ten. 0: tell none."""
     inference_backends: tuple[str, ...] = ()
     """Ways to run the same weights besides the cell's own: compiled, exported, onnxruntime."""
     metrics: tuple[str, ...] = ()
@@ -90,6 +94,7 @@ class Protocol:
             ("inference_warmup", 0),
             ("inference_iterations", 1),
             ("min_timed_seconds", 0),
+            ("throughput_seconds", 0),
         ):
             value = getattr(self, name)
             require(value >= least, option_name(name), value, f"give {least} or more")
@@ -147,6 +152,13 @@ class Protocol:
             self.max_warmup_steps >= 2 * self.warmup_steps,
             "warmup-steps",
             self.warmup_steps,
+            f"give at most {self.max_warmup_steps // 2}: two spans within {self.max_warmup_steps}",
+        )
+        infers = self.inference_batch_sizes and not (self.training_alone or self.validation_alone)
+        require(
+            not infers or self.max_warmup_steps >= 2 * self.inference_warmup,
+            "inference-warmup",
+            self.inference_warmup,
             f"give at most {self.max_warmup_steps // 2}: two spans within {self.max_warmup_steps}",
         )
         require(

@@ -72,7 +72,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     Speeds and sizes are medians over the runs, top-1 and top-5 means over seeds with `_std`, `_n`;
     `_p50`, `_p95` and `_p99` pool the samples of all runs and ranks, and are None where these are
     too few for them (`bench.stats.resolves`); `_straggler_ratio` is the slowest rank's seconds over
-    the median rank's. `inference_throughput_b64` is the samples/s of one device at that latency.
+    the median rank's. `inference_throughput_b64` is the samples/s of one device that is kept busy.
     `vs_fp32` is the ratio of training throughput to the fp32 row that is otherwise equal. Where a
     value differs between `bench.stats.FEWEST` runs or more, `_low` and `_high` bound its median
     with 95 % confidence, of `_n` values: one per run, as steps of one process are not independent.
@@ -225,7 +225,8 @@ def _ratio_bounds(mine: Sequence[float], reference: Sequence[float]) -> Row:
 def _metric_key(measurement: Measurement) -> str:
     """Its column: the name and the labels that tell measurements of one name apart."""
     labels = measurement.labels
-    size = labels.get("batch_size") if measurement.unit == "s/sample" else None
+    per_sample = measurement.unit in ("s/sample", "samples/s")
+    size = labels.get("batch_size") if per_sample else None
     kind = labels.get("kind") if measurement.unit == "FLOP/s" else None
     source = labels.get("source") if measurement.unit == "samples/s" else None
     own = (labels.get("backend"), labels.get("augmentation"))
@@ -241,8 +242,6 @@ def _summary(key: str, measurements: Sequence[Measurement]) -> Row:
     first = good[0]
     middle = float(statistics.median(values))
     row: Row = {key: middle}
-    if key.startswith("inference_latency"):
-        row[key.replace("latency", "throughput")] = 1 / middle
     if len(values) >= FEWEST and min(values) < max(values):
         low, high = median_interval(values)
         row |= {f"{key}_low": low, f"{key}_high": high, f"{key}_n": len(values)}

@@ -125,9 +125,10 @@ def latency() -> Suite:
     """Inference at batch 1, 2, 4, ..., 1024: eager, compiled, exported and in ONNX Runtime.
 
     ResNet-20 and ResNet-18 in fp32 and bf16, speed only; each batch size of each backend is built
-    anew and timed for 2 seconds, or three batches if that takes longer. Cost: not measured; most of
-    it is compiling, which is assumed to take 30 seconds for each of 33 builds in a cell. By
-    arithmetic 45 minutes on two slow CPU cores without bf16 kernels, twice as many with them.
+    anew and timed for 2 seconds, or three batches if that takes longer, and half a second in a row.
+    Cost: not measured; most of it is compiling, which is assumed to take 30 seconds for each of 33
+    builds in a cell. By arithmetic 45 minutes on two slow CPU cores without bf16 kernels, twice as
+    many with them.
     """
     protocol = Protocol(
         warmup_steps=2,

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -56,6 +57,31 @@ def find_compiler(variable: Variable) -> list[str]:
         f"compile: True: no {language} compiler, {names} was not found; install it or set "
         f"{variable}"
     )
+
+
+def check_toolkit(home: str | None, version: str | None) -> None:
+    """Raise an UnsupportedError if C++ could not be built against CUDA as torch is.
+
+    `home` is the toolkit's folder, `version` that of CUDA of which torch is built, as in `13.0`
+    (None: not known). Headers of another major version may be read, and give wrong code.
+    """
+    if home is None:
+        raise UnsupportedError("inference-backends: exported: no CUDA toolkit; set CUDA_HOME")
+    include = Path(home, "include")
+    for name in ("cuda.h", "cuda_runtime_api.h"):
+        if not (include / name).is_file():
+            raise UnsupportedError(
+                f"inference-backends: exported: {include} has no {name}; install the headers of "
+                "CUDA or set CUDA_HOME"
+            )
+    text = (include / "cuda.h").read_text(encoding="utf-8", errors="replace")
+    told = re.search(r"^\s*#define\s+CUDA_VERSION\s+(\d+)", text, re.MULTILINE)
+    found, wanted = told and int(told[1]) // 1000, version and int(version.partition(".")[0])
+    if found and wanted and found != wanted:
+        raise UnsupportedError(
+            f"inference-backends: exported: {home} is CUDA {found}, and torch is built with CUDA "
+            f"{wanted}; set CUDA_HOME to a toolkit of that"
+        )
 
 
 def compiler_versions() -> dict[str, str]:

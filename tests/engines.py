@@ -50,7 +50,13 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled": ("plain", {"compile": True}),
 }
 """Recipes, and precisions with accumulation, by name."""
-PROTOCOL = Protocol(inference_batch_sizes=(2,), inference_iterations=3, inference_warmup=0)
+PROTOCOL = Protocol(
+    inference_batch_sizes=(2,),
+    inference_iterations=3,
+    inference_warmup=0,
+    min_timed_seconds=0.0,
+    throughput_seconds=0.01,
+)
 
 
 def build(name: str, parts: int = 1, compute_loss: Any = None, **fields: Any) -> Trainer:

@@ -10,7 +10,10 @@ that is not timed. Printed are ratios of their seconds per sample, `above/below`
 rounds and its exact 95 % interval; a line of JSON per part as soon as it is known. So 1.01 for
 same_input/bench means that bench reports a throughput 1 % above the loop's. Rounds end at --pairs,
 or once the ratio that matters and that of the control (a contestant against itself) are known to
-within 1 %.
+within 1 %: looked at after 10, 20, 40, ... rounds, as a look after each would stop at the interval
+that is narrow by chance. Windows of a GPU are longer and follow a warm-up, for bench lets it come
+to rest and empties its memory before; `bench_long` is bench with windows twice as long, which
+would be faster if any of that were left in them.
 
 The trainer's recipe is `sgd` at a small, constant learning rate and without its average of the
 weights, which no loop here keeps; overhead.py tells what that average costs.
@@ -68,6 +71,14 @@ from cifar.trainer import Trainer
 MODELS, PRECISIONS, LAYOUTS = ("resnet18", "resnet20"), ("fp32", "bf16"), (False, True)
 WITHIN = 0.01
 """How far the 95 % intervals of the ratios that matter may reach."""
+FIRST_LOOK = 10
+"""Rounds after which the ratios are looked at for the first time; then whenever these double."""
+STEPS = {"cpu": 4, "cuda": 200}
+"""Timed steps of a window, by device."""
+LATENCIES = {"cpu": (20, 3), "cuda": (200, 50)}
+"""Batches of a window of inference: of single images, and of large batches."""
+WARM_UP = {"cpu": 1, "cuda": 20}
+"""Steps of a loop that are not timed, before each window."""
 Batches = Iterator[tuple[Tensor, Tensor]]
 Contestants = dict[str, Callable[[], float]]
 Parts = Iterator[tuple[str, dict[str, object]]]
@@ -131,6 +142,7 @@ class Contest:
         self.trainer = Trainer(
             self.config, RunConfig(), load_dataset(self.config.data), train_samples=10**9
         )
+        self.warm_up = WARM_UP[self.trainer.device.type]
         self.bf16 = args.precision == "bf16"
         self.size = args.batch_size
 
@@ -139,9 +151,15 @@ class Contest:
         return model.to(memory_format=torch.channels_last) if self.config.channels_last else model
 
     def bench_training(self, steps: int) -> float:
-        """Seconds per sample of a window, from the throughput that bench reports."""
+        """Seconds per sample of a window, from the throughput that bench reports.
+
+        Its own warm-up, on a GPU, is that of a cell.
+        """
         self.trainer.module.train()
-        protocol = Protocol(warmup_steps=0, timed_steps=steps, min_timed_seconds=0.0)
+        on_gpu = self.trainer.device.type == "cuda"
+        protocol = Protocol(
+            warmup_steps=5 if on_gpu else 0, timed_steps=steps, min_timed_seconds=0.0
+        )
         found = {each.name: each for each in measure_training(Subject(self.trainer, protocol))}
         return 1 / value(found["train_throughput"].value)
 
@@ -152,6 +170,8 @@ class Contest:
             inference_warmup=1,
             inference_iterations=batches,
             inference_seconds=1e6,
+            min_timed_seconds=0.0,
+            throughput_seconds=0.0,
         )
         found = {each.name: each for each in measure_inference(Subject(self.trainer, protocol))}
         return value(found["inference_latency"].value)
@@ -159,7 +179,8 @@ class Contest:
     def unmarked(self, steps: int) -> float:
         """Seconds per sample of the trainer's steps with a clock at either end."""
         self.trainer.module.train()
-        self.trainer.train_step()
+        for _ in range(self.warm_up):
+            self.trainer.train_step()
         wait(self.trainer.device)
         start = time.perf_counter()
         for _ in range(steps):
@@ -169,11 +190,11 @@ class Contest:
         return (time.perf_counter() - start) / steps / self.size
 
     def looped(self, batches: Batches, steps: int) -> Callable[[], float]:
-        """A window of the hand-written loop in seconds per sample, after a step that warms up."""
+        """A window of the hand-written loop in seconds per sample, after steps that warm up."""
         loop = training(self.model(), batches, self.bf16)
 
         def window() -> float:
-            loop(1)
+            loop(self.warm_up)
             return loop(steps) / self.size
 
         return window
@@ -225,17 +246,24 @@ def compete(
         above, below = name.split("/")
         return ratio(taken[above], taken[below])
 
-    def enough(taken: Taken) -> bool:
-        few = len(taken["bench"]) < 10
-        return not few and all(is_known(find(name, taken), WITHIN) for name in decisive)
+    def known(taken: Taken) -> bool:
+        return all(is_known(find(name, taken), WITHIN) for name in decisive)
 
-    taken = take_turns(contestants, rounds, enough)
+    taken = take_turns(
+        contestants, rounds, lambda taken: is_look(len(taken["bench"])) and known(taken)
+    )
     return {
         "rounds": len(taken["bench"]),
-        "known_within_1_percent": enough(taken),
+        "known_within_1_percent": known(taken),
         "bench_ms_per_sample": 1e3 * statistics.median(taken["bench"]),
         **{name: find(name, taken) for name in (*decisive, *further)},
     }
+
+
+def is_look(rounds: int) -> bool:
+    """Whether the ratios are looked at after so many rounds: 10, 20, 40, ..."""
+    times, rest = divmod(rounds, FIRST_LOOK)
+    return times > 0 and rest == 0 and times & (times - 1) == 0
 
 
 def agree(contest: Contest, args: argparse.Namespace) -> Parts:
@@ -250,8 +278,12 @@ def agree(contest: Contest, args: argparse.Namespace) -> Parts:
     decisive = ("same_input/bench", "control/same_input")
     further = ("plain_input/bench", "fixed_batch/bench",
                "same_input/plain_input", "same_input/fixed_batch")  # fmt: skip
+    device = contest.trainer.device.type
+    if device == "cuda":
+        contestants["bench_long"] = lambda: contest.bench_training(2 * steps)
+        decisive = (*decisive, "bench_long/bench")
     yield "train", compete(contestants, args.pairs, decisive, further)
-    for size, batches in ((1, 20), (args.inference_batch_size, 3)):
+    for size, batches in zip((1, args.inference_batch_size), LATENCIES[device], strict=True):
         contestants = latency_contestants(contest, size, batches)
         decisive = ("loop/bench", "control/loop")
         yield f"latency_b{size}", compete(contestants, args.pairs, decisive)
@@ -358,6 +390,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         reason = f"this {device.type.upper()} has no {args.precision} kernels and emulates them"
         yield {**line, "skipped": reason}
         return
+    args.steps = args.steps or STEPS[device.type]
     line |= {"steps": args.steps, "threads": torch.get_num_threads(), "device": device.type}
     for part, found in MODES[args.what](Contest(args), args):
         yield {**line, "part": part, **found}
@@ -384,7 +417,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--inference-batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a window")
+    parser.add_argument("--steps", type=int, help=f"timed steps of a window, by device: {STEPS}")
     parser.add_argument("--pairs", type=int, default=300, help="rounds at most, 6 at least")
     parser.add_argument("--timm-rounds", type=int, default=12, help="of 10 + 40 steps, 6 at least")
     parser.add_argument("--all", action="store_true", help=f"{MODELS} x {PRECISIONS} x layouts")

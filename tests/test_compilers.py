@@ -11,7 +11,7 @@ import pytest
 
 from bench import environment
 from cifar import compilers
-from cifar.compilers import check_compiler, compiler_versions, find_compiler
+from cifar.compilers import check_compiler, check_toolkit, compiler_versions, find_compiler
 from cifar.errors import UnsupportedError
 
 CXX = "clang++" if sys.platform == "darwin" else "g++"
@@ -108,3 +108,29 @@ def test_an_environment_has_the_compilers_and_the_packages(
     assert after.tools["pytest"] == version("pytest")
     assert "no-such-package" not in after.tools
     assert before.key()["software"] != after.key()["software"], "so what it lacked is tried again"
+
+
+def toolkit(folder: Path, version: int) -> str:
+    include = folder / "cuda" / "include"
+    include.mkdir(parents=True)
+    (include / "cuda.h").write_text(f"/* of CUDA */\n#define CUDA_VERSION {version}\n")
+    (include / "cuda_runtime_api.h").touch()
+    return str(folder / "cuda")
+
+
+def test_a_toolkit_of_torch_s_major_version_will_do(tmp_path: Path) -> None:
+    home = toolkit(tmp_path, 13000)
+    check_toolkit(home, "13.2")
+    check_toolkit(home, None)
+    with pytest.raises(UnsupportedError, match=r"cuda is CUDA 13, and torch is .* CUDA 12; set"):
+        check_toolkit(home, "12.9")
+
+
+def test_a_toolkit_without_headers_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="exported: no CUDA toolkit; set CUDA_HOME"):
+        check_toolkit(None, "13.2")
+    home = toolkit(tmp_path, 13000)
+    for name in ("cuda_runtime_api.h", "cuda.h"):
+        Path(home, "include", name).unlink()
+        with pytest.raises(UnsupportedError, match=rf"include has no {name}; install"):
+            check_toolkit(home, "13.2")

@@ -1,5 +1,6 @@
 """Energy by hand: fake RAPL trees, a fake NVML, and windows of several processes."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -215,12 +216,15 @@ def test_no_energy_beyond_idle_is_a_failure() -> None:
 class Scripted:
     """A counter and a clock that move on by what the test says."""
 
-    source, update_seconds = "scripted", 0.1
+    source, update_seconds, settles, idle_seconds = "scripted", 0.1, False, 1.0
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, self.total = 0.0, 0
+        self.at_rest = itertools.repeat(20)
         monkeypatch.setattr(energy.time, "perf_counter", lambda: self.seconds)
-        monkeypatch.setattr(energy.time, "sleep", lambda seconds: self.spend(seconds, 20))
+        monkeypatch.setattr(
+            energy.time, "sleep", lambda seconds: self.spend(seconds, next(self.at_rest))
+        )
 
     def spend(self, seconds: float, watts: int) -> None:
         self.seconds += seconds
@@ -248,6 +252,36 @@ def test_a_meter_counts_its_block_less_idle_power(monkeypatch: pytest.MonkeyPatc
     found = metered(Scripted(monkeypatch)).measurement(200)
     assert found.value == pytest.approx((480 - 80) / 200)
     assert (found.labels["gross_joules"], found.labels["idle_watts"]) == (480.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("watts", "idle_watts", "seconds"),
+    [
+        ([200, 150, 80, 74, 70], 70.0, 6.0),
+        ([50, 50, 40], 40.0, 4.0),
+        ([200, 150, 100, 70, 50, 30, 20], 20.0, 8.0),
+    ],
+)
+def test_a_gpu_comes_to_rest_before_its_idle_power_is_watched(
+    monkeypatch: pytest.MonkeyPatch, watts: list[int], idle_watts: float, seconds: float
+) -> None:
+    """Power over each second until two agree to a tenth, or six have passed; then over two."""
+    counter = Scripted(monkeypatch)
+    counter.settles, counter.idle_seconds = NvmlCounter.settles, NvmlCounter.idle_seconds
+    counter.at_rest = iter(watts)
+    meter = EnergyMeter(CPU, counter)
+    meter.watch_idle()
+    assert meter._idle_watts == idle_watts
+    assert meter.idle_seconds == seconds, "left out of the time to the first timed step"
+    assert next(counter.at_rest, None) is None
+
+
+def test_a_cpu_is_watched_at_rest_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Scripted(monkeypatch)
+    counter.settles, counter.idle_seconds = RaplCounter.settles, RaplCounter.idle_seconds
+    meter = EnergyMeter(CPU, counter)
+    meter.watch_idle()
+    assert (meter._idle_watts, meter.idle_seconds) == (20.0, 1.0)
 
 
 def test_a_meter_gathers_every_process(monkeypatch: pytest.MonkeyPatch) -> None:

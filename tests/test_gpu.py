@@ -16,6 +16,7 @@ from training import (
     kill,
     make_trainer,
     metrics,
+    never_waiting,
     rescaled,
     save_weights,
     start,
@@ -150,13 +151,9 @@ def test_a_step_never_waits_for_the_gpu(
     trainer = make_trainer(run=GPU, recipe=recipe, precision=precision)
     for _ in range(2):
         trainer.train_step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         for _ in range(trainer.loader.steps_per_epoch):  # into the next epoch
             trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -169,12 +166,8 @@ def test_a_teacher_answers_on_the_gpu_without_waiting(tmp_path: Path, precision:
     )
     parameters = [*trainer.teacher.network.module.parameters()]
     assert {each.device.type for each in parameters} == {"cuda"}
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert trainer.check() == 0
 
 

@@ -43,21 +43,21 @@ FREE_NAMES = """
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.kernels bench.limits bench.measure
-    bench.measure.anatomy bench.measure.augmentation_cost bench.measure.backends bench.measure.clock
-    bench.measure.cold bench.measure.comparison bench.measure.compilation bench.measure.energy
-    bench.measure.inference bench.measure.memory bench.measure.monitor bench.measure.outcome
-    bench.measure.pipeline bench.measure.ranks bench.measure.subject bench.measure.training
-    bench.measure.utilization bench.measure.validation bench.observe bench.placement bench.worker
-    cifar.accelerator cifar.checkpoint cifar.data.augment cifar.data.draws cifar.data.gallery
-    cifar.data.loader cifar.data.mixing cifar.data.operations cifar.data.policies
-    cifar.device_memory cifar.distributed cifar.emulation cifar.engine cifar.engines
-    cifar.evaluation cifar.exchange cifar.fine_tuning cifar.fsdp cifar.latency cifar.losses
-    cifar.lr_finder cifar.meeting cifar.meter cifar.models cifar.models.libraries cifar.models.meta
-    cifar.models.pretrained cifar.models.resnet cifar.models.resnet9 cifar.models.summary
-    cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome cifar.rendezvous
-    cifar.report cifar.run cifar.scoring cifar.selection cifar.session cifar.sync_batch_norm
-    cifar.teacher cifar.trainer cifar.training_data cifar.training_state cifar.updates
-    cifar.watchdog cifar.zero
+    bench.measure.anatomy bench.measure.augmentation_cost bench.measure.backends
+    bench.measure.batches bench.measure.clock bench.measure.cold bench.measure.comparison
+    bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory
+    bench.measure.monitor bench.measure.outcome bench.measure.pipeline bench.measure.ranks
+    bench.measure.subject bench.measure.training bench.measure.utilization bench.measure.validation
+    bench.observe bench.placement bench.worker cifar.accelerator cifar.checkpoint cifar.data.augment
+    cifar.data.draws cifar.data.gallery cifar.data.loader cifar.data.mixing cifar.data.operations
+    cifar.data.policies cifar.device_memory cifar.distributed cifar.emulation cifar.engine
+    cifar.engines cifar.evaluation cifar.exchange cifar.fine_tuning cifar.fsdp cifar.latency
+    cifar.losses cifar.lr_finder cifar.meeting cifar.meter cifar.models cifar.models.libraries
+    cifar.models.meta cifar.models.pretrained cifar.models.resnet cifar.models.resnet9
+    cifar.models.summary cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome
+    cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection cifar.session
+    cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_data cifar.training_state
+    cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
 

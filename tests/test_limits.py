@@ -79,7 +79,7 @@ def test_more_than_is_allowed_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_worker_keeps_to_its_limit_and_says_out_of_memory(tmp_path: Path) -> None:
     """Activations of 4,096 images in resnet20-w4 take about 2 GiB, those of 8 next to nothing."""
     protocol = Protocol(
-        max_warmup_steps=1, timed_steps=1, inference_batch_sizes=(), memory_limit=1536 * MIB
+        warmup_steps=0, timed_steps=1, inference_batch_sizes=(), memory_limit=1536 * MIB
     )
     small, large = (
         launch(Job(task=Task(cell=cell, protocol=protocol)), tmp_path / cell.slug)

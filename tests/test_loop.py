@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import loop
 import pytest
@@ -50,6 +51,38 @@ def test_a_ratio_by_hand() -> None:
     assert interval == pytest.approx((3.5, 1.357143, 5.642857))
     assert is_known(interval, 2.15)
     assert not is_known(interval, 2.14)
+
+
+def test_the_ratios_are_looked_at_whenever_the_rounds_have_doubled() -> None:
+    assert [each for each in range(200) if loop.is_look(each)] == [10, 20, 40, 80, 160]
+
+
+@pytest.mark.parametrize(("noisy", "rounds"), [(1, 10), (9, 20), (60, 50)])
+def test_a_contest_ends_at_a_look(noisy: int, rounds: int) -> None:
+    """In so many rounds at first the loop takes half or twice as long, in turns."""
+    count = itertools.count(-1)  # of which the first one warms up
+
+    def wavering() -> float:
+        turn = next(count)
+        return (1.0, 4.0)[turn % 2] if turn < noisy else 2.0
+
+    found = loop.compete({"bench": lambda: 2.0, "loop": wavering}, 50, ("loop/bench",))
+    assert found["rounds"] == rounds
+    assert found["known_within_1_percent"] is (rounds < 50)
+
+
+@pytest.mark.parametrize(("device", "long"), [("cpu", False), ("cuda", True)])
+def test_bench_on_a_gpu_is_held_against_windows_twice_as_long(
+    monkeypatch: pytest.MonkeyPatch, device: str, long: bool
+) -> None:
+    contest = mock.Mock(trainer=SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(loop, "compete", lambda *words: words)
+    _, (contestants, _, decisive, _) = next(loop.agree(contest, SimpleNamespace(steps=7, pairs=9)))
+    assert ("bench_long" in contestants) is ("bench_long/bench" in decisive) is long
+    for run in contestants.values():
+        run()
+    asked = [each.args[0] for each in contest.bench_training.call_args_list]
+    assert asked == ([7, 14] if long else [7])
 
 
 @pytest.fixture
@@ -212,6 +245,8 @@ def test_bench_agrees_with_the_loop(cell: tuple[str, ...]) -> None:
         assert result["known_within_1_percent"], NOISY
         assert abs(result[f"control/{numerator}"][0] - 1) <= 0.01, NOISY
         assert abs(result[f"{numerator}/bench"][0] - 1) <= 0.02, part
+        if "bench_long/bench" in result:
+            assert abs(result["bench_long/bench"][0] - 1) <= 0.01, "a window's beginning is slow"
 
 
 @pytest.mark.slow

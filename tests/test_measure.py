@@ -17,6 +17,7 @@ from bench import measure, worker
 from bench.environment import code_digest, collect, cpu_model
 from bench.job import DEVICE, Job
 from bench.measure import clock, compilation, inference, outcome, training
+from bench.measure.batches import Timed
 from bench.measure.clock import HostClock
 from bench.measure.compilation import break_even, excess, first_steps, measure_compilation
 from bench.measure.subject import Subject
@@ -48,6 +49,7 @@ PROTOCOL = Protocol(
     warmup_steps=1,
     timed_steps=3,
     min_timed_seconds=0.0,
+    throughput_seconds=0.01,
     inference_batch_sizes=(1, 8),
     inference_iterations=4,
 )
@@ -189,22 +191,26 @@ def test_sizes_are_those_of_the_model(npz: Path) -> None:
     assert payload < found["checkpoint_bytes"] < payload + 20_000
 
 
-def test_latency_is_seconds_of_a_batch_divided_by_its_size(
+def test_latency_is_seconds_of_a_batch_by_its_size_and_throughput_that_of_all_in_a_row(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = make_subject(make_cell(npz))
-    monkeypatch.setattr(inference, "_time_batches", lambda *_: [0.4, 0.8])
+    timed = Timed(each=[0.4, 0.8], row=2.0, in_row=10)
+    monkeypatch.setattr(inference, "time_batches", lambda *_: timed)
     found = {
-        each.labels["batch_size"]: each
+        (each.name, each.labels["batch_size"]): each
         for each in inference.measure_inference(subject)
-        if each.name == "inference_latency"
     }
-    assert found[8].samples == ((0.05, 0.1),)
-    assert found[1].samples == ((0.4, 0.8),)
+    assert found["inference_latency", 8].samples == ((0.05, 0.1),)
+    assert found["inference_latency", 1].samples == ((0.4, 0.8),)
+    assert found["inference_throughput", 8].value == 40.0, "80 images in 2 s"
+    assert found["inference_throughput", 1].value == 5.0
 
 
 def test_inference_stops_after_its_seconds_but_not_before_three_batches(npz: Path) -> None:
-    protocol = replace(PROTOCOL, inference_seconds=1e-9, inference_iterations=50)
+    protocol = replace(
+        PROTOCOL, inference_seconds=1e-9, inference_iterations=50, min_timed_seconds=9.0
+    )
     subject = make_subject(make_cell(npz), protocol)
     found = [e for e in inference.measure_inference(subject) if e.name == "inference_latency"]
     assert [len(each.samples[0]) for each in found] == [3, 3]
@@ -251,7 +257,9 @@ def test_the_warm_up_ends_at_its_cap_and_says_so(
     npz: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "has_settled", lambda *_: False)
-    subject = make_subject(make_cell(npz), replace(PROTOCOL, max_warmup_steps=4))
+    subject = make_subject(
+        make_cell(npz), replace(PROTOCOL, max_warmup_steps=4, inference_warmup=1)
+    )
     (warm,) = collect_all(subject)["warmup_step"]
     assert (len(warm.samples[0]), warm.labels["settled"]) == (4, False)
 
@@ -292,7 +300,7 @@ def test_the_pace_of_a_gpu_is_that_of_steps_waited_for_together(
         work()
         return 1.0
 
-    monkeypatch.setattr(training, "_seconds_of", seconds_of)
+    monkeypatch.setattr(training, "seconds_of", seconds_of)
     warm, timed = [9.0, 0.5, 0.3, 0.4], PROTOCOL.timed_steps
     wanted = replace(PROTOCOL, min_timed_seconds=2.0)
     gpu = pretend("cuda", wanted)
@@ -313,7 +321,7 @@ def test_a_compiled_cell_takes_the_steps_that_capture_before_its_window(
     monkeypatch: pytest.MonkeyPatch, compiled: bool, steps: int
 ) -> None:
     monkeypatch.setattr(training, "seconds_of_a_step", lambda _: 1.0)
-    protocol = replace(PROTOCOL, warmup_steps=0, max_warmup_steps=0)
+    protocol = replace(PROTOCOL, warmup_steps=0, max_warmup_steps=0, inference_warmup=0)
     subject = pretend("cpu", protocol, compiled=compiled)
     assert training._warm_up(subject, 30.0) == ([1.0] * steps, True)
 

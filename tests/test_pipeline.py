@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import multiprocessing
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from training import make_trainer, tiny_recipe
 
 from bench import rows
-from bench.measure import pipeline
+from bench.measure import clock, pipeline
 from bench.measure.pipeline import make_dataloader, measure_pipeline
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
@@ -30,7 +31,7 @@ AHEAD = 2 * WORKERS
 
 
 def measure(trainer: Trainer) -> dict[str, Measurement]:
-    subject = Subject(trainer, Protocol(timed_steps=STEPS))
+    subject = Subject(trainer, Protocol(timed_steps=STEPS, min_timed_seconds=0.0))
     return {str(each.labels["source"]): each for each in measure_pipeline(subject)}
 
 
@@ -80,8 +81,22 @@ def test_our_loader_is_timed_over_the_next_steps_alone(
     assert found.samples == ((0.25,) * STEPS,)
     assert found.labels == {"source": "device", "samples_per_step": 32}
     assert found.value == 32 / 0.25
-    assert asked == [1, 2, 3, 4, 5]
+    assert asked == list(range(1, 11)), "two that warm up, five that tell the pace"
     assert trainer.step == 1
+
+
+def test_short_steps_fill_the_least_seconds_of_a_window(
+    monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
+) -> None:
+    """On every rank as many as on the slowest, which does 9 in that time; here 0.25 s each."""
+    now = SimpleNamespace(perf_counter=lambda: FakeClock.now)
+    monkeypatch.setattr(clock, "time", now)
+    subject = Subject(make_trainer(), Protocol(timed_steps=STEPS, min_timed_seconds=3.0))
+    (alone, _) = measure_pipeline(subject)
+    assert alone.samples == ((0.25,) * 12,)
+    monkeypatch.setattr(pipeline, "least", lambda count, _: min(count, 9))
+    (together, _) = measure_pipeline(subject)
+    assert together.samples == ((0.25,) * 9,)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -143,7 +158,7 @@ def test_a_dataloader_that_fails_is_told_with_its_reason(
 def test_a_failure_in_another_process_is_told_here(
     monkeypatch: pytest.MonkeyPatch, loader: FakeLoader
 ) -> None:
-    monkeypatch.setattr(pipeline, "least", lambda *_: 0)
+    monkeypatch.setattr(pipeline, "least", lambda count, _: count if count > 1 else 0)
     found = measure(make_trainer())["dataloader"]
     assert (found.status, "another process" in found.reason) == ("failed", True)
 

@@ -131,6 +131,8 @@ def test_what_a_recipe_does_not_read_does_not_enter_its_digest(without, within, 
             "train-samples: 1663: give 0 (speed only) or at least 1664, for the first step",
         ),
         (lambda: Protocol(warmup_steps=16), "warmup-steps: 16: give at most 15"),
+        (lambda: Protocol(inference_warmup=16), "inference-warmup: 16: give at most 15: two spans"),
+        (lambda: Protocol(throughput_seconds=-1.0), "throughput-seconds: -1.0: give 0 or more"),
         (lambda: Protocol(timed_seconds=1800.0), "timed-seconds: 1800.0: give less than"),
         (lambda: Protocol(metrics=("anatomy", "nope")), "metrics: 'anatomy,nope': choose from"),
         (

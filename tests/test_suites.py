@@ -225,6 +225,26 @@ def test_estimate_counts_timing_and_building_of_every_backend():
     assert estimate(cell, two) == pytest.approx(expected)
 
 
+def test_estimate_counts_the_least_seconds_of_short_batches_and_of_the_throughput():
+    (cell,) = grid(["resnet20-w4"], ["fp32"])
+    brief = Protocol(
+        inference_batch_sizes=(1,), inference_iterations=1, min_timed_seconds=0.0,
+        throughput_seconds=0.0,
+    )  # fmt: skip
+
+    def inference(**changes):
+        protocol = replace(brief, **changes)
+        return estimate(cell, protocol) - estimate(
+            cell, replace(protocol, inference_batch_sizes=())
+        )
+
+    alone = inference()
+    assert inference(throughput_seconds=0.25) - alone == pytest.approx(0.25)
+    assert inference(min_timed_seconds=3.0) - alone == pytest.approx(3.0, rel=0.01)
+    most = inference(min_timed_seconds=3.0, inference_seconds=1.0)
+    assert most - alone == pytest.approx(1.0, rel=0.01)
+
+
 def test_estimate_takes_a_finished_record_of_the_same_cell():
     (cell,) = grid(["resnet18"], ["fp32"])
     history = [finished(cell, Protocol(), seconds) for seconds in (50.0, 70.0, 900.0)]

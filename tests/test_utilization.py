@@ -13,7 +13,7 @@ from training import TINY, make_trainer, reset_accelerate, save_weights, taught_
 
 from bench import worker
 from bench.job import Job
-from bench.measure import FURTHER, energy, training, utilization
+from bench.measure import FURTHER, training, utilization
 from bench.measure import subject as subject_module
 from bench.measure.subject import Subject
 from bench.measure.utilization import (
@@ -181,7 +181,7 @@ def test_repetitions_are_bounded(
 class Steady:
     """A counter of 480 J between its last two readings, the first and the last of the window."""
 
-    source, update_seconds = "steady", 0.0
+    source, update_seconds, settles, idle_seconds = "steady", 0.0, False, 0.0
 
     def __init__(self) -> None:
         self._counts = iter([0, 0, 0, 0, 480])
@@ -198,7 +198,6 @@ def test_a_record_holds_what_its_cell_costs(
 ) -> None:
     reset_accelerate()
     monkeypatch.setattr(training, "find_counter", lambda *_, **__: Steady())
-    monkeypatch.setattr(energy, "IDLE_SECONDS", 0.0)
     (cell,) = grid([TINY.label], ["fp32"], batch_sizes=(16,), data=parse_data(f"npz:{npz}"))
     protocol = Protocol(
         warmup_steps=1,

@@ -577,7 +577,10 @@ def test_a_real_gpu_is_watched() -> None:
 def test_a_warm_up_that_does_not_settle_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "has_settled", lambda *_: False)
     monkeypatch.setattr(monitor.Monitor, "report", lambda _: ([], ["a goat"]))
-    protocol = Protocol(warmup_steps=1, max_warmup_steps=3, timed_steps=2, min_timed_seconds=0.0)
+    protocol = Protocol(
+        warmup_steps=1, max_warmup_steps=3, timed_steps=2, min_timed_seconds=0.0,
+        inference_batch_sizes=(),
+    )  # fmt: skip
     subject = Subject(make_trainer(tiny_recipe(epochs=10)), protocol)
     list(training.measure_training(subject))
     expected = "warm-up: step time had not settled after 3 steps"

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,26 @@ def after_step(step: int, action: Callable[[], object]) -> Iterator[None]:
 
     with mock.patch.object(Trainer, "train_step", train_step):
         yield
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """While entered, a program that waits for the GPU is an error; afterwards it may again.
+
+    The first change of the mode warns that it is a prototype feature, after it has made it.
+    """
+    torch.cuda.synchronize()
+    try:
+        _set_sync_mode("error")
+        yield
+    finally:
+        _set_sync_mode("default")
+
+
+def _set_sync_mode(mode: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def kill(number: int) -> Callable[[], None]:

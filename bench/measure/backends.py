@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.compilers import check_compiler, find_compiler
+from cifar.compilers import check_compiler, check_toolkit, find_compiler
 from cifar.config import PRECISIONS
 from cifar.errors import UnsupportedError
 
@@ -92,15 +92,15 @@ def exported(source: Source, images: Tensor) -> Run:
     https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 
     Raises:
-        UnsupportedError: no compiler, C++ on every device, or no CUDA toolkit for a GPU.
+        UnsupportedError: no compiler, C++ on every device, or no CUDA toolkit for a GPU that suits
+            torch.
     """
     find_compiler("CXX")
     if source.device.type == "cuda":
         check_compiler("cuda")
         from torch.utils.cpp_extension import CUDA_HOME  # imports setuptools
 
-        if CUDA_HOME is None:
-            raise UnsupportedError("inference-backends: exported: no CUDA toolkit; set CUDA_HOME")
+        check_toolkit(CUDA_HOME, torch.version.cuda)
     program = torch.export.export(plain(source), (images,))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         package = torch._inductor.aoti_compile_and_package(

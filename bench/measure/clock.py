@@ -65,6 +65,15 @@ def timed(clock: Clock, work: Callable[[], object], count: int) -> list[float]:
     return clock.seconds()
 
 
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that some work took, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work."""
     if device.type == "cuda":

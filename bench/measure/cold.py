@@ -1,5 +1,6 @@
 """The first inference of a fresh process, which no warm one can tell."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,9 +10,16 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.cold import STARTED, Cold
+import torch
+from torch import Tensor
+
+from bench.cold import STARTED, Cold, ramp
+from bench.judge import inference_mismatches
+from bench.measure.backends import Source
+from bench.measure.comparison import Comparison, Reference, floor_of
+from bench.measure.inference import evaluated_module, evaluating
 from bench.measure.subject import Subject
-from bench.record import Measurement
+from bench.record import Label, Measurement
 from cifar.checkpoint import Tensors, write_checkpoint
 from cifar.distributed import barrier
 from cifar.training_state import card_of
@@ -25,32 +33,61 @@ def measure_cold(subject: Subject) -> Iterable[Measurement]:
 
     `cold_start` is from its start to its first logits, imports and loading included,
     `cold_first_inference` the first call alone, and `cold_second_inference` the one after it. The
-    first rank's device does it while the others wait.
+    first rank's device does it while the others wait. They have failed if the process computed in
+    another precision or layout than the cell, or other logits than its weights give in fp32 eager.
     """
     found: Cold | None = None
     reason = ""
     weights = subject.trainer.eval_weights()  # a collective call
-    if subject.trainer.is_main:
-        try:
-            found = _run(subject, weights)
-        except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
-            reason = _why(error)
-    barrier()
+    with subject.watched("cold"):
+        if subject.trainer.is_main:
+            try:
+                found = _run(subject, weights)
+            except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
+                reason = f"the process that was to infer: {_why(error)}"
+        barrier()
+    exact = _exact(subject)  # a collective call
+    if found is not None:
+        reason = _fault(subject, found, exact)
     for field, name in (
         ("start", "cold_start"),
         ("first", "cold_first_inference"),
         ("second", "cold_second_inference"),
     ):
-        seconds = None if found is None else float(getattr(found, field))
-        yield _measurement(name, seconds, reason or "the first process tells")
+        if found is None or reason:
+            why = reason or "the first process tells"
+            yield Measurement(name=name, unit="s", better="lower", status="failed", reason=why)
+            continue
+        seconds = float(getattr(found, field))
+        labels: dict[str, Label] = {"batch_size": 1, "input_dtype": found.seen["input_dtype"]}
+        yield Measurement(name=name, unit="s", better="lower", labels=labels, samples=((seconds,),))
 
 
-def _measurement(name: str, seconds: float | None, reason: str) -> Measurement:
-    if seconds is None:
-        return Measurement(name=name, unit="s", better="lower", status="failed", reason=reason)
-    return Measurement(
-        name=name, unit="s", better="lower", labels={"batch_size": 1}, samples=((seconds,),)
-    )
+@torch.inference_mode()
+def _exact(subject: Subject) -> Tensor:
+    """Logits `[1, K]` of the same image in fp32 eager in this process; a collective call."""
+    trainer = subject.trainer
+    size = trainer.dataset.train.images.shape[1:]
+    image = ramp(size, subject.device, channels_last=trainer.config.channels_last)
+    with evaluating(trainer.bare):
+        module = evaluated_module(trainer)
+        source = Source(module=module, precision="fp32", device=subject.device)
+        return Reference(trainer, source).exact(image)
+
+
+def _fault(subject: Subject, found: Cold, exact: Tensor) -> str:
+    """How the process did not run what was asked; "" if it did.
+
+    One image's top-1 may turn where two logits are nearly the same, so it does not count.
+    """
+    config = subject.trainer.config
+    assert config.precision is not None, "a trainer has resolved it"
+    seen = {**found.seen, "emulated": subject.trainer.emulated}
+    wrong = inference_mismatches(config, seen, seen, compiled=False)
+    logits = torch.tensor([found.logits], device=subject.device)
+    floor = dataclasses.replace(floor_of(config.precision), agreement=0.0)
+    wrong.append(Comparison.of(logits, exact).fault(floor))
+    return "; ".join(filter(None, wrong))
 
 
 def _run(subject: Subject, weights: Tensors) -> Cold:
@@ -75,4 +112,4 @@ def _run(subject: Subject, weights: Tensors) -> Cold:
 def _why(error: Exception) -> str:
     told = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
     lines = (told or str(error)).strip().splitlines()
-    return f"the process that was to infer: {lines[-1] if lines else type(error).__name__}"
+    return lines[-1] if lines else type(error).__name__

@@ -18,7 +18,11 @@ from bench.nvml import Gpu, NvmlError
 from bench.record import Measurement
 from cifar.distributed import barrier, gather, least
 
-IDLE_SECONDS = 1.0
+SETTLING_SPAN = 1.0
+"""Seconds over which power is averaged while a device comes to rest."""
+SETTLING_TOLERANCE = 0.1
+"""How far the power of two neighbouring spans may differ, as a fraction, where it has."""
+MOST_SETTLING_SPANS = 6
 MIN_UPDATES = 10
 """Of the counter in a window, which then starts and ends within a tenth of it."""
 POWERCAP = Path("/sys/class/powercap")
@@ -30,6 +34,10 @@ class Counter(Protocol):
     source: str
     update_seconds: float
     """The longest time that a reading may be old."""
+    settles: bool
+    """Whether the device draws more for a while after it has worked."""
+    idle_seconds: float
+    """Over which power at rest is averaged."""
 
     def read(self) -> tuple[int, ...]:
         """What it shows, in its own unit."""
@@ -48,6 +56,8 @@ class NvmlCounter:
 
     source = "nvml"
     update_seconds = 0.1
+    settles = True  # it holds its boost clock for a while
+    idle_seconds = 2.0
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -70,6 +80,8 @@ class RaplCounter:
 
     source = "rapl"
     update_seconds = 0.001
+    settles = False
+    idle_seconds = 1.0
 
     def __init__(self, zones: Sequence[Path]) -> None:
         self._energies = [zone / "energy_uj" for zone in zones]
@@ -146,25 +158,42 @@ class EnergyMeter:
     def __init__(self, device: torch.device, counter: Counter | str) -> None:
         self._device, self._counter = device, counter
         self.idle_seconds = 0.0
-        """For which it was watched at rest."""
+        """For which it was left at rest and watched."""
         self._idle_watts = 0.0
         self._start = self._read()
         self._window = Window(0.0, 0.0, 0.0)
 
     def watch_idle(self) -> None:
-        """Count for `IDLE_SECONDS` while no process computes; a collective call.
+        """Count for the counter's `idle_seconds` while no process computes; a collective call.
 
         The device keeps what is loaded on it and the clocks it holds for a program that has opened
-        it, as between two steps.
+        it and waits, which after work are lower only once it has come to rest.
         """
         synchronize(self._device)
         barrier()
         if not isinstance(self._counter, str):
-            start = self._read()
-            time.sleep(IDLE_SECONDS)
-            joules, self.idle_seconds = self._since(start)
-            self._idle_watts = joules / self.idle_seconds
+            start = time.perf_counter()
+            if self._counter.settles:
+                self._settle()
+            self._idle_watts = self._watts(self._counter.idle_seconds)
+            self.idle_seconds = time.perf_counter() - start
         barrier()
+
+    def _settle(self) -> None:
+        """Wait until the power of two neighbouring spans agrees, or for `MOST_SETTLING_SPANS`."""
+        before = self._watts(SETTLING_SPAN)
+        for _ in range(MOST_SETTLING_SPANS - 1):
+            now = self._watts(SETTLING_SPAN)
+            if abs(now - before) <= SETTLING_TOLERANCE * before:
+                return
+            before = now
+
+    def _watts(self, seconds: float) -> float:
+        """Average power over so many seconds of waiting."""
+        start = self._read()
+        time.sleep(seconds)
+        joules, took = self._since(start)
+        return joules / took
 
     def __enter__(self) -> None:
         self._start = self._read()

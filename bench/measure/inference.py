@@ -1,4 +1,4 @@
-"""Inference latency: seconds per sample from images on the device to finished logits."""
+"""Inference: latency and throughput from images on the device to finished logits."""
 
 import contextlib
 import copy
@@ -14,33 +14,33 @@ from torch import Tensor, nn
 
 from bench.judge import Labels, inference_mismatches, unproven
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
+from bench.measure.batches import Timed, time_batches
 from bench.measure.clock import synchronize
 from bench.measure.comparison import Comparison, Reference, sample_images
 from bench.measure.subject import Better, Subject
-from bench.measure.training import has_settled
 from bench.observe import InferenceWitness
 from bench.record import Label, Measurement
-from bench.spec import warm_up_span
-from cifar.distributed import barrier, least
+from cifar.distributed import least
 from cifar.errors import UnsupportedError
 from cifar.trainer import Trainer
 
 
 @torch.inference_mode()
 def measure_inference(subject: Subject) -> Iterable[Measurement]:
-    """Latency, start and outputs of the cell's own backend and those the protocol names.
+    """Times, start and outputs of the cell's own backend and those the protocol names.
 
-    Every batch is waited for, so at batch 1 this is the latency of images that come one at a time
-    (DAWNBench, https://dawn.cs.stanford.edu/benchmark/). The number of processes does not matter:
-    each one measures on its own device. What is measured of a further backend has its name in the
-    label `backend`; the cell's own is eager, or compiled where it trains so. The weights are those
-    that the top-1 is measured of.
+    For the latency every batch is waited for, so at batch 1 it is that of images that come one at a
+    time (DAWNBench, https://dawn.cs.stanford.edu/benchmark/); for the throughput batches are
+    launched without waiting in between. The number of processes does not matter: each one measures
+    on its own device, and the slowest one's throughput is told. What is measured of a further
+    backend has its name in the label `backend`; the cell's own is eager, or compiled where it
+    trains so. The weights are those that the top-1 is measured of.
     """
     trainer = subject.trainer
     assert trainer.config.precision is not None
     compiles = trainer.config.compile or subject.protocol.inference_backends
     apart = compiling_apart() if compiles else contextlib.nullcontext()
-    with _evaluating(trainer.bare), apart:
+    with evaluating(trainer.bare), apart:
         source = Source(
             module=evaluated_module(trainer),
             precision=trainer.config.precision,
@@ -56,7 +56,7 @@ def measure_inference(subject: Subject) -> Iterable[Measurement]:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Let a network infer; afterwards it is in the mode it was in."""
     training = module.training
     module.eval()
@@ -114,15 +114,13 @@ class Candidate:
         self._trouble: Trouble | None = None
 
     def measure(self) -> Iterator[Measurement]:
-        """Latency at every batch size, then what the start took, then how right the outputs are."""
+        """Times at every batch size, then what the start took, then how right the outputs are."""
         first: Started | None = None
         for size in self._subject.protocol.inference_batch_sizes:
             images = sample_images(self._subject.trainer, size)
             started = self._start(images, cold=first is None)
             first = first or started
-            seconds = self._seconds(started, images) if started else None
-            values = [value / size for value in seconds] if seconds else None
-            yield self._found("inference_latency", "s/sample", "lower", values, batch_size=size)
+            yield from self._times(self._time(started, images) if started else None, size)
         if first:
             yield from self._beginning(first)
         if self._comparisons or (first and self._compare_once(first)):
@@ -157,12 +155,23 @@ class Candidate:
         status: Literal["absent", "failed"] = "absent" if worst == "absent" else "failed"
         return Trouble(status=status, reason=f"{status} in another process")
 
-    def _seconds(self, started: Started, images: Tensor) -> list[float] | None:
-        """Seconds of every timed batch; None, and the trouble noted, if the outputs are wrong."""
+    def _times(self, timed: Timed | None, size: int) -> Iterator[Measurement]:
+        """Latency, and the throughput of a device that is kept busy where it was asked for."""
+        each = [value / size for value in timed.each] if timed else None
+        yield self._found("inference_latency", "s/sample", "lower", each, batch_size=size)
+        if self._subject.protocol.throughput_seconds:
+            row = [timed.row] if timed and timed.row else None
+            count = size * timed.in_row if timed else size
+            labels: dict[str, Label] = {"batch_size": size, "samples_per_step": count}
+            yield self._found("inference_throughput", "samples/s", "higher", row, **labels)
+
+    def _time(self, started: Started, images: Tensor) -> Timed | None:
+        """Time its batches; None, and the trouble noted, if the outputs are wrong."""
         if not self._is_eager:
             comparison = self._reference.compare(started.run, len(images))
             self._comparisons.append(comparison)
-            fault = comparison.fault(self._source.precision)
+            floor = self._reference.floor(comparison, self._source.precision, len(images))
+            fault = comparison.fault(floor)
             self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
         if self._trouble:
             return None
@@ -171,10 +180,10 @@ class Candidate:
         before = self._observe(started, images)
         unseen = unproven(self._subject.trainer.config, before)
         self._subject.invalid += [f"{where}: {each}" for each in unseen]
-        seconds = _time_batches(started.run, images, self._subject, where)
+        timed = time_batches(started.run, images, self._subject, where)
         fault = self._mismatch(before, self._observe(started, images))
         self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
-        return None if self._trouble else seconds
+        return None if self._trouble else timed
 
     def _observe(self, started: Started, images: Tensor) -> Labels:
         """What runs in a batch; nothing of a library that computes out of torch's sight."""
@@ -265,47 +274,3 @@ def _one_line(error: Exception) -> str:
     """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _time_batches(run: Run, images: Tensor, subject: Subject, where: str) -> list[float]:
-    """Seconds of every timed batch; what disturbed them is noted, with `where` they were taken."""
-    warm, settled = _warm_up(run, images, subject)
-    barrier()
-    if not settled:
-        subject.invalid.append(f"{where}: warm-up: batch time had not settled after {warm} batches")
-    with subject.watched(where):
-        seconds = _timed(run, images, subject)
-    return seconds[: least(len(seconds), subject.device)]
-
-
-def _warm_up(run: Run, images: Tensor, subject: Subject) -> tuple[int, bool]:
-    """Run batches until their time has settled on every rank, or the cap; how many, and which."""
-    protocol, device = subject.protocol, subject.device
-    seconds: list[float] = []
-    while True:
-        seconds.append(_seconds_of(run, images, device))
-        span = warm_up_span(protocol.inference_warmup, seconds[-1])
-        settled = bool(least(has_settled(seconds, span), device))
-        long = math.fsum(seconds) > protocol.inference_seconds
-        if settled or least(long or len(seconds) >= protocol.max_warmup_steps, device):
-            return len(seconds), settled
-
-
-def _timed(run: Run, images: Tensor, subject: Subject) -> list[float]:
-    protocol = subject.protocol
-    seconds: list[float] = []
-    began = time.perf_counter()
-    while len(seconds) < protocol.inference_iterations:
-        seconds.append(_seconds_of(run, images, subject.device))
-        late = time.perf_counter() - began > protocol.inference_seconds
-        if late and len(seconds) >= 3:
-            break
-    return seconds
-
-
-def _seconds_of(run: Run, images: Tensor, device: torch.device) -> float:
-    """Seconds of one batch, waited for."""
-    start = time.perf_counter()
-    run(images)
-    synchronize(device)
-    return time.perf_counter() - start

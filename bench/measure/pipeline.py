@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.measure.clock import make_clock, synchronize, timed
+from bench.measure.clock import make_clock, seconds_of, synchronize, timed
 from bench.measure.subject import Subject
+from bench.measure.training import PACE_STEPS, filling_steps
 from bench.record import Label, Measurement
 from cifar.config import Recipe
 from cifar.distributed import barrier, least
@@ -49,9 +50,11 @@ def measure_pipeline(subject: Subject) -> Iterable[Measurement]:
         trainer.batches_of(next(steps))
 
     _warm_up(subject, load, WARM_UP)
+    pace = seconds_of(lambda: _warm_up(subject, load, PACE_STEPS), subject.device) / PACE_STEPS
+    count = least(filling_steps(subject.protocol, pace), subject.device)
     barrier()
     with subject.watched("pipeline"):
-        seconds = _timed(subject, load, subject.protocol.timed_steps)
+        seconds = _timed(subject, load, count)
     yield _measurement(subject, seconds, source="device")
     yield _measure_dataloader(subject)
 

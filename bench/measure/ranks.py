@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 
 from bench.measure.anatomy import align, why_inseparable
-from bench.measure.clock import make_clock, synchronize
+from bench.measure.clock import Clock, make_clock, seconds_of
 from bench.measure.subject import Subject
+from bench.measure.training import filling_steps
 from bench.record import Measurement
 from bench.stats import straggler_ratio
+from cifar.distributed import least
 from cifar.training_state import set_aside
 
 
@@ -15,8 +17,8 @@ def measure_ranks(subject: Subject) -> Iterable[Measurement]:
 
     The ranks work at the same time, as in training, and begin every step together; but gradients
     are not averaged and nothing is checked, so that each takes its own time. In the steps of the
-    throughput all take as long as the slowest. The first step warms up. One process has no others,
-    and tells nothing.
+    throughput all take as long as the slowest. The first two steps warm up. One process has no
+    others, and tells nothing.
     """
     if subject.trainer.place.count == 1:
         return
@@ -40,14 +42,19 @@ def _never_alone(subject: Subject) -> str:
 
 
 def _steps_alone(subject: Subject) -> list[float]:
-    trainer, clocks = subject.trainer, []
-    synchronize(subject.device)
-    for _ in range(1 + subject.protocol.timed_steps):
-        clock = make_clock(subject.device)
-        align(trainer)
-        clock.mark()
-        with trainer.alone():
-            trainer.train_step()
-        clock.mark()
-        clocks.append(clock)
+    """Seconds of each step; as many as fill the protocol's seconds at the pace of one before."""
+    pace = seconds_of(lambda: _step_alone(subject), subject.device)
+    count = least(filling_steps(subject.protocol, pace), subject.device)
+    clocks = [_step_alone(subject) for _ in range(1 + count)]
     return [clock.seconds()[0] for clock in clocks[1:]]
+
+
+def _step_alone(subject: Subject) -> Clock:
+    """A step between two marks."""
+    trainer, clock = subject.trainer, make_clock(subject.device)
+    align(trainer)
+    clock.mark()
+    with trainer.alone():
+        trainer.train_step()
+    clock.mark()
+    return clock

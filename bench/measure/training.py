@@ -6,10 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from bench.job import LAUNCHED
-from bench.measure.clock import make_clock, synchronize
+from bench.measure.clock import make_clock, seconds_of, synchronize
 from bench.measure.energy import EnergyMeter, find_counter
 from bench.measure.memory import measure_peak
 from bench.measure.monitor import Monitor
@@ -29,6 +27,9 @@ WARM_TOLERANCE = 0.05
 """How far the medians of two neighbouring spans of the warm-up may differ, as a fraction."""
 PACE_STEPS = 5
 """Steps of a GPU that are waited for together, as those of a window are, to tell its pace."""
+MOST_FILLING = 2_000
+"""Steps or batches to which a further window than that of the training is extended to fill its
+seconds: a record keeps the seconds of each."""
 
 
 def planned_steps(protocol: Protocol, batch_size: int) -> int:
@@ -137,7 +138,7 @@ def _wake_up(subject: Subject) -> None:
 
 def seconds_of_a_step(subject: Subject) -> float:
     """Seconds of one step, waited for."""
-    return _seconds_of(subject.trainer.train_step, subject.device)
+    return seconds_of(subject.trainer.train_step, subject.device)
 
 
 def _seconds_of_a_recorded_step(subject: Subject) -> float:
@@ -146,15 +147,6 @@ def _seconds_of_a_recorded_step(subject: Subject) -> float:
         return seconds_of_a_step(subject)
     with subject.witness.recording():
         return seconds_of_a_step(subject)
-
-
-def _seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds that some work took, waited for."""
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def _warm_up(subject: Subject, first_step: float) -> tuple[list[float], bool]:
@@ -204,7 +196,7 @@ def _pace(subject: Subject, warm: Sequence[float]) -> float | None:
     left = trainer.total_steps - trainer.step - OBSERVED_STEPS - protocol.timed_steps
     wanted = protocol.timed_seconds or protocol.min_timed_seconds
     if subject.device.type == "cuda" and wanted and left >= PACE_STEPS:
-        return _seconds_of(lambda: _steps(trainer, PACE_STEPS), subject.device) / PACE_STEPS
+        return seconds_of(lambda: _steps(trainer, PACE_STEPS), subject.device) / PACE_STEPS
     return statistics.median(warm[-protocol.warmup_steps :]) if warm else None
 
 
@@ -235,6 +227,15 @@ def fitting_steps(protocol: Protocol, pace: float | None) -> int:
     if protocol.timed_seconds is not None:
         return math.ceil(protocol.timed_seconds / pace)
     return max(protocol.timed_steps, math.ceil(protocol.min_timed_seconds / pace))
+
+
+def filling_steps(protocol: Protocol, pace: float) -> int:
+    """Steps of a further window, at a `pace` in seconds per step.
+
+    `timed_steps`, and more if they would take less than `min_timed_seconds`, up to `MOST_FILLING`.
+    """
+    fitting = math.ceil(protocol.min_timed_seconds / pace)
+    return max(protocol.timed_steps, min(fitting, MOST_FILLING))
 
 
 def _timed_steps(subject: Subject, count: int, at_the_end: Callable[[], None]) -> list[float]:
