@@ -66,9 +66,10 @@ def ramp(size: Sequence[int], device: torch.device, *, channels_last: bool) -> T
 
 
 def _observe(network: Network, images: Tensor) -> dict[str, str | int | float | bool]:
-    from bench.observe import observe_inference  # imports the trainer, so after the clock
+    from bench.observe import InferenceWitness  # imports the trainer, so after the clock
 
-    return observe_inference(network.module, lambda: network.logits(images), compiled=False)
+    witness = InferenceWitness(network.module, compiled=False)
+    return witness.observe(lambda: network.logits(images))
 
 
 if __name__ == "__main__":
