@@ -164,7 +164,7 @@ def run_save(argv: list[str]) -> int:
 
     run = runs.find(options.run, runs_folder(options.runs_dir))
     selfcheck.refuse(run)
-    if run.plan.tuning is not None:
+    if run.plan.kind == "search":
         raise UserError(
             f"run: {run.id!r}: is a search, whose accuracies chose its winner; train that with "
             f"other seeds, as its {BEST_FILE} says, and keep what comes of it"

@@ -1,16 +1,16 @@
 """The memory frontier as a table: the largest batch that fits, told from the records of its probes.
 
-See `bench.search` for which batches are probed. As the records alone tell, a search can be taken up
-again.
+See `bench.frontier_search` for which batches are probed. As the records alone tell, a search can be
+taken up again.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from bench.frontier_search import LEAST_GRANULE
 from bench.record import Record
 from bench.row_facts import Row, data_set_text
 from bench.rows import rows
-from bench.search import LEAST_GRANULE
 
 SUITE = "frontier"
 """The suite's name in runs and records."""

@@ -17,6 +17,7 @@ from bench.console import plural, show_plan, shown, stoppable
 from bench.device_lock import held
 from bench.execution import release
 from bench.frontier import SUITE, frontier
+from bench.frontier_search import RESOLUTION, FrontierSearch, plan_search, probe_protocol
 from bench.launchers import get_launcher
 from bench.option_types import CommaList, Flag
 from bench.options import (
@@ -28,13 +29,11 @@ from bench.options import (
 from bench.present import present_environment
 from bench.record import Environment
 from bench.repeats import Fingerprints
-from bench.search import RESOLUTION, Search, plan_search, probe_protocol
 from bench.spec import RECIPE, Plan, Suite, Task, expand, grid
 from bench.table import render_terminal
 from cifar.cli import parse
 from cifar.config import require
 from cifar.data.config import DATA_HELP, DataConfig, parse_data
-from cifar.errors import UserError
 from cifar.progress import format_duration
 from cifar.recipes import get_recipe
 
@@ -128,9 +127,7 @@ def run_frontier(argv: list[str]) -> int:
     if options.resume is not None:
         check_resume(options, SEARCH_OPTIONS)
         run = runs.find(options.resume, folder).with_timeout(options.timeout)
-        if run.plan.search is None:
-            other = "run" if run.plan.tuning is None else "search"
-            raise UserError(f"run: {run.id!r}: is no memory frontier; give it to bench {other}")
+        runs.require_kind(run, "frontier")
         fingerprints = check(run.plan.tasks)
         if options.dry_run:
             left = probes.missing(run, fingerprints=fingerprints)
@@ -145,7 +142,7 @@ def run_frontier(argv: list[str]) -> int:
         return show_plan(tasks, runs.history(folder))
     with held(_locks(tasks)):
         runs.check_writable(folder)
-        return _measure(runs.create(suite, folder, argv, search=search), fingerprints)
+        return _measure(runs.create(suite, folder, argv, frontier=search), fingerprints)
 
 
 def _locks(tasks: Sequence[Task]) -> tuple[str, ...]:
@@ -155,7 +152,7 @@ def _locks(tasks: Sequence[Task]) -> tuple[str, ...]:
 
 def build_searches(
     options: FrontierOptions, present: Callable[[int], Environment] = present_environment
-) -> tuple[Suite, Search]:
+) -> tuple[Suite, FrontierSearch]:
     """The first probes of all searches that the options ask for, and how the searches go on.
 
     Raises:

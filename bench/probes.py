@@ -7,13 +7,13 @@ from functools import partial
 
 from bench.devices import Present
 from bench.execution import Launch, measure, taken_up
+from bench.frontier_search import FrontierSearch, next_batch, probe
 from bench.launchers import launch
 from bench.present import present_environment
 from bench.progress import SuiteProgress, outcome
 from bench.record import Record, Status
 from bench.repeats import UNCHANGED, Fingerprints, is_from_here
 from bench.runs import Run, latest
-from bench.search import Search, next_batch, probe
 from bench.spec import Task
 
 ANSWERS: tuple[Status, ...] = ("ok", "oom")
@@ -49,7 +49,9 @@ def missing(
     return [task for task in found if task is not None]
 
 
-def _follow(first: Task, search: Search, record_of: Callable[[Task], Record | None]) -> Task | None:
+def _follow(
+    first: Task, search: FrontierSearch, record_of: Callable[[Task], Record | None]
+) -> Task | None:
     """Do a search until `record_of` gives no record for a probe, which is returned; None: it ended.
 
     What is no answer ends it.
@@ -66,9 +68,9 @@ def _follow(first: Task, search: Search, record_of: Callable[[Task], Record | No
     return None
 
 
-def _search(run: Run) -> Search:
-    assert run.plan.search is not None, "the run of a memory frontier"
-    return run.plan.search
+def _search(run: Run) -> FrontierSearch:
+    assert run.plan.frontier is not None, "the run of a memory frontier"
+    return run.plan.frontier
 
 
 class _Known:

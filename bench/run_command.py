@@ -17,7 +17,7 @@ from bench.runs import Run
 from bench.slurm_config import SlurmConfig
 from bench.spec import Task, expand
 from cifar.cli import parse
-from cifar.errors import OutputError, Stopped, UserError
+from cifar.errors import OutputError, Stopped
 from cifar.progress import format_duration
 
 
@@ -59,10 +59,7 @@ def _run_to_resume(options: RunOptions, folder: Path) -> Run:
     check_resume(options)
     run = runs.find(options.resume, folder).with_timeout(options.timeout)
     selfcheck.refuse(run)
-    if run.plan.search is not None:
-        raise UserError(f"run: {run.id!r}: is a memory frontier; give it to bench frontier")
-    if run.plan.tuning is not None:
-        raise UserError(f"run: {run.id!r}: is a search for a recipe; give it to bench search")
+    runs.require_kind(run, "run")
     return run
 
 

@@ -11,11 +11,11 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from bench.frontier_search import FrontierSearch
 from bench.record import Record
 from bench.record_file import read_records
-from bench.search import Search
 from bench.slurm_config import SlurmConfig
 from bench.spec import Suite, Task, expand
 from bench.tuning import Tuning
@@ -27,6 +27,12 @@ from cifar.serialize import STRICT, from_json, to_json
 RUN_FILE = "run.json"
 RECORDS_FILE = "records.jsonl"
 CELLS = "cells"
+Kind = Literal["run", "frontier", "search"]
+_KINDS: dict[Kind, str] = {
+    "run": "a run of cells",
+    "frontier": "a memory frontier",
+    "search": "a search for a recipe",
+}
 REMEMBERED_RUNS = 10
 """Newest runs whose records serve to estimate durations."""
 
@@ -43,14 +49,21 @@ class RunPlan:
     argv: tuple[str, ...]
     tasks: tuple[Task, ...]
     """What to measure; of a memory frontier, the first probe of every search."""
-    search: Search | None = None
-    """How a memory frontier is searched; None: the tasks are all there is."""
+    frontier: FrontierSearch | None = None
+    """How a memory frontier is searched, by `bench frontier`."""
     tuning: Tuning | None = None
-    """What a search for a recipe tries, of which the one task holds what all trials share."""
+    """What `bench search` tries for a better recipe; the one task holds what all trials share."""
     devices: tuple[str, ...] = ()
     """The devices of this machine that it measures on side by side, as the user named them."""
     slurm: SlurmConfig | None = None
     """How its jobs are submitted to SLURM; None: it measures on this machine."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which command it is of: a run's tasks are all there is, of others where they start."""
+        if self.frontier is not None:
+            return "frontier"
+        return "run" if self.tuning is None else "search"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,15 +104,22 @@ class Run:
     def records(self) -> list[Record]:
         """All records so far, in the order of the plan; those of one task oldest first.
 
-        A search plans only where it starts: its records come in the order in which they were made.
+        Others than a run's come in the order in which they were made.
         All are of this run, though its folder had another name when some were made.
         """
         stored = read_records(self.records_file) if self.records_file.exists() else []
         records = [replace(record, run_id=self.id) for record in stored]
-        if self.plan.search is not None or self.plan.tuning is not None:
+        if self.plan.kind != "run":
             return records
         order = {task.key: number for number, task in enumerate(self.plan.tasks)}
         return sorted(records, key=lambda record: order.get(record.key, len(order)))
+
+
+def require_kind(run: Run, kind: Kind) -> None:
+    """Raise a UserError that names the right command for a run of another kind."""
+    own = run.plan.kind
+    if own != kind:
+        raise UserError(f"run: {run.id!r}: is {_KINDS[own]}; give it to bench {own}")
 
 
 def check_writable(runs_dir: Path) -> None:
@@ -122,7 +142,7 @@ def create(
     runs_dir: Path,
     argv: Sequence[str] = (),
     *,
-    search: Search | None = None,
+    frontier: FrontierSearch | None = None,
     tuning: Tuning | None = None,
     devices: tuple[str, ...] = (),
     slurm: SlurmConfig | None = None,
@@ -138,7 +158,7 @@ def create(
         created=now.isoformat(timespec="seconds"),
         argv=tuple(argv),
         tasks=expand(suite),
-        search=search,
+        frontier=frontier,
         tuning=tuning,
         devices=devices,
         slurm=slurm,

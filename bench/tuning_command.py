@@ -27,7 +27,7 @@ from bench.tuning import Tuning, trial_task, trials_of
 from bench.tuning_options import AT_ANY_TIME, batch_sizes, build_search, options_class
 from cifar.cli import parse
 from cifar.config import option_name
-from cifar.errors import OutputError, Stopped, UserError
+from cifar.errors import OutputError, Stopped
 from cifar.files import write_atomic
 from cifar.progress import format_duration
 from cifar.serialize import to_json
@@ -87,9 +87,7 @@ def _checked(tasks: Sequence[Task], words: Sequence[str]) -> tuple[Fingerprints,
 
 def _find(name: str, folder: Path) -> runs.Run:
     run = runs.find(name, folder)
-    if run.plan.tuning is None:
-        other = "run" if run.plan.search is None else "frontier"
-        raise UserError(f"run: {run.id!r}: is no search for a recipe; give it to bench {other}")
+    runs.require_kind(run, "search")
     return run
 
 

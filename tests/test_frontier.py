@@ -21,12 +21,12 @@ from bench.columns import DASH, frontier_columns
 from bench.commands import main
 from bench.frontier import SUITE, frontier
 from bench.frontier_command import FrontierOptions, build_searches
+from bench.frontier_search import FrontierSearch, next_batch, plan_search, probe, probe_protocol
 from bench.job import Job
 from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.runs import Run
 from bench.save import save
-from bench.search import Search, next_batch, plan_search, probe, probe_protocol
 from bench.spec import Plan, Suite, Task, grid
 from bench.table import render_markdown, render_terminal
 from cifar.errors import ConfigError
@@ -36,7 +36,7 @@ MIB = 2**20
 # --- The search by hand ---
 
 
-def probed(search: Search, fits: Callable[[int], bool]) -> list[int]:
+def probed(search: FrontierSearch, fits: Callable[[int], bool]) -> list[int]:
     """The batches in the order in which they are probed."""
     known: dict[int, bool] = {}
     while (batch := next_batch(known, search)) is not None:
@@ -49,18 +49,22 @@ def probed(search: Search, fits: Callable[[int], bool]) -> list[int]:
     ("most", "search", "expected"),
     [
         # 448 | 480: 32 more is more than 448 / 16 = 28; 464: 464 | 480 ends it
-        (470, Search(start=64, largest=10_000), [64, 128, 256, 512, 384, 448, 480, 464]),
+        (470, FrontierSearch(start=64, largest=10_000), [64, 128, 256, 512, 384, 448, 480, 464]),
         # 384 | 512: 128 more is more than a quarter of 384; 448 | 512 ends it
-        (470, Search(start=64, largest=10_000, resolution=0.25), [64, 128, 256, 512, 384, 448]),
+        (
+            470,
+            FrontierSearch(start=64, largest=10_000, resolution=0.25),
+            [64, 128, 256, 512, 384, 448],
+        ),
         # the granule ends it: 8 | 16
-        (8, Search(start=64, largest=10_000), [64, 32, 16, 8]),
-        (23, Search(start=64, largest=10_000), [64, 32, 16, 24]),
-        (7, Search(start=64, largest=10_000), [64, 32, 16, 8]),
+        (8, FrontierSearch(start=64, largest=10_000), [64, 32, 16, 8]),
+        (23, FrontierSearch(start=64, largest=10_000), [64, 32, 16, 24]),
+        (7, FrontierSearch(start=64, largest=10_000), [64, 32, 16, 8]),
         # the data ends it
-        (10**9, Search(start=64, largest=200), [64, 128, 200]),
-        (10**9, Search(start=64, largest=64), [64]),
+        (10**9, FrontierSearch(start=64, largest=200), [64, 128, 200]),
+        (10**9, FrontierSearch(start=64, largest=64), [64]),
         # 3 processes: granule 24; 96 | 144 -> 120; 120 | 144 ends it
-        (130, Search(start=48, largest=960, granule=24), [48, 96, 192, 144, 120]),
+        (130, FrontierSearch(start=48, largest=960, granule=24), [48, 96, 192, 144, 120]),
     ],
 )
 def test_batches_are_doubled_then_bisected(most, search, expected) -> None:
@@ -70,7 +74,9 @@ def test_batches_are_doubled_then_bisected(most, search, expected) -> None:
 @pytest.mark.parametrize("granule", [8, 24])
 @pytest.mark.parametrize("resolution", [1 / 64, 1 / 16, 0.4])
 def test_every_frontier_is_found_within_the_resolution(granule, resolution) -> None:
-    search = Search(start=2 * granule, largest=50 * granule, granule=granule, resolution=resolution)
+    search = FrontierSearch(
+        start=2 * granule, largest=50 * granule, granule=granule, resolution=resolution
+    )
     for true in range(0, 52 * granule, 5):
         batches = probed(search, lambda batch, true=true: batch <= true)
         assert all(batch % granule == 0 and batch <= search.largest for batch in batches)
@@ -85,17 +91,19 @@ def test_every_frontier_is_found_within_the_resolution(granule, resolution) -> N
 
 
 def test_a_search_goes_on_above_a_batch_that_does_not_fit_if_a_larger_one_does() -> None:
-    search = Search(start=64, largest=10_000)
+    search = FrontierSearch(start=64, largest=10_000)
     assert next_batch({64: True, 96: False, 128: True}, search) == 256
     assert next_batch({64: True, 96: False, 128: True, 256: False}, search) == 192
 
 
 def test_sizes_are_rounded_to_what_divides() -> None:
-    assert plan_search(1, images=10_000) == Search(start=64, largest=10_000, granule=8)
-    assert plan_search(3, images=10_000, start=50) == Search(start=48, largest=9_984, granule=24)
-    assert plan_search(1, images=99, largest=10**6) == Search(start=64, largest=96)
-    assert plan_search(1, images=99, start=1, largest=21) == Search(start=8, largest=16)
-    assert plan_search(1, images=50) == Search(start=48, largest=48), "64 was nobody's wish"
+    assert plan_search(1, images=10_000) == FrontierSearch(start=64, largest=10_000, granule=8)
+    assert plan_search(3, images=10_000, start=50) == FrontierSearch(
+        start=48, largest=9_984, granule=24
+    )
+    assert plan_search(1, images=99, largest=10**6) == FrontierSearch(start=64, largest=96)
+    assert plan_search(1, images=99, start=1, largest=21) == FrontierSearch(start=8, largest=16)
+    assert plan_search(1, images=50) == FrontierSearch(start=48, largest=48), "64 was nobody's wish"
     for options, message in (
         ({"start": 0}, "start: 0: give 1 to 96, the largest batch to probe"),
         ({"start": 97}, "start: 97: give 1 to 96"),
@@ -108,13 +116,15 @@ def test_sizes_are_rounded_to_what_divides() -> None:
 
 # --- The loop ---
 
-SEARCH = Search(start=64, largest=1024, resolution=0.25)
+SEARCH = FrontierSearch(start=64, largest=1024, resolution=0.25)
 
 
-def make_run(root: Path, models: Iterable[str] = ("resnet20",), search: Search = SEARCH) -> Run:
+def make_run(
+    root: Path, models: Iterable[str] = ("resnet20",), search: FrontierSearch = SEARCH
+) -> Run:
     cells = grid(list(models), ["fp32"], batch_sizes=(search.start,))
     plan = Plan(protocol=probe_protocol(), cells=cells)
-    return runs.create(Suite(name=SUITE, description="", plans=(plan,)), root, search=search)
+    return runs.create(Suite(name=SUITE, description="", plans=(plan,)), root, frontier=search)
 
 
 def batch_of(record_or_job: Record | Job) -> int:
@@ -257,9 +267,9 @@ def test_runs_and_frontiers_are_told_apart(tmp_path, monkeypatch, capsys) -> Non
     plain = runs.create(Suite(name="quick", description="", plans=plans), tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     assert main(["frontier", "--resume", plain.id]) == 2
-    assert "is no memory frontier; give it to bench run" in capsys.readouterr().err
+    assert "is a run of cells; give it to bench run" in capsys.readouterr().err
     mine = make_run(tmp_path / "runs")
-    assert runs.find(mine.id, tmp_path / "runs").plan.search == SEARCH
+    assert runs.find(mine.id, tmp_path / "runs").plan.frontier == SEARCH
     assert main(["run", "--resume", mine.id]) == 2
     assert "is a memory frontier; give it to bench frontier" in capsys.readouterr().err
 

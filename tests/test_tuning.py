@@ -720,7 +720,7 @@ def test_a_search_is_neither_run_as_cells_nor_saved(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     for words, told in (
         (["run", "--resume", run.id], "is a search for a recipe; give it to bench search"),
-        (["frontier", "--resume", run.id], "is no memory frontier; give it to bench search"),
+        (["frontier", "--resume", run.id], "is a search for a recipe; give it to bench search"),
         (["save", run.id], "is a search, whose accuracies chose its winner"),
     ):
         assert main(words) == 2
@@ -738,7 +738,7 @@ def test_an_old_run_is_no_search(tmp_path, monkeypatch, capsys) -> None:
     assert runs.find(other.id, tmp_path / "runs") == other
     monkeypatch.chdir(tmp_path)
     assert main(["search", "--resume", other.id]) == 2
-    assert "is no search for a recipe; give it to bench run" in capsys.readouterr().err
+    assert "is a run of cells; give it to bench run" in capsys.readouterr().err
 
 
 # --- The command line ---

@@ -23,7 +23,7 @@ START = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
+class FrontierSearch:
     """Which batches may be probed, and how close to the frontier a search ends.
 
     Raises:
@@ -59,7 +59,7 @@ def plan_search(
     start: int | None = None,
     largest: int | None = None,
     resolution: float = RESOLUTION,
-) -> Search:
+) -> FrontierSearch:
     """The search over batches that are split into `parts`: processes x accumulation steps.
 
     `start` (if None `START`, or less where that is too many) and `largest` (if None all `images`
@@ -76,10 +76,10 @@ def plan_search(
     first = min(START, most) if start is None else start
     require(1 <= first <= most, "start", first, f"give 1 to {most}, the largest batch to probe")
     first = max(granule, first // granule * granule)
-    return Search(start=first, largest=most, granule=granule, resolution=resolution)
+    return FrontierSearch(start=first, largest=most, granule=granule, resolution=resolution)
 
 
-def next_batch(fits: Mapping[int, bool], search: Search) -> int | None:
+def next_batch(fits: Mapping[int, bool], search: FrontierSearch) -> int | None:
     """The batch to probe next, given which of the earlier ones fit; None when the search is over.
 
     Doubling from the start (halving if it does not fit), then bisection. Should a batch fit above
