@@ -18,7 +18,14 @@ from typing import Any, TypeVar, cast
 import tyro
 
 from cifar import ranks
-from cifar.errors import CifarError, ConfigError, OutOfMemoryError, UnmetError, UserError
+from cifar.errors import (
+    CifarError,
+    ConfigError,
+    OutOfMemoryError,
+    PeerError,
+    UnmetError,
+    UserError,
+)
 
 T = TypeVar("T")
 
@@ -26,6 +33,10 @@ FIRST_PROCESS_SECONDS = 10.0
 """How long a process waits for the first one to meet the same bad input and end the job."""
 MEMORY_SECONDS = 2.0
 """The same for memory: what does not fit in one process is met in the others at the same time."""
+
+PEER_SECONDS = 5.0
+"""How long a process that another one has left waits for the launcher to end it, too: the other's
+own words say more."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """What a full or broken disk says; of files that the programs write, they tell the name."""
@@ -187,6 +198,8 @@ def run_program(
         complain_of_input(prog, error)
         return error.exit_code
     except CifarError as error:
+        if isinstance(error, PeerError) and _is_one_of_several():
+            time.sleep(PEER_SECONDS)
         complain(prog, str(error))
         return error.exit_code
     except BrokenPipeError:

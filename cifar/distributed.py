@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar.config import RunConfig
-from cifar.errors import DataError, Stopped, TrainingError, UserError
+from cifar.errors import DataError, PeerError, Stopped, UserError
 from cifar.rendezvous import form_group
 from cifar.watchdog import BACKSTOP, Watchdog
 
@@ -86,7 +86,7 @@ def explained_peers() -> Iterator[None]:
     """While entered, the end of another process is an error that says so, instead of torch's.
 
     Raises:
-        TrainingError: in its place.
+        PeerError: in its place.
     """
     try:
         yield
@@ -94,7 +94,7 @@ def explained_peers() -> Iterator[None]:
         if not _PEER_GONE.search(str(error)):
             raise
         told = " ".join(str(error).split())
-        raise TrainingError(
+        raise PeerError(
             "processes: another one has ended or cannot be reached any more, its own words or the "
             f"launcher's say why ({told.partition('. This')[0][-120:]})"
         ) from None

@@ -41,6 +41,10 @@ class TrainingError(CifarError):
     """Training cannot go on: a non-finite loss, or too many skipped steps in a row."""
 
 
+class PeerError(TrainingError):
+    """Another process of the job has ended, which says why itself, or its launcher does."""
+
+
 class OutOfMemoryError(TrainingError):
     """The model and its batch do not fit into the memory of the machine or of its GPU."""
 
