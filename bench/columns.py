@@ -162,7 +162,7 @@ def _telling_columns(table: Sequence[Row], columns: Sequence[Column]) -> list[Co
     told = [*columns, *_differing(table, "packages", ", ", "Software")]
     protocol = Column(heading="Protocol", show=lambda row: str(row["protocol"])[:8])
     for further in (_differing(table, "worker", " ", "Worker"), [protocol]):
-        shown = [(row["precision"], *(column.show(row) for column in told)) for row in table]
+        shown = [(row.get("precision"), *(column.show(row) for column in told)) for row in table]
         if len(set(shown)) < len(shown):
             told += further
     return told

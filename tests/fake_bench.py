@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fake_worker
 
-from bench import device_lock, devices, execution, launchers, probes, slurm, trials
+from bench import device_lock, devices, execution, launchers, probes, processes, slurm, trials
 from bench.commands import main
 
 
@@ -26,6 +26,7 @@ def present(num_processes, **_):
 def install():
     grace = float(os.environ.get("FAKE_GRACE", "0.5"))
     launch = functools.partial(launchers.launch, argv_for=fake_argv, grace=grace)
+    execution.end_leftovers = functools.partial(processes.end_leftovers, grace=grace)
     device_lock.PREFIX += os.environ.get("FAKE_LOCKS", "")
     execution.execute = functools.partial(execution.execute, launch=launch, present=present)
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)

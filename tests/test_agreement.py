@@ -94,7 +94,7 @@ def by_hand(port: int, rank: int, *words: object) -> Any:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("differs", ["lr", "images"])
+@pytest.mark.parametrize("differs", [pytest.param("lr", marks=pytest.mark.slow), "images"])
 def test_two_processes_that_were_told_differently_both_end_with_a_line(
     differs: str, tmp_path: Path
 ) -> None:

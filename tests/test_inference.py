@@ -744,6 +744,7 @@ leave()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_what_one_process_alone_meets_keeps_both_together(tmp_path: Path) -> None:
     program = tmp_path / "one_sided.py"

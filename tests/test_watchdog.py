@@ -305,6 +305,7 @@ def test_a_process_that_hangs_is_named_by_the_other(npz: Path, tmp_path: Path, h
     assert_named(tmp_path, how, *two(tmp_path, npz, how, "--collective-timeout", "4")())
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_process_told_to_stop_ends_though_another_one_never_comes(
     npz: Path, tmp_path: Path
