@@ -1,7 +1,7 @@
 """One measurement on a device at a time, whichever processes of this machine want to.
 
-What is started to measure inherits the lock, so that it lasts as long as any of these processes,
-even where the one that took it was killed.
+The launcher of what is measured inherits the lock, so that it lasts as long as that, even where the
+process that took it was killed.
 """
 
 import contextlib
@@ -70,6 +70,8 @@ def _holder(device: str) -> str:
         sock.connect(PREFIX + device)
         answer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         process = _CREDENTIALS.unpack(answer)[0]
+        if not process:  # of a container with other process ids
+            return "another bench measures on it; wait for it"
         if psutil.pid_exists(process):
             return f"another bench (process {process}) measures on it; wait for it"
         return (

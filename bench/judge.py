@@ -230,10 +230,12 @@ def _skipped_graphs(mode: str, seen: Labels) -> Iterable[str]:
 def _early_recompiles(train: TrainConfig, effective: Labels) -> Iterable[str]:
     """Whether code was compiled anew in the warm-up, as for other shapes: it may be slower code.
 
-    SAM's second pass and a backbone that is set free need code of their own.
+    SAM's second pass and a backbone that is set free need code of their own; so do blocks of other
+    shapes where a graph breaks between them, as under FSDP.
     """
     recipe, count = train.recipe, effective.get("recompiles_before_window", 0)
-    if count and not (recipe.sam_rho or recipe.frozen_epochs):
+    breaks = effective.get("graph_breaks", 0)
+    if count and not (recipe.sam_rho or recipe.frozen_epochs or breaks):
         yield f"recompiled {count} times before the timed window"
 
 

@@ -178,7 +178,7 @@ class Gpu:
 
     def power_limit(self) -> int | None:
         """Watts that the driver holds it to, of all limits the lowest; None if it does not tell."""
-        milliwatts = self._ask("nvmlDeviceGetEnforcedPowerLimit")
+        milliwatts = self._ask("nvmlDeviceGetPowerManagementLimit")
         return None if milliwatts is None else round(milliwatts / 1000)
 
     def application_clocks(self) -> tuple[int, int] | None:

@@ -174,6 +174,7 @@ def expected_device(seen: str, environ: Mapping[str, str]) -> str:
 
     `seen` is the kind that torch has, see `Environment.device`. CUDA_VISIBLE_DEVICES hides GPUs on
     purpose where it is empty or begins with what is no GPU, as launchers and schedulers write it.
+    A torch that was built for CPUs has no other choice, so there no GPU is expected.
 
     Raises:
         CifarError: torch has no such GPU, and would measure the CPU.
@@ -182,6 +183,8 @@ def expected_device(seen: str, environ: Mapping[str, str]) -> str:
     first = "0" if shown is None else shown.split(",")[0].strip()
     hidden = not first or first.startswith("-") or first == "NoDevFiles"
     expected = environ.get(DEVICE) or ("cuda" if there and not hidden else seen)
+    if torch.version.cuda is None and DEVICE not in environ:
+        return seen
     if (expected, seen) == ("cuda", "cpu"):
         under = "" if shown is None else f" under CUDA_VISIBLE_DEVICES={shown}"
         build = "" if torch.version.cuda else ", as it was built without CUDA"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import warnings
@@ -119,7 +120,7 @@ def join_job(config: TrainConfig | None, run: RunConfig, **others: object) -> No
         check_devices(os.environ)
     check_rendezvous(os.environ, cpu=cpu)
     backend = "gloo" if cpu else "nccl"
-    join_group(backend, run, told(config, run, backend=backend, **others))
+    join_group(backend, run, functools.partial(told, config, run, backend=backend, **others))
 
 
 def runs_on_cpu(run: RunConfig) -> bool:

@@ -16,7 +16,6 @@ from cifar.serialize import contents
 
 ROOT = Path(__file__).resolve().parent.parent
 """Of the project's packages."""
-DISTRIBUTION = "cifar-resnet-bench"
 _BY_RUN = ("save_every", "check_every", "max_skipped_steps")
 """What of a RunConfig decides when processes exchange something, or stop."""
 _ONE_PROCESS_ALONE = ("output-dir", "recipe")
@@ -29,12 +28,13 @@ def told(train: TrainConfig | None, run: RunConfig, **others: object) -> dict[st
     What is named in `others` replaces an option; without `train` there are none of its options.
     """
     found: dict[str, object] = {
-        **{name: installed(name) for name in ("torch", DISTRIBUTION)},
+        "torch": (installed("torch") or "").partition("+")[0],
         "sources": sources_digest(("cifar",), (".py",)),
         **others,
     }
     if train is not None:
         found |= options_of(train, run, functools.partial(contents, defaults=True))
+        found["pretrained"] = contents(train.model.pretrained, defaults=True)
     found |= {option_name(name): getattr(run, name) for name in _BY_RUN} | others
     return {name: str(value) for name, value in found.items() if name not in _ONE_PROCESS_ALONE}
 
@@ -63,7 +63,7 @@ def sources_digest(packages: Sequence[str], endings: Sequence[str]) -> str:
     sha = hashlib.sha256()
     for package in packages:
         for path in sorted((ROOT / package).rglob("*")):
-            if path.suffix in endings:
+            if path.suffix in endings and not path.name.startswith("."):
                 sha.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
                 sha.update(path.read_bytes())
     return sha.hexdigest()[:16]

@@ -29,10 +29,10 @@ _WATCHDOGS: list[Watchdog] = []
 """That of the default group, if it has one: like the group, one in a process."""
 
 
-def join_group(backend: str, run: RunConfig, told: Mapping[str, str]) -> None:
+def join_group(backend: str, run: RunConfig, told: Callable[[], Mapping[str, str]]) -> None:
     """Meet the other processes of the job, if there are any and this has not happened yet.
 
-    `told` must be alike on all of them, see `cifar.agreement`.
+    What `told` returns must be alike on all of them, see `cifar.agreement`.
 
     Raises as `cifar.rendezvous.form_group` does, which see.
     """

@@ -107,10 +107,26 @@ def write_atomic(path: Path, content: str | bytes, *, replaces: bool = True) -> 
         if replaces:
             temporary.replace(path)
         else:
-            path.hardlink_to(temporary)
+            _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name, which none may have; by renaming where there are no hard links.
+
+    Raises:
+        FileExistsError: one has it.
+        OSError: the folder cannot be written.
+    """
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        path.touch(exist_ok=False)
+        temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
 
@@ -36,7 +36,7 @@ def form_group(
     environ: Mapping[str, str],
     *,
     backend: str,
-    told: Mapping[str, str],
+    told: Callable[[], Mapping[str, str]],
     meeting_timeout: float,
     collective_timeout: float,
 ) -> Group | None:
@@ -44,9 +44,9 @@ def form_group(
 
     Call it on all processes of the job, before `Accelerator()` or DeepSpeed, which take the group
     as it is. `environ` must have passed `cifar.ranks.check_rendezvous`. `backend`: gloo, nccl or
-    "cuda:nccl,cpu:gloo". `told` must be alike on all, see `cifar.agreement`. The processes may
-    start `meeting_timeout` seconds apart; a collective call fails after `collective_timeout`
-    seconds.
+    "cuda:nccl,cpu:gloo". What `told` returns must be alike on all, see `cifar.agreement`. The
+    processes may start `meeting_timeout` seconds apart; a collective call fails after
+    `collective_timeout` seconds.
 
     Raises:
         ConfigError: the processes do not fit together; all of them say so.
@@ -59,7 +59,7 @@ def form_group(
         torch.cuda.set_device(device)
     with _Guard(meeting_timeout, environ) as guard:
         gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
-        meeting = Meeting(environ, gpu, told, meeting_timeout)
+        meeting = Meeting(environ, gpu, told(), meeting_timeout)
         guard.expect(meeting.unreachable())
         group, store, peers = meeting.hold()
         if "gloo" in backend:

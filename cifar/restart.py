@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cifar import run_folder
 from cifar.config import RunConfig, TrainConfig
-from cifar.errors import CheckpointError, ConfigError
+from cifar.errors import ConfigError
 from cifar.files import LOCK, locked, made
 from cifar.ranks import world_size
 from cifar.run_folder import CONFIG
@@ -48,7 +48,7 @@ def taken_up(folder: Path, train: TrainConfig, run: RunConfig, *, finds_lr: bool
             ) from None
         if (folder / CONFIG).exists() and list_checkpoints(folder / "checkpoints"):
             _check_same(folder, train, run, finds_lr=finds_lr)
-        stack.callback(_forget, folder)
+        stack.callback(run_folder.forget, folder)
         yield
 
 
@@ -66,9 +66,7 @@ def _lock(folder: Path, seconds: float, stack: contextlib.ExitStack) -> None:
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise CheckpointError(
-                    f"resume: '{folder}': another process is training there; wait for it or stop it"
-                ) from None
+                raise run_folder.in_use(folder) from None
             time.sleep(_LOOK_SECONDS)
 
 
@@ -83,13 +81,6 @@ def _check_contents(folder: Path) -> None:
         raise ConfigError(
             f"output-dir: '{folder}': holds something else than a run; choose another"
         )
-
-
-def _forget(folder: Path) -> None:
-    """Leave nothing of a run that never began."""
-    with contextlib.suppress(OSError):
-        if not (folder / CONFIG).exists():
-            (folder / LOCK).unlink()
 
 
 def _check_same(folder: Path, train: TrainConfig, run: RunConfig, *, finds_lr: bool) -> None:

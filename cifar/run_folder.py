@@ -97,9 +97,14 @@ def _taken(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                with contextlib.suppress(OSError):
-                    if not (folder / CONFIG).exists():
-                        (folder / LOCK).unlink()
+                forget(folder)
+
+
+def forget(folder: Path) -> None:
+    """Leave nothing of a run that never began in the folder that this process has locked."""
+    with contextlib.suppress(OSError):
+        if not (folder / CONFIG).exists():
+            (folder / LOCK).unlink()
 
 
 def _check_empty(folder: Path) -> None:
@@ -120,15 +125,20 @@ def resumed(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder))
         except BlockingIOError:
-            raise CheckpointError(
-                f"resume: '{folder}': another process is training there; wait for it or stop it"
-            ) from None
+            raise in_use(folder) from None
         except OSError as error:
             raise ConfigError(
                 f"resume: '{folder}': cannot be written ({error.strerror}); copy the run to a "
                 "folder that can"
             ) from None
         yield
+
+
+def in_use(folder: Path) -> CheckpointError:
+    """What to raise where another process has locked a run's folder."""
+    return CheckpointError(
+        f"resume: '{folder}': another process is training there; wait for it or stop it"
+    )
 
 
 def read_config(folder: Path) -> StoredConfig:

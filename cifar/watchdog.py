@@ -129,8 +129,8 @@ class Watchdog:
         self._interval = min(MOST_INTERVAL, max(LEAST_INTERVAL, timeout / _LOOKS))
         self._main = threading.main_thread().ident
         self._mine = Beat(number=0, host=socket.gethostname(), pid=os.getpid())
-        self._still = 0.0
-        """Seconds without progress."""
+        self._still, self._watched = 0.0, 0.0
+        """Seconds without progress, and those of them in which the others were asked."""
         self._seen: dict[int, _Seen] = {}
         self._rounds, self._unheard = 0, 0.0
         """Exchanges with the store, and seconds since the last one."""
@@ -178,6 +178,7 @@ class Watchdog:
             place=place,
             waits=waits,
         )
+        self._watched = self._watched + seconds if watches else 0.0
         if not watches:
             self._seen.clear()
         self._listen(seconds)
@@ -196,7 +197,8 @@ class Watchdog:
                 self._seen[other].look(beat, seconds)
             else:
                 self._seen[other] = _Seen(beat)
-        if self._still >= self._patience and (told := self._verdict()):
+        long_enough = min(self._still, 2 * self._watched) >= self._patience
+        if long_enough and (told := self._verdict()):
             self._end(*told)
 
     @property
@@ -214,8 +216,10 @@ class Watchdog:
         frozen = {
             each for each in others if each not in self._seen or self._seen[each].quiet > long
         }
-        if is_early and (not frozen or self._pulse.announced):
-            return None
+        if is_early:
+            frozen = {each for each in frozen if not self._has_announced(each)}
+            if not frozen or self._pulse.announced:
+                return None
         if not frozen:
             beats = {each: self._seen[each].beat for each in others} | {
                 self._group.rank: self._mine
@@ -227,6 +231,10 @@ class Watchdog:
             return missing(beats, self._still)
         told = "; ".join(self._silent(each) for each in sorted(frozen))
         return told, min((others | {self._group.rank}) - frozen)
+
+    def _has_announced(self, rank: int) -> bool:
+        """Whether another process was at long work of its own when it last told of itself."""
+        return rank in self._seen and bool(self._seen[rank].beat.announced)
 
     def _silent(self, rank: int) -> str:
         if rank not in self._seen:

@@ -27,7 +27,7 @@ def meet(words: list[str]) -> int:
     group = form_group(
         os.environ,
         backend="gloo",
-        told=json.loads(os.environ.get("TOLD", "{}")),
+        told=lambda: json.loads(os.environ.get("TOLD", "{}")),
         meeting_timeout=TIMEOUT,
         collective_timeout=30.0,
     )

@@ -10,11 +10,12 @@ from training import TINY_OPTIONS, complaints, finish, free_port, start
 
 from cifar import agreement, distributed
 from cifar.agreement import first_difference, sources_digest, told
-from cifar.config import ModelConfig, Parallel, Recipe, RunConfig, TrainConfig
+from cifar.config import ModelConfig, Parallel, Pretrained, Recipe, RunConfig, TrainConfig
 from cifar.data.config import DataConfig
 from cifar.errors import DataError
 
-ALONE = TrainConfig()
+OF_A_RUN = ModelConfig(pretrained=Pretrained(sha256="a"))
+ALONE = TrainConfig(model=OF_A_RUN)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,11 @@ ALONE = TrainConfig()
         ({"recipe": Recipe(lr=0.2)}, {}, "lr"),
         ({"recipe": Recipe(global_batch_size=32)}, {}, "batch-size"),
         ({"model": ModelConfig(name="resnet20")}, {}, "model"),
+        (
+            {"model": ModelConfig(pretrained=Pretrained(sha256="a", classes=("x",)))},
+            {},
+            "pretrained",
+        ),
         ({"parallel": Parallel(local_steps=2)}, {}, "local-steps"),
         ({"data": DataConfig(source="cifar10")}, {}, "data"),
         ({"seed": 1}, {}, "seed"),
@@ -73,6 +79,7 @@ def test_a_change_of_a_source_is_another_digest(
     (tmp_path / "cifar" / "a.py").write_text("a = 1")
     before = sources_digest(("cifar",), (".py",))
     (tmp_path / "cifar" / "notes.txt").write_text("nothing")
+    (tmp_path / "cifar" / ".#a.py").symlink_to("me@here.4711")  # as an editor's lock
     assert sources_digest(("cifar",), (".py",)) == before
     (tmp_path / "cifar" / "a.py").write_text("a = 2")
     assert sources_digest(("cifar",), (".py",)) != before

@@ -530,6 +530,14 @@ def test_a_gpu_that_torch_does_not_see_is_expected_all_the_same(
     assert "set CUDA_VISIBLE_DEVICES= to measure the CPU on purpose" in str(caught.value)
 
 
+def test_a_torch_that_was_built_for_cpus_measures_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "installed_gpus", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert worker.expected_device("cpu", {}) == "cpu"
+    with pytest.raises(CifarError, match="as it was built without CUDA"):
+        worker.expected_device("cpu", {DEVICE: "cuda"})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_worker_does_not_measure_the_cpu_of_a_machine_whose_gpus_it_cannot_see(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -34,6 +34,7 @@ from bench.columns import DASH, trial_columns
 from bench.commands import main
 from bench.counters import usable_cores
 from bench.devices import Device, Machine
+from bench.frontier_search import FrontierSearch
 from bench.job import RECORD_FILE, Job
 from bench.launchers import launch
 from bench.record import Record
@@ -739,6 +740,20 @@ def test_an_old_run_is_no_search(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["search", "--resume", other.id]) == 2
     assert "is a run of cells; give it to bench run" in capsys.readouterr().err
+
+
+def test_a_plan_of_earlier_words_is_read(tmp_path) -> None:
+    """Of a search that counted its trials side by side, and of a frontier."""
+    run = make_run(tmp_path)
+    fields = json.loads((run.folder / "run.json").read_text())
+    fields["search"] = fields.pop("frontier")
+    fields["tuning"]["parallel"] = 2
+    (run.folder / "run.json").write_text(json.dumps(fields))
+    assert runs.find(run.id, tmp_path).plan == run.plan
+    frontier = {"start": 64, "largest": 1024}
+    (run.folder / "run.json").write_text(json.dumps({**fields, "search": frontier, "tuning": None}))
+    plan = runs.find(run.id, tmp_path).plan
+    assert plan.kind == "frontier" and plan.frontier == FrontierSearch(**frontier)
 
 
 # --- The command line ---

@@ -406,7 +406,7 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetViolationStatus(self, handle: str, policy: int) -> object:
         return types.SimpleNamespace(violationTime=self._answer("slowed")[policy])
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> object:
+    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> object:
         return self._answer("limit")
 
     def nvmlDeviceGetApplicationsClock(self, handle: str, kind: int) -> object:

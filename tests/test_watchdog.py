@@ -24,9 +24,9 @@ TIMEOUT = 16.0
 class Watched:
     """A watchdog of rank 0 whose thread, store and end are the test's."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout: float = TIMEOUT) -> None:
         self.pulse = Pulse()
-        self.watchdog = Watchdog(GROUP, TIMEOUT, pulse=self.pulse)
+        self.watchdog = Watchdog(GROUP, timeout, pulse=self.pulse)
         self.told: list[tuple[str, int]] = []
         self.store = self.watchdog._correspondent
         self.answers = True
@@ -45,7 +45,8 @@ class Watched:
                     fields = {name: getattr(beat, name) for name in Beat.__slots__}
                     self.others[rank] = Beat(**{**fields, "number": beat.number + 1})
             if self.answers:
-                self.store.beats = dict(self.others)
+                if self.store.asks:
+                    self.store.beats = dict(self.others)
                 self.store.rounds += 1
             self.watchdog._look(1.0)
 
@@ -121,6 +122,23 @@ def test_once_told_to_stop_a_slow_step_or_checkpoint_is_still_waited_for(watched
     watched.frozen, watched.answers = set(), False
     watched.pass_time(int(TIMEOUT) - 1)
     assert watched.told == [], "a launcher that was killed has taken the store with it"
+
+
+def test_what_was_long_already_when_it_is_told_to_stop_is_looked_into_first(monkeypatch) -> None:
+    """The others have been asked for nothing until then, and are well."""
+    watched = Watched(monkeypatch, timeout=60.0)
+    watched.pass_time(12)
+    watched.pulse.is_stopping = True
+    watched.pass_time(40)
+    assert watched.told == []
+    watched.change(1, announced="writing a checkpoint")
+    watched.pass_time(1)
+    watched.frozen = {1}
+    watched.pass_time(6)
+    assert watched.told == [], "its thread may be short of time"
+    watched.frozen = {2}
+    watched.pass_time(6)
+    assert watched.told[0][0].startswith("rank 2 (node, pid 2) has not come")
 
 
 def test_it_takes_the_time_that_is_given_and_no_less(watched: Watched) -> None:

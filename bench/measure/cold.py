@@ -1,5 +1,6 @@
 """The first inference of a fresh process, which no warm one can tell."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -65,14 +66,27 @@ def measure_cold(subject: Subject) -> Iterable[Measurement]:
 
 @torch.inference_mode()
 def _exact(subject: Subject) -> Tensor:
-    """Logits `[1, K]` of the same image in fp32 eager in this process; a collective call."""
+    """Logits `[1, K]` of the same image in fp32 eager in this process; a collective call.
+
+    By the algorithms of cuDNN that a fresh process takes, which does not search for the fastest.
+    """
     trainer = subject.trainer
     size = trainer.dataset.train.images.shape[1:]
     image = ramp(size, subject.device, channels_last=trainer.config.channels_last)
-    with evaluating(trainer.bare):
+    with evaluating(trainer.bare), _without_search():
         module = evaluated_module(trainer)
         source = Source(module=module, precision="fp32", device=subject.device)
         return Reference(trainer, source).exact(image)
+
+
+@contextlib.contextmanager
+def _without_search() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _fault(subject: Subject, found: Cold, exact: Tensor) -> str:
