@@ -11,7 +11,7 @@ from bench.devices import Machine, Present
 from bench.estimate import estimate_seconds
 from bench.job import RECORD_FILE, Fault, Job
 from bench.launchers import launch
-from bench.pool import Ended, LaunchInPlace, Pool, Slots
+from bench.pool import Ended, LaunchInPlace, Pool, Slots, entered
 from bench.present import present_environment
 from bench.processes import end_leftovers
 from bench.progress import SuiteProgress, outcome
@@ -186,14 +186,8 @@ class _Execution:
 
     def all(self) -> list[Record]:
         """Everything that is needed; if that is cut short, what had ended by then is kept."""
-        with self._progress:
-            try:
-                with self._pool:
-                    self._loop()
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._keep(self._pool.ended())
-                raise
+        with self._progress, entered(self._pool, self._keep):
+            self._loop()
         found = (self._found.get(task.key) for task in self._run.plan.tasks)
         return [record for record in found if record is not None]
 

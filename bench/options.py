@@ -10,6 +10,7 @@ import tyro
 
 from bench.launchers import environment_for, get_launcher
 from bench.option_types import CommaIntegers, CommaList, Flag
+from bench.overrides import only, override
 from bench.place_options import PlaceOptions
 from bench.present import check_model, present_environment
 from bench.protocol import Protocol
@@ -17,7 +18,7 @@ from bench.record import Environment
 from bench.repeats import Fingerprints
 from bench.scaling import scaling
 from bench.spec import Plan, Suite, Task, expand, grid
-from bench.suites import P99_BATCHES, get_suite, only, override
+from bench.suites import P99_BATCHES, get_suite
 from cifar.config import CompileMode, Parallel, option_name, require
 from cifar.cost import check_batch
 from cifar.data.config import DATA_HELP, DataConfig, parse_data

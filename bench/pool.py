@@ -4,9 +4,10 @@ A pool starts jobs as long as it has room and tells which have ended; whoever us
 is started, and alone writes records. No torch.
 """
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +66,18 @@ class Pool(Protocol):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+@contextlib.contextmanager
+def entered(pool: Pool, keep: Callable[[Sequence[Ended]], None]) -> Iterator[None]:
+    """While entered the pool measures; what has ended by the time it is cut short is kept."""
+    try:
+        with pool:
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            keep(pool.ended())
+        raise
 
 
 class LaunchInPlace(Protocol):

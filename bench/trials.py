@@ -1,7 +1,6 @@
 """The loop of a search: which trial is started next depends on what became of those before, every
 one of them in fresh processes, and as many at the same time as there are devices for."""
 
-import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from bench.devices import Machine, Present
 from bench.execution import WHOLE_MACHINE, job_of, taken_up
 from bench.job import RECORD_FILE, Job
 from bench.launchers import launch
-from bench.pool import Ended, LaunchInPlace, Slots
+from bench.pool import Ended, LaunchInPlace, Slots, entered
 from bench.present import present_environment
 from bench.progress import SuiteProgress
 from bench.record import Environment, Record
@@ -87,14 +86,8 @@ class _Execution:
         """Everything that is left; if that is cut short, what had ended by then is kept."""
         if kept := len(self._plan.answered):
             print(f"kept {plural(kept, 'trial')}", file=sys.stderr)
-        with self._progress:
-            try:
-                with self._pool:
-                    self._loop()
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._keep(self._pool.ended())
-                raise
+        with self._progress, entered(self._pool, self._keep):
+            self._loop()
         return [self._records[number] for number in sorted(self._records)]
 
     def _loop(self) -> None:

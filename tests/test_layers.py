@@ -23,23 +23,24 @@ FREE_NAMES = """
     bench.console bench.cores bench.counters bench.device_lock bench.devices bench.display
     bench.efficiency bench.estimate bench.execution bench.failure bench.frontier
     bench.frontier_command bench.frontier_search bench.job bench.job_runner bench.judge
-    bench.launchers bench.nvml bench.option_types bench.options bench.place_options bench.pool
-    bench.present bench.probes bench.processes bench.progress bench.protocol bench.published
-    bench.record bench.record_file bench.repeats bench.row_facts bench.rows bench.run_command
-    bench.runs bench.sampler bench.save bench.scaling bench.scaling_plot bench.selection
-    bench.selfcheck bench.slurm bench.slurm_config bench.space bench.spec bench.stats bench.suites
-    bench.table bench.trial_plan bench.trial_rows bench.trials bench.tuning bench.tuning_command
-    bench.tuning_options bench.unfinished bench.validity cifar cifar.__main__ cifar.agreement
-    cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers cifar.config
-    cifar.config.checks cifar.config.distillation cifar.config.model cifar.config.parallel
-    cifar.config.precision cifar.config.pretrained cifar.config.recipe cifar.config.train cifar.cost
-    cifar.data cifar.data.archives cifar.data.arrays cifar.data.config cifar.data.dataset
-    cifar.data.division cifar.data.download cifar.data.folder cifar.data.images cifar.data.shapes
-    cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet cifar.data.unpickle cifar.errors
-    cifar.evaluate_options cifar.figures cifar.files cifar.interface cifar.lr_find_options
-    cifar.memory cifar.predictions cifar.process cifar.progress cifar.pulse cifar.range_test
-    cifar.ranks cifar.recipes cifar.restart cifar.run_folder cifar.serialize cifar.signals
-    cifar.strategy cifar.train_options cifar.weights launch
+    bench.launchers bench.nvml bench.option_types bench.options bench.overrides bench.place_options
+    bench.pool bench.present bench.probes bench.processes bench.progress bench.protocol
+    bench.published bench.record bench.record_file bench.repeats bench.row_facts bench.rows
+    bench.run_command bench.runs bench.sampler bench.save bench.scaling bench.scaling_plot
+    bench.selection bench.selfcheck bench.slurm bench.slurm_config bench.space bench.spec
+    bench.stats bench.suites bench.table bench.trial_plan bench.trial_rows bench.trials bench.tuning
+    bench.tuning_command bench.tuning_options bench.unfinished bench.validity cifar cifar.__main__
+    cifar.agreement cifar.architectures cifar.cli cifar.commands cifar.comparison cifar.compilers
+    cifar.config cifar.config.checks cifar.config.distillation cifar.config.model
+    cifar.config.parallel cifar.config.precision cifar.config.pretrained cifar.config.recipe
+    cifar.config.train cifar.cost cifar.data cifar.data.archives cifar.data.arrays cifar.data.config
+    cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
+    cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
+    cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
+    cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
+    cifar.progress cifar.pulse cifar.range_test cifar.ranks cifar.recipes cifar.restart
+    cifar.run_folder cifar.serialize cifar.signals cifar.strategy cifar.train_options cifar.weights
+    launch
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.kernels bench.limits bench.measure

@@ -14,6 +14,7 @@ from bench.efficiency import in_order, scaling_rows, told_apart
 from bench.launchers import LAUNCHERS
 from bench.nvml import installed_gpus, visible_gpus
 from bench.options import RunOptions, build_suite
+from bench.overrides import override
 from bench.protocol import Protocol
 from bench.record import Measurement, Record
 from bench.rows import rows
@@ -21,7 +22,7 @@ from bench.save import save, table, write_plot
 from bench.scaling import PER_DEVICE, SETTINGS, default_counts, exchange, scaling
 from bench.scaling_plot import PLOT, exchange_bars, scaling_lines, scaling_plot
 from bench.spec import Cell, expand, grid
-from bench.suites import override, quick
+from bench.suites import quick
 from bench.table import render_markdown
 from cifar.config import Parallel
 from cifar.errors import ConfigError, OutputError, UnsupportedError

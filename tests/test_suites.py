@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from bench.estimate import BUILD_SECONDS, START_SECONDS, estimate_seconds
+from bench.overrides import only, override
 from bench.protocol import Protocol
 from bench.published import PUBLISHED
 from bench.record import Environment, Record
 from bench.spec import expand, grid
-from bench.suites import PROCESSES, REFERENCE, SUITES, get_suite, only, override, quick, reference
+from bench.suites import PROCESSES, REFERENCE, SUITES, get_suite, quick, reference
 from bench.tuning import trial_protocol
 from bench.unfinished import no_validation
 from cifar.config import Recipe
