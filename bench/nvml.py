@@ -177,7 +177,7 @@ class Gpu:
             raise NvmlError(f"NVML: {error}") from None
 
     def power_limit(self) -> int | None:
-        """Watts that the driver holds it to, of all limits the lowest; None if it does not tell."""
+        """Watts that it was set to draw at most; None if it does not tell."""
         milliwatts = self._ask("nvmlDeviceGetPowerManagementLimit")
         return None if milliwatts is None else round(milliwatts / 1000)
 

@@ -118,7 +118,7 @@ class Environment:
     gpu_ids: tuple[str, ...] = ()
     """The UUID of each of them, `GPU-...`; empty in records that do not tell."""
     gpu_power_limits: tuple[int | None, ...] = ()
-    """Watts that the driver holds each of them to; None: it does not tell of that one."""
+    """Watts that each was set to draw at most; None: the driver does not tell of that one."""
     gpu_application_clocks: tuple[tuple[int, int] | None, ...] = ()
     """MHz of graphics and of memory that programs on each of them were given, likewise."""
     cores: str = ""

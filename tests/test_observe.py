@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from training import finish, reset_accelerate, save_weights, start, taught_by
 
-from bench import kernels, observe
+from bench import judge, kernels, observe
 from bench.job import CELL_FILE, RECORD_FILE, Job
 from bench.judge import WRAPPERS, changes, mismatches, unproven
 from bench.measure.subject import Subject
@@ -560,6 +560,15 @@ def test_a_recompilation_in_the_warm_up_is_told() -> None:
     assert told(cell, another_shape) == ["recompiled 1 times before the timed window"]
     sam = make_cell(compile=(True,), recipe=Recipe(sam_rho=0.05))
     assert told(sam) == []
+
+
+@pytest.mark.parametrize(("breaks", "is_told"), [(0, True), (2, False)])
+def test_blocks_that_are_compiled_apart_for_graph_breaks_are_no_recompilation(
+    breaks: int, is_told: bool
+) -> None:
+    seen = {"recompiles_before_window": 3, "graph_breaks": breaks}
+    phrases = list(judge._early_recompiles(make_cell(compile=(True,)).train, seen))
+    assert phrases == ["recompiled 3 times before the timed window"] * is_told
 
 
 @pytest.mark.parametrize("mode", get_args(CompileMode))
