@@ -26,6 +26,9 @@ POLL_SECONDS = 0.05
 """Between two looks at what other processes have written."""
 FAREWELL_SECONDS = 1.0
 """How long rank 0 keeps its store after a refusal, for the others to read it."""
+VERDICT_SECONDS = 2.0
+"""How much longer than its own time a process waits whom rank 0 has answered: rank 0, which ends in
+the time of the first that came, knows better why there is no group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,8 @@ class Hello:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     told: Mapping[str, str] = field(default_factory=dict)
     """What it was told that must be alike everywhere, see `cifar.agreement`; rank 0 compares."""
+    waited: float = 0.0
+    """Seconds since its start at which it said so."""
 
     @classmethod
     def read(cls, text: str | bytes) -> "Hello":
@@ -191,14 +196,18 @@ class Meeting:
         store.set(f"answer/{hello.token}", name)
         if store.check([f"here/{name}/{hello.token}"]):
             met[other] = hello
+            left = self._timeout - hello.waited
+            self._deadline = min(self._deadline, time.monotonic() + left)
             check_alike(self._me, hello)
 
     def _follow(self, store: TCPStore) -> tuple[str, list[Hello]]:
         """Say hello until rank 0 answers, then wait until all are there."""
         me = self._me
+        waited = self._timeout - (self._deadline - time.monotonic())
         try:
-            store.set(f"hello/{me.rank}", json.dumps(asdict(me)))
+            store.set(f"hello/{me.rank}", json.dumps(asdict(replace(me, waited=waited))))
             name = self._await(store, f"answer/{me.token}")
+            self._deadline += VERDICT_SECONDS
             store.set(f"here/{name}/{me.token}", "")
             peers = [Hello(**each) for each in json.loads(self._await(store, f"go/{name}"))]
         except RuntimeError:

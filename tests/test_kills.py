@@ -30,6 +30,8 @@ TIMES = [2, pytest.param(20, marks=pytest.mark.slow)]
 STARTED = 8.0
 """Seconds within which a start is killed: about as long as it takes to start and train a while on
 an idle machine."""
+EPOCHS = 20
+"""Epochs for each kill, which comes at the latest when they are over."""
 
 
 @pytest.fixture
@@ -45,8 +47,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def epochs(times: int) -> tuple[object, ...]:
-    """So many that the run is not over before the last kill: about two seconds for each."""
-    return ("--epochs", 20 * times, "--keep-checkpoints", 2)
+    return ("--epochs", EPOCHS * times, "--keep-checkpoints", 2)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,15 @@ def launch(toy: Path, folder: Path, times: int, restarts: int) -> subprocess.Pop
         *("--lr", 0.05, "--no-report", *epochs(times)),
         *("--resume", "auto", "--output-dir", folder),
     )
+
+
+def wait_to_kill(folder: Path, seconds: float, epochs: int) -> None:
+    """Sleep so long, but on a machine that is faster not past so many epochs."""
+    ends, metrics = time.monotonic() + seconds, folder / "metrics.jsonl"
+    while time.monotonic() < ends:
+        if metrics.exists() and metrics.read_text().count("\n") >= epochs:
+            return
+        time.sleep(0.05)
 
 
 def workers(launcher: psutil.Process) -> list[psutil.Process]:
@@ -102,7 +112,7 @@ def test_a_rank_that_is_killed_goes_on_where_it_was(
     launcher = launch(toy, folder, times, restarts=times)
     watched, killed = psutil.Process(launcher.pid), 0
     while killed < times and launcher.poll() is None:
-        time.sleep(moments.uniform(0, STARTED))
+        wait_to_kill(folder, moments.uniform(0, STARTED), EPOCHS * killed + EPOCHS // 2)
         assert_whole(folder)
         for worker in workers(watched):
             with contextlib.suppress(psutil.Error):

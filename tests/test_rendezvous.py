@@ -84,6 +84,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
         listed["twice"][2]["LATE"] = "1"
+        listed["absent"][0]["LATE"] = "2"
         listed["options"][1]["TOLD"] = '{"epochs": "3", "lr": "0.2"}'
         (folder / "jobs.json").write_text(json.dumps(listed))
         program = [sys.executable, str(ROOT / "tests" / "meet_all.py"), str(folder)]
