@@ -18,14 +18,10 @@ from bench.device_lock import held
 from bench.execution import release
 from bench.frontier import SUITE, frontier
 from bench.frontier_search import RESOLUTION, FrontierSearch, plan_search, probe_protocol
-from bench.launchers import get_launcher
+from bench.launchers import check_launcher
 from bench.option_types import CommaList, Flag
-from bench.options import (
-    check,
-    check_resume,
-    examine,
-    runs_folder,
-)
+from bench.options import check_resume, runs_folder
+from bench.preflight import check, examine
 from bench.present import present_environment
 from bench.record import Environment
 from bench.repeats import Fingerprints
@@ -164,7 +160,7 @@ def build_searches(
     require(processes >= 1, "num-processes", processes, "give 1 or more")
     data = DataConfig() if options.data is None else parse_data(options.data)
     launcher = "ddp" if options.launcher is None else options.launcher
-    get_launcher(launcher)
+    check_launcher(launcher)
     images = examine(data).images
     search = plan_search(
         processes,

@@ -1,4 +1,4 @@
-"""How a cell's processes are started, watched and ended. A new launcher is a yaml and a row."""
+"""How a cell's processes are started, watched and ended."""
 
 import contextlib
 import importlib.resources
@@ -28,6 +28,7 @@ from cifar.errors import ConfigError, UserError
 from cifar.files import write_atomic
 from cifar.process import worker_environment
 from cifar.serialize import to_json
+from cifar.strategy import STRATEGIES
 
 WORKER = "bench.worker"
 _STDERR_TAIL = 256 * 1024
@@ -40,62 +41,25 @@ Watch = Callable[[Path], str]
 """Looks into a job's folder while it runs; returns why to end it early, else an empty text."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launcher:
-    """A way to start processes: Accelerate configurations in the folder `launch`.
-
-    `single` is the one for a single process where that is another one: DDP does nothing for one. A
-    launcher's name is that of the strategy it starts, see `cifar.strategy`.
-    """
-
-    description: str
-    config: str
-    single: str = ""
-
-    def config_for(self, num_processes: int) -> str:
-        """The file's name."""
-        return (num_processes == 1 and self.single) or self.config
+def check_launcher(name: str) -> None:
+    """Raise a ConfigError unless it is that of a strategy, see `cifar.strategy`."""
+    if name not in STRATEGIES:
+        raise ConfigError(f"launcher: {name!r}: choose one of {', '.join(STRATEGIES)}")
 
 
-LAUNCHERS: dict[str, Launcher] = {
-    "ddp": Launcher(
-        description="DistributedDataParallel, one process per device",
-        config="ddp.yaml",
-        single="single.yaml",
-    ),
-    "fsdp": Launcher(
-        description="FSDP2: weights, gradients and optimizer state are shared out",
-        config="fsdp.yaml",
-    ),
-    "zero1": Launcher(
-        description="DeepSpeed ZeRO 1: the optimizer state is shared out",
-        config="zero1.yaml",
-    ),
-    "zero2": Launcher(
-        description="DeepSpeed ZeRO 2: optimizer state and gradients are shared out",
-        config="zero2.yaml",
-    ),
-    "zero3": Launcher(
-        description="DeepSpeed ZeRO 3: optimizer state, gradients and weights are shared out",
-        config="zero3.yaml",
-    ),
-}
-
-
-def get_launcher(name: str) -> Launcher:
-    """The launcher of that name.
+def config_for(launcher: str, num_processes: int) -> str:
+    """The file in `launch` that configures Accelerate; DDP does nothing for one process.
 
     Raises:
         ConfigError: no such launcher.
     """
-    if name not in LAUNCHERS:
-        raise ConfigError(f"launcher: {name!r}: choose one of {', '.join(LAUNCHERS)}")
-    return LAUNCHERS[name]
+    check_launcher(launcher)
+    return "single.yaml" if (launcher, num_processes) == ("ddp", 1) else f"{launcher}.yaml"
 
 
 def argv_for(cell: Cell, folder: Path) -> list[str]:
     """The command that measures a cell and leaves `folder`/record.json."""
-    config = get_launcher(cell.launcher).config_for(cell.num_processes)
+    config = config_for(cell.launcher, cell.num_processes)
     yaml = importlib.resources.files("launch") / config
     options = {
         "--config_file": str(yaml),

@@ -19,8 +19,8 @@ from bench.judge import KERNEL, UNOBSERVED, Labels, changes
 from bench.kernels import dtype_name, inner_layer, observe_eager, profiled_run, seen_in
 from bench.placement import placement
 from bench.spec import CAPTURE_STEPS
-from cifar.accelerator import is_native
 from cifar.distributed import gather_text
+from cifar.precision import is_native
 from cifar.sync_batch_norm import batch_norm_of
 from cifar.trainer import Trainer
 

@@ -1,27 +1,22 @@
 """The options of `bench run`, and the suite that they ask for."""
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
-from bench.launchers import environment_for, get_launcher
+from bench.launchers import check_launcher
 from bench.option_types import CommaIntegers, CommaList, Flag
 from bench.overrides import only, override
 from bench.place_options import PlaceOptions
-from bench.present import check_model, present_environment
 from bench.protocol import Protocol
-from bench.record import Environment
-from bench.repeats import Fingerprints
 from bench.scaling import scaling
-from bench.spec import Plan, Suite, Task, expand, grid
+from bench.spec import Plan, Suite, expand, grid
 from bench.suites import P99_BATCHES, get_suite
 from cifar.config import CompileMode, Parallel, option_name, require
-from cifar.cost import check_batch
-from cifar.data.config import DATA_HELP, DataConfig, parse_data
+from cifar.data.config import DATA_HELP, parse_data
 from cifar.errors import ConfigError, UserError
 from cifar.files import is_file, user_path
 from cifar.recipes import get_recipe
@@ -118,10 +113,6 @@ CELL_OPTIONS = (
 
 SCALING = scaling.__name__
 """The suite that is made for the models, precisions, launchers and numbers of processes given."""
-SHAPES_TRAIN_IMAGES = 10_000
-"""Of the embedded data set, which nothing can be wrong with: it need not be drawn to check it."""
-SHAPES_SIZE = (32, 32)
-"""Height and width of its images."""
 
 
 def build_suite(options: RunOptions) -> Suite:
@@ -150,7 +141,7 @@ def build_suite(options: RunOptions) -> Suite:
         start = _start(options)
     suite = override(only(start, options.only) if options.only else start, **changes)
     for task in expand(suite):
-        get_launcher(task.cell.launcher)
+        check_launcher(task.cell.launcher)
     return suite
 
 
@@ -216,95 +207,6 @@ def _as_given(name: str, value: Any) -> tuple[str, object]:
         (name, *_) = value.changed
         value = getattr(value, name)
     return option_name(name), ",".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-def check(tasks: Sequence[Task], *, whole_machine: bool = True) -> Fingerprints:
-    """Refuse what no worker needs to be started for; see `check_data` and `check_devices`.
-
-    The latter is for cells that run on this machine as a whole.
-
-    Raises:
-        UserError: one of theirs, a variable that no worker can start with, or a library's network
-            that is not there or does not take the images.
-    """
-    environment_for(1, os.environ)
-    fingerprints = check_data(tasks)
-    if whole_machine:
-        check_devices(tasks)
-    trained = (task.cell.train for task in tasks if task.cell.train.model.library)
-    for model, data in {(train.model, train.data) for train in trained}:
-        check_model(model, examine(data).size)
-    return fingerprints
-
-
-def check_data(tasks: Iterable[Task]) -> Fingerprints:
-    """Read every data set that the tasks name, as their workers will; returns the fingerprints.
-
-    The embedded one is left out: nothing can be wrong with it, and the code alone determines it.
-
-    Raises:
-        DataError: one is missing, damaged or of the wrong form.
-        ConfigError: a batch is larger than its training split, or too small for its images, see
-            `cifar.cost.check_batch`.
-    """
-    found: dict[DataConfig, Examined] = {}
-    for task in tasks:
-        train = task.cell.train
-        data, batch = train.data, train.recipe.global_batch_size
-        if data not in found:
-            found[data] = examine(data)
-        count = found[data].images
-        require(
-            batch <= count,
-            "batch-size",
-            batch,
-            f"{data} has {count} images; give at most that many",
-        )
-        check_batch(train, found[data].size, task.cell.num_processes)
-    return {data: each.fingerprint for data, each in found.items() if each.fingerprint}
-
-
-def check_devices(
-    tasks: Iterable[Task], present: Callable[[int], Environment] = present_environment
-) -> None:
-    """Refuse more processes than this machine has GPUs; on CPUs any number may share the cores.
-
-    Raises:
-        ConfigError: a cell asks for more.
-    """
-    most = max((task.cell.num_processes for task in tasks), default=1)
-    if most > 1:
-        count = present(most).gpu_count
-        require(
-            count == 0 or most <= count,
-            "num-processes",
-            most,
-            f"this machine has {count} GPU{'s' * (count > 1)}; give at most that many",
-        )
-
-
-class Examined(NamedTuple):
-    """A data set: how many training images of which height and width, and its fingerprint, which
-    is empty of the embedded one."""
-
-    images: int
-    size: tuple[int, int]
-    fingerprint: str
-
-
-def examine(data: DataConfig) -> Examined:
-    """Read a data set, but for the embedded one.
-
-    Raises:
-        DataError: it is missing, damaged or of the wrong form.
-    """
-    if data.source == "shapes":
-        return Examined(SHAPES_TRAIN_IMAGES, SHAPES_SIZE, "")
-    from cifar.data.sources import load_dataset
-
-    dataset = load_dataset(data)
-    height, width = dataset.train.images.shape[2:]
-    return Examined(len(dataset.train), (height, width), dataset.fingerprint())
 
 
 def runs_folder(runs_dir: str) -> Path:

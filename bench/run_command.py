@@ -10,7 +10,8 @@ from bench.console import plural, show_plan, shown, stoppable
 from bench.device_lock import held
 from bench.devices import Machine
 from bench.display import print_tables
-from bench.options import RunOptions, build_suite, check, check_resume, runs_folder
+from bench.options import RunOptions, build_suite, check_resume, runs_folder
+from bench.preflight import check
 from bench.record import Record
 from bench.repeats import Fingerprints, interleaved
 from bench.runs import Run
@@ -73,7 +74,7 @@ def _checked(
     """Refuse what cannot be measured where it is asked for; the images and the devices.
 
     Raises:
-        UserError: see `bench.options.check`, `bench.devices.find_machine`, `bench.slurm_config`.
+        UserError: see `bench.preflight.check`, `bench.devices.find_machine`, `bench.slurm_config`.
     """
     fingerprints = check(tasks, whole_machine=not words and config is None)
     if config is not None:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.launchers import LAUNCHERS
 from bench.nvml import visible_gpus
 from bench.protocol import Protocol
 from bench.spec import Cell, Plan, Suite, grid, seeded
@@ -13,6 +12,7 @@ from cifar.config import Parallel
 from cifar.data.config import DataConfig
 from cifar.process import available_cores
 from cifar.recipes import get_recipe
+from cifar.strategy import STRATEGIES
 
 PER_DEVICE = 64
 """Images of a step and device, where the batch grows with the devices."""
@@ -59,12 +59,12 @@ def scaling(
     strong = batch_size * math.lcm(*counts)
     cells = [*grid(models, precisions, batch_sizes=(batch_size, strong))]
     for count in counts[1:]:
-        for launcher in launchers or tuple(LAUNCHERS):
+        for launcher in launchers or STRATEGIES:
             sizes = dict.fromkeys((batch_size * count, strong))
             cells += grid(models, precisions, batch_sizes=tuple(sizes), launcher=launcher,
                           num_processes=count)  # fmt: skip
     most = counts[-1]
-    if most > 1 and "ddp" in (launchers or LAUNCHERS):
+    if most > 1 and "ddp" in (launchers or STRATEGIES):
         plain = grid(models, precisions, batch_sizes=(batch_size * most,), num_processes=most)
         cells += [exchanging(cell, parallel) for parallel in SETTINGS for cell in plain]
     protocol = Protocol(

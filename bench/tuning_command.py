@@ -14,7 +14,8 @@ from bench.console import expected_seconds, plural, show_plan, shown, stoppable
 from bench.device_lock import held
 from bench.devices import Machine
 from bench.execution import release
-from bench.options import check, check_resume, runs_folder
+from bench.options import check_resume, runs_folder
+from bench.preflight import check
 from bench.record import Record
 from bench.repeats import Fingerprints
 from bench.sampler import require_optuna
@@ -78,7 +79,7 @@ def _checked(tasks: Sequence[Task], words: Sequence[str]) -> tuple[Fingerprints,
     """The images and the devices of trials such as these.
 
     Raises:
-        UserError: see `bench.options.check`, `bench.devices.find_machine`.
+        UserError: see `bench.preflight.check`, `bench.devices.find_machine`.
     """
     machine = devices.find_machine(words, tasks[0].cell.num_processes, spread=True)
     machine.check(tasks)

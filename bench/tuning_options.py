@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, cast, get_origin
 
 import tyro
 
-from bench.launchers import get_launcher
+from bench.launchers import check_launcher
 from bench.option_types import CommaList, Flag
-from bench.options import examine
+from bench.preflight import examine
 from bench.space import (
     KINDS,
     SHARED,
@@ -202,7 +202,7 @@ def _tuning(options: SearchOptions, space: Iterable[Parameter]) -> Tuning:
 
 def _suite(options: SearchOptions, train: TrainConfig, processes: int) -> Suite:
     launcher = "ddp" if options.launcher is None else options.launcher
-    get_launcher(launcher)
+    check_launcher(launcher)
     cell = Cell(train=train, launcher=launcher, num_processes=processes)
     plan = Plan(protocol=trial_protocol(options.timeout), cells=(cell,))
     return Suite(name=SUITE, description="settings that score better", plans=(plan,))

@@ -30,13 +30,13 @@ from bench.record import DataFacts, Label, Measurement, Record, Status
 from bench.spec import Task
 from bench.unfinished import PENDING, unfinished
 from cifar import device_memory
-from cifar.accelerator import shortfall_of
 from cifar.config import RunConfig
 from cifar.data.dataset import Dataset
 from cifar.data.sources import load_dataset
 from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
+from cifar.precision import shortfall_of
 from cifar.process import ended
 from cifar.pulse import PULSE
 from cifar.ranks import is_first

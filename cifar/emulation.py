@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from cifar.accelerator import is_emulated
+from cifar.precision import is_emulated
 
 
 def emulate_if_needed(module: nn.Module, precision: str | None, device: torch.device) -> bool:

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar.accelerator import allow_tf32, check_supported
 from cifar.checkpoint import ModelCard, Tensors, load_into, load_weights
 from cifar.config import PRECISIONS
 from cifar.emulation import emulate_if_needed
 from cifar.models import build_model
+from cifar.precision import allow_tf32, check_supported
 from cifar.weights import find_weights
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from cifar import report, run_folder
-from cifar.accelerator import meet, runs_on_cpu, shortfall_of
+from cifar.accelerator import meet, runs_on_cpu
 from cifar.checkpoint import newest_whole
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.sources import load_dataset
@@ -18,6 +18,7 @@ from cifar.distributed import explained_peers, reduce_max, then_leave
 from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
 from cifar.lr_finder import find_lr
+from cifar.precision import shortfall_of
 from cifar.process import differences
 from cifar.pulse import PULSE
 from cifar.range_test import RangeTest

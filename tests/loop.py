@@ -61,11 +61,11 @@ from bench.measure.subject import Subject
 from bench.measure.training import measure_training
 from bench.protocol import Protocol
 from bench.spec import grid
-from cifar.accelerator import is_emulated
 from cifar.config import RunConfig
 from cifar.data.loader import Batch, DeviceImages
 from cifar.data.sources import load_dataset
 from cifar.models import build_model
+from cifar.precision import is_emulated
 from cifar.trainer import Trainer
 
 MODELS, PRECISIONS, LAYOUTS = ("resnet18", "resnet20"), ("fp32", "bf16"), (False, True)
@@ -392,6 +392,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         return
     args.steps = args.steps or STEPS[device.type]
     line |= {"steps": args.steps, "threads": torch.get_num_threads(), "device": device.type}
+    line["torch"] = torch.__version__
     for part, found in MODES[args.what](Contest(args), args):
         yield {**line, "part": part, **found}
 

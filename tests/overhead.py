@@ -36,12 +36,12 @@ import torch
 import torch.nn.functional as F
 from turns import Taken, middle, ratio, take_turns
 
-from cifar.accelerator import is_emulated
 from cifar.config import ModelConfig, RunConfig, TrainConfig
 from cifar.data.loader import DeviceImages, Normalization, TrainLoader
 from cifar.data.sources import load_dataset
 from cifar.models import build_model
 from cifar.optim import build_optimizer
+from cifar.precision import is_emulated
 from cifar.recipes import get_recipe
 from cifar.trainer import Trainer
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from fake_worker import environment, record_of
 
-from bench import options, runs
+from bench import preflight, runs
 from bench.commands import main
 from bench.console import plural
 from bench.job import Job
@@ -244,18 +244,18 @@ def test_every_data_set_is_known_by_its_images_but_the_embedded_one(npz):
         for data in (DataConfig(), named)
         for cell in grid(["resnet20"], ["fp32"], data=data, batch_sizes=(16,))
     ]
-    before = options.check_data(tasks)
+    before = preflight.check_data(tasks)
     assert before == {named: load_dataset(named).fingerprint()}
     arrays = dict(np.load(npz))
     arrays["test_images"][0, 0, 0, 0] ^= 1
     np.savez(npz, **arrays)
-    assert options.check_data(tasks)[named] != before[named]
+    assert preflight.check_data(tasks)[named] != before[named]
 
 
 def test_the_embedded_data_set_has_as_many_images_as_is_said():
     train = load_shapes(test=100).train
-    assert len(train) == options.SHAPES_TRAIN_IMAGES
-    assert train.images.shape[2:] == options.SHAPES_SIZE
+    assert len(train) == preflight.SHAPES_TRAIN_IMAGES
+    assert train.images.shape[2:] == preflight.SHAPES_SIZE
 
 
 # --- Help, list, dry run ---
@@ -510,9 +510,9 @@ def test_more_processes_than_gpus_are_refused():
     tasks = [Task(cell=cell, protocol=Protocol()) for cell in cells]
     for gpus in (("H200",), ("H200", "H200")):
         with pytest.raises(ConfigError, match=f"num-processes: 4: this machine has {len(gpus)} "):
-            options.check_devices(tasks, lambda _, gpus=gpus: environment(gpu_names=gpus))
-    options.check_devices(tasks, lambda count: environment())
-    options.check_devices(tasks, lambda count: environment(gpu_names=("H200",) * 4))
+            preflight.check_devices(tasks, lambda _, gpus=gpus: environment(gpu_names=gpus))
+    preflight.check_devices(tasks, lambda count: environment())
+    preflight.check_devices(tasks, lambda count: environment(gpu_names=("H200",) * 4))
 
 
 def test_resume_measures_anew_what_other_code_measured(tmp_path):

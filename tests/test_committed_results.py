@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import loop_table
 import pytest
 
 from bench.record import Record
@@ -68,7 +69,17 @@ def test_a_suite_s_records_are_of_the_cells_that_it_has_now(path):
 
 def test_nothing_lies_beside_records_and_their_tables():
     expected = {file for path in FILES for file in (path, path.with_suffix(".md"))}
-    assert set(RESULTS.glob("*/*")) == expected
+    assert set(RESULTS.glob("*/*")) == expected | set(RESULTS.glob("*/checks"))
+
+
+def test_the_table_of_checks_is_what_they_printed() -> None:
+    found = [*RESULTS.glob("*/checks/loops.jsonl")]
+    for path in found:
+        kept, table = path.with_suffix(".md"), loop_table.table(loop_table.read(path))
+        if os.environ.get("UPDATE_GOLDEN"):
+            kept.write_text(table, encoding="utf-8")
+        assert kept.read_text(encoding="utf-8") == table
+    assert found
 
 
 def test_the_index_names_every_hardware_and_suite():

@@ -30,9 +30,9 @@ from bench.measure.outcome import measure_accuracy
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record import Measurement
-from cifar.accelerator import allow_tf32
 from cifar.config import RunConfig
 from cifar.errors import UnsupportedError
+from cifar.precision import allow_tf32
 from cifar.teacher import EVENT
 
 PROTOCOL = Protocol(

@@ -24,6 +24,7 @@ FREE_NAMES = """
     bench.efficiency bench.estimate bench.execution bench.failure bench.frontier
     bench.frontier_command bench.frontier_search bench.job bench.job_runner bench.judge
     bench.launchers bench.nvml bench.option_types bench.options bench.overrides bench.place_options
+    bench.preflight
     bench.pool bench.present bench.probes bench.processes bench.progress bench.protocol
     bench.published bench.record bench.record_file bench.repeats bench.row_facts bench.rows
     bench.run_command bench.runs bench.sampler bench.save bench.scaling bench.scaling_plot
@@ -56,6 +57,7 @@ TORCH_NAMES = """
     cifar.losses cifar.lr_finder cifar.meeting cifar.meter cifar.models cifar.models.libraries
     cifar.models.meta cifar.models.pretrained cifar.models.resnet cifar.models.resnet9
     cifar.models.summary cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome
+    cifar.precision
     cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection cifar.session
     cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_data cifar.training_state
     cifar.updates cifar.watchdog cifar.zero
@@ -81,6 +83,7 @@ CHAINS = (
     "bench.slurm bench.run_command bench.commands",
     "bench.cores bench.devices bench.console",
     "bench.slurm_config bench.runs bench.place_options bench.options bench.run_command",
+    "bench.launchers bench.present bench.preflight bench.run_command",
     "bench.attempt bench.job_runner bench.slurm",
     "bench.record bench.runs bench.rows bench.frontier bench.save",
     "bench.spec bench.launchers bench.scaling bench.suites",
@@ -99,6 +102,8 @@ CHAINS = (
     "cifar.optim cifar.engine cifar.fsdp cifar.engines cifar.trainer",
     "cifar.engine cifar.zero cifar.engines",
     "cifar.config cifar.strategy cifar.accelerator cifar.engine",
+    "cifar.config cifar.precision cifar.accelerator",
+    "cifar.precision cifar.emulation",
     "cifar.optim cifar.exchange cifar.trainer",
     "cifar.run_folder cifar.agreement cifar.meeting",
     "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "

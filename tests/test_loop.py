@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import loop
+import loop_table
 import pytest
 import torch
 from training import ROOT, reset_accelerate
@@ -256,3 +257,24 @@ def test_measuring_costs_less_than_1_percent(model: str) -> None:
     assert found["known_within_1_percent"], NOISY
     assert abs(found["control/unmarked"][0] - 1) <= 0.01, NOISY
     assert found["bench/unmarked"][0] < 1.01
+
+
+def test_a_table_tells_the_ratio_that_a_mode_is_about() -> None:
+    line = {
+        "what": "agree",
+        "model": "resnet20",
+        "precision": "bf16",
+        "channels_last": True,
+        "batch_size": 64,
+        "part": "latency_b128",
+        "rounds": 20,
+        "known_within_1_percent": False,
+        "control/loop": (1.0, 0.98, 1.02),
+        "loop/bench": (0.995, 0.98, 1.01),
+    }
+    skipped = {"what": "agree", "model": "resnet18", "skipped": "this CPU has no bf16 kernels"}
+    (row,) = loop_table.table([line, skipped]).splitlines()[2:]
+    assert row == (
+        "| resnet20 | bf16 | NHWC | 128 | latency | 20 | bench / loop "
+        "| 0.995 [0.980, 1.010] ? | 1.000 [0.980, 1.020] |"
+    )

@@ -561,7 +561,7 @@ def test_worker_refuses_another_formats_speed_where_the_protocol_does(
 ) -> None:
     """As of a CPU without AVX-512, and of one with it but without its bf16 extension."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
-    monkeypatch.setattr("cifar.accelerator.platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("cifar.precision.platform.machine", lambda: "x86_64")
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     protocol = replace(PROTOCOL, allow_emulated=False)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.launchers import LAUNCHERS
+from bench.launchers import config_for
+from cifar.strategy import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("bench", "cifar", "launch")
@@ -75,8 +76,9 @@ def test_an_installed_suite_finds_its_launch_configurations(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run([*PIP, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)], elsewhere)
-    for name, launcher in LAUNCHERS.items():
-        for processes, config in ((1, launcher.config_for(1)), (2, launcher.config)):
+    for name in STRATEGIES:
+        for processes in (1, 2):
+            config = config_for(name, processes)
             argv = ["run", "--models", "resnet20", "--launcher", name, "--dry-run"]
             plan = run(
                 [sys.executable, "-m", "bench", *argv, "--num-processes", str(processes)],

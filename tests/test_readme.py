@@ -13,7 +13,8 @@ import bench.commands as bench_program
 import cifar.commands as cifar_program
 from bench import frontier_command, run_command, tuning_command, tuning_options
 from bench.frontier_command import FrontierOptions, build_searches
-from bench.options import Examined, RunOptions, build_suite
+from bench.options import RunOptions, build_suite
+from bench.preflight import Examined
 from bench.tuning_options import SearchOptions, build_search
 from cifar import evaluate_options, lr_find_options, run_folder, train_options
 from cifar.cli import parse

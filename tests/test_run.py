@@ -992,7 +992,7 @@ def test_kernels_without_instructions_are_told(
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    monkeypatch.setattr("cifar.accelerator.platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("cifar.precision.platform.machine", lambda: "x86_64")
     assert train(npz, tmp_path / "run", "--epochs", "1", "--precision", "bf16") == 0
     assert capsys.readouterr().err == (
         "note: precision: 'bf16': this CPU has no bf16 instructions; its kernels convert to fp32 "

@@ -13,7 +13,8 @@ from fake_worker import environment, record_of
 
 from bench import execution, present, runs
 from bench.job import Job
-from bench.options import check, runs_folder
+from bench.options import runs_folder
+from bench.preflight import check
 from bench.progress import SuiteProgress, outcome
 from bench.protocol import Protocol
 from bench.record import DataFacts, Record

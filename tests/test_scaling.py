@@ -11,7 +11,6 @@ from fake_worker import DATA, environment
 
 from bench.columns import DASH, scaling_columns
 from bench.efficiency import in_order, scaling_rows, told_apart
-from bench.launchers import LAUNCHERS
 from bench.nvml import installed_gpus, visible_gpus
 from bench.options import RunOptions, build_suite
 from bench.overrides import override
@@ -26,6 +25,7 @@ from bench.suites import quick
 from bench.table import render_markdown
 from cifar.config import Parallel
 from cifar.errors import ConfigError, OutputError, UnsupportedError
+from cifar.strategy import STRATEGIES
 
 # --- Which cells ---
 
@@ -73,7 +73,7 @@ def test_scaling_is_weak_and_strong_over_all_counts_and_launchers() -> None:
     weak = {(1, PER_DEVICE), (2, 2 * PER_DEVICE), (4, 4 * PER_DEVICE)}
     strong = {(count, 4 * PER_DEVICE) for count in (1, 2, 4)}
     assert sizes(cells, "ddp") == weak | strong
-    for launcher in LAUNCHERS.keys() - {"ddp"}:
+    for launcher in set(STRATEGIES) - {"ddp"}:
         assert sizes(cells, launcher) == {each for each in weak | strong if each[0] > 1}
     changed = [cell for cell in cells if cell.train.parallel.label]
     assert {cell.train.parallel for cell in changed} == set(SETTINGS)

@@ -2,9 +2,8 @@
 
 import pytest
 
-from bench.launchers import LAUNCHERS
 from cifar.errors import ConfigError, UnsupportedError
-from cifar.strategy import STRATEGIES, Strategy, launched_strategy
+from cifar.strategy import Strategy, launched_strategy
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,3 @@ def test_an_engine_that_is_not_here_is_refused(
 ) -> None:
     with pytest.raises(error, match=told):
         launched_strategy(environ)
-
-
-def test_every_strategy_has_a_launcher_of_its_name() -> None:
-    assert tuple(LAUNCHERS) == STRATEGIES

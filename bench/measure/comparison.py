@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bench.measure.backends import Run, Source, plain
-from cifar.accelerator import allow_tf32
 from cifar.config import PRECISIONS
+from cifar.precision import allow_tf32
 from cifar.trainer import Trainer
 
 COMPARED_SAMPLES = 256
