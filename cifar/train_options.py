@@ -16,6 +16,7 @@ from cifar.config import (
     IMAGENET,
     LIBRARIES,
     READ_BY,
+    TYPICAL_LR,
     ModelConfig,
     Pretrained,
     Recipe,
@@ -71,8 +72,6 @@ def for_another(name: str, named: ModelConfig) -> ModelConfig:
     )
 
 
-TYPICAL_LR = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001, "muon": 0.15}
-"""Learning rates that train ResNets with BatchNorm, to begin with."""
 AUTO = "auto"
 """The value of `--lr` that stands for the one a range test finds."""
 

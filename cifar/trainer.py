@@ -36,7 +36,14 @@ from cifar.meter import Meter
 from cifar.models import build_model
 from cifar.models.meta import head_names
 from cifar.models.pretrained import start_from_pretrained
-from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
+from cifar.optim import (
+    WeightAverage,
+    build_optimizer,
+    lr_at,
+    norm_roles,
+    schedule_momentum,
+    set_lr,
+)
 from cifar.pulse import PULSE
 from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
@@ -121,12 +128,14 @@ class Trainer:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
         self.engine = build_engine(self.strategy, self.accelerator, self.module, self.config)
-        head = head_names(self.model_config) if self._tells_head_apart else frozenset()
+        roles = norm_roles(self.module)
+        if self._tells_head_apart:
+            roles = dataclasses.replace(roles, head=head_names(self.model_config))
         # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
-        self.optimizer = build_optimizer(self.engine, recipe, head, self.engine.rows)
+        self.optimizer = build_optimizer(self.engine, recipe, roles, self.engine.rows)
         self.engine.adopt(self.optimizer)
         self.scaler = self.accelerator.scaler
-        self._backbone = Backbone(self.module, head) if recipe.frozen_epochs else None
+        self._backbone = Backbone(self.module, roles.head) if recipe.frozen_epochs else None
         if self._backbone:
             self._backbone.freeze(True)
         self._wrap_model()
@@ -362,6 +371,7 @@ class Trainer:
     def synchronize_buffers(self) -> None:
         """Give every process the first one's BatchNorm statistics."""
         averages = [self.average.weights] if self.average else []
-        names = [name for name, _ in self.module.named_buffers()]
         live = self.engine.live()
+        # What a network does not keep in its state, such as a library's filters, it never changes.
+        names = [name for name, _ in self.module.named_buffers() if name in live]
         broadcast_from_first([each[name] for each in (live, *averages) for name in names])

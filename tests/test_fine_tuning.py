@@ -16,7 +16,7 @@ from cifar.checkpoint import load_weights
 from cifar.config import ModelConfig
 from cifar.fine_tuning import Backbone
 from cifar.models import build_model
-from cifar.optim import build_optimizer, lr_at, optimizer_tensors, set_lr
+from cifar.optim import Roles, build_optimizer, lr_at, optimizer_tensors, set_lr
 from cifar.trainer import Trainer
 from cifar.training_state import load_state, set_aside, state_of
 
@@ -180,7 +180,7 @@ def test_a_share_of_the_learning_rate_by_hand() -> None:
 def test_every_parameter_is_in_one_group_with_its_share(optimizer: str) -> None:
     module = build_model(ModelConfig(name="resnet20", width=4))
     recipe = tiny_recipe(backbone_lr=0.25, optimizer=optimizer, decay_norm_and_bias=False)
-    made = build_optimizer(module, recipe, HEAD)
+    made = build_optimizer(module, recipe, Roles(head=HEAD))
     set_lr(made, 0.8)
     rates = {p: group["lr"] for group in made.param_groups for p in group["params"]}
     assert len(rates) == len(list(module.parameters()))

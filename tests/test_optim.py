@@ -14,8 +14,10 @@ from cifar.optim import (
     build_optimizer,
     eager,
     lr_at,
+    norm_roles,
     parameter_groups,
     schedule_momentum,
+    set_lr,
 )
 
 
@@ -118,6 +120,44 @@ def test_norms_and_biases_decay_or_do_not_as_the_recipe_says() -> None:
     assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3), (2, 4)]
     assert [p.shape for p in bare["params"]] == [(4,), (4,), (2,)]
     assert (decayed["weight_decay"], bare["weight_decay"]) == (0.1, 0.0)
+
+
+def stepped_norm(**fields: object) -> dict[str, float]:
+    """What becomes of ones in two steps at gradients of 1, the second at half of the rate."""
+    module = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    recipe = Recipe(lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.2, **fields)
+    optimizer = build_optimizer(module, recipe, norm_roles(module))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.ones_like(parameter)
+    for lr in (0.1, 0.05):
+        set_lr(optimizer, lr)
+        optimizer.step()
+    return {name: parameter.item() for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_norm_s_bias_learns_faster_and_decays_no_faster_by_hand(optimizer: str) -> None:
+    def by_hand(rate: float, decay: float) -> float:
+        weight, velocity = 1.0, 0.0
+        for lr in (0.1 * rate, 0.05 * rate):
+            velocity = 0.5 * velocity + 1.0 + decay * weight
+            weight -= lr * velocity
+        return weight
+
+    found = stepped_norm(optimizer=optimizer, norm_bias_lr=4.0)
+    assert found.pop("1.bias") == pytest.approx(by_hand(4.0, 0.05))
+    others = dict.fromkeys(("0.weight", "0.bias", "1.weight"), by_hand(1.0, 0.2))
+    assert found == pytest.approx(others)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+def test_a_norm_s_scale_stays_where_it_is_not_trained(optimizer: str) -> None:
+    trained = stepped_norm(optimizer=optimizer)
+    kept = stepped_norm(optimizer=optimizer, train_norm_scale=False)
+    assert kept.pop("1.weight") == 1.0 and trained.pop("1.weight") < 1.0
+    assert kept == trained
 
 
 def test_frozen_parameters_are_left_out() -> None:

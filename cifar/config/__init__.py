@@ -6,7 +6,7 @@ from cifar.config.model import LIBRARIES, MOST_CHANNELS, MOST_CLASSES, MOST_PIXE
 from cifar.config.parallel import Parallel
 from cifar.config.precision import PRECISIONS, Precision, PrecisionName
 from cifar.config.pretrained import IMAGENET, Pretrained, parse_pretrained
-from cifar.config.recipe import AUGMENTATIONS, READ_BY, Recipe
+from cifar.config.recipe import AUGMENTATIONS, READ_BY, TYPICAL_LR, Recipe
 from cifar.config.train import CompileMode, RunConfig, TrainConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "OPTION_NAMES",
     "PRECISIONS",
     "READ_BY",
+    "TYPICAL_LR",
     "CompileMode",
     "Distillation",
     "ModelConfig",

@@ -21,6 +21,8 @@ CYCLED_MOMENTUM = 0.1
 """What one-cycle takes off the momentum at its highest learning rate."""
 LEAST_ALPHA, MOST_ALPHA = 0.01, 1e6
 """Of a Beta distribution: below it is all own or all partner, above it all one half."""
+TYPICAL_LR = {"sgd": 0.1, "adam": 0.001, "adamw": 0.001, "muon": 0.15}
+"""Learning rates that train ResNets with BatchNorm, to begin with."""
 MOST_OPERATIONS = 14
 """Of RandAugment: as many as it chooses from."""
 AUGMENTATIONS = (
@@ -85,6 +87,10 @@ class Recipe:
     """Momentum of the convolutions."""
     decay_norm_and_bias: bool = True
     """Apply the weight decay to BatchNorm parameters and biases as well."""
+    norm_bias_lr: float = 1.0
+    """Multiple of the learning rate for BatchNorm's biases, whose weight decay is divided by it."""
+    train_norm_scale: bool = True
+    """Train BatchNorm's weights, which otherwise stay as they are."""
     schedule: Literal["cosine", "linear", "step", "one-cycle", "triangle", "constant"] = "cosine"
     """Learning rate after the warm-up; step divides it by 10 after one half and three quarters,
     one-cycle is PyTorch's OneCycleLR, with its momentum, triangle rises for 10 % and falls
@@ -162,6 +168,10 @@ class Recipe:
         require(0 <= frozen <= self.epochs, option_name("frozen_epochs"), frozen, remedy)
         share = self.backbone_lr
         require(0 < share <= 1, option_name("backbone_lr"), share, "give 0 < share <= 1")
+        multiple = self.norm_bias_lr
+        require(
+            0 < multiple < math.inf, option_name("norm_bias_lr"), multiple, "give a positive number"
+        )
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             mixes = value == 0 or LEAST_ALPHA <= value <= MOST_ALPHA
