@@ -4,7 +4,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -71,6 +71,7 @@ class SlurmJobs:
         self._collected = [replace(record, run_id="") for record in run.records()]
         self._jobs: list[_Submitted] = []
         self._asked = -math.inf
+        self._answer: Collection[str] | None = None
         self._told = False
 
     def start(self, job: Job, folder: Path) -> str | None:
@@ -127,7 +128,7 @@ class SlurmJobs:
         result = _result(job, folder, attempt)
         if result is not None:
             return None if replace(result, run_id="") in self._collected else attempt
-        queued = self._cluster.queued()
+        queued = self._queued()
         if queued is not None and attempt.job_id not in queued:
             return None if self._cluster.state(attempt.job_id).startswith("CANCELLED") else attempt
         return attempt
@@ -152,13 +153,18 @@ class SlurmJobs:
         write_attempt(folder, attempt)
         return attempt
 
-    def _ask(self) -> None:
-        """Note which jobs have left the queue."""
+    def _queued(self) -> Collection[str] | None:
+        """The jobs in the queue, as SLURM said no longer than `ASK_SECONDS` ago."""
         now = time.monotonic()
-        if now - self._asked < ASK_SECONDS:
+        if now - self._asked >= ASK_SECONDS:
+            self._asked, self._answer = now, self._cluster.queued()
+        return self._answer
+
+    def _ask(self) -> None:
+        """Note which jobs have left the queue, whenever there is a new answer."""
+        before, queued = self._asked, self._queued()
+        if self._asked == before:
             return
-        self._asked = now
-        queued = self._cluster.queued()
         if queued is None:
             if not self._told:
                 print("note: squeue does not answer; no job that dies is noticed", file=sys.stderr)
@@ -168,7 +174,7 @@ class SlurmJobs:
             if each.attempt.job_id in queued:
                 each.left, each.state = None, ""
             elif each.left is None:
-                each.left = now
+                each.left = self._asked
 
     def _record(self, each: _Submitted) -> Record | None:
         """What has come of a job; None: nothing yet."""

@@ -104,8 +104,9 @@ class TrialPlan:
 
     @property
     def _is_hopeless(self) -> bool:
-        """Whether this machine cannot run any trial."""
-        return any(trial.state == "unsupported" for trial in self.trials.values())
+        """Whether this machine cannot run any trial, as far as is known."""
+        states = {trial.state for trial in self.trials.values() if trial.is_answer}
+        return states == {"unsupported"}
 
     def add(self, record: Record) -> None:
         """A trial ended."""

@@ -162,7 +162,7 @@ class Watcher:
 def told(trial: Trial, seconds: float) -> str:
     """What became of a trial: `top-1 83.12% 35 s`, `failed 8 s: ValueError: ...`."""
     duration = format_duration(seconds)
-    if trial.top1 is not None:
+    if trial.state == "finished" and trial.top1 is not None:
         return f"top-1 {trial.top1:.2%} {duration}"
     if trial.state == "pruned":
         return f"{trial.reason} ({duration})"

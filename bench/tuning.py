@@ -162,13 +162,13 @@ class Trial:
 
     @property
     def is_answer(self) -> bool:
-        """Whether it tells something of its values: that there is no room for them, too."""
-        return self.state in ("finished", "pruned", "diverged", "oom")
+        """Whether it tells something of its values: that they do not fit or cannot run, too."""
+        return self.state in ("finished", "pruned", "diverged", "oom", "unsupported")
 
     @property
     def rank(self) -> tuple[float, ...]:
         """Smaller is better: top-1, then loss; the others by how far they came."""
-        if self.top1 is not None and self.loss is not None:
+        if self.state == "finished" and self.top1 is not None and self.loss is not None:
             return (0, -self.top1, self.loss, self.number)
         last = self.curve[-1] if self.curve else 0.0
         return (1 if self.is_answer else 2, -len(self.curve), -last, self.number)

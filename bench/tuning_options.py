@@ -36,7 +36,15 @@ from bench.tuning import (
     own_values,
     trial_protocol,
 )
-from cifar.config import ModelConfig, PrecisionName, Recipe, TrainConfig, option_name, require
+from cifar.config import (
+    TYPICAL_LR,
+    ModelConfig,
+    PrecisionName,
+    Recipe,
+    TrainConfig,
+    option_name,
+    require,
+)
 from cifar.data.config import DATA_HELP, DataConfig, parse_data
 from cifar.errors import ConfigError
 from cifar.recipes import RECIPES, get_config
@@ -138,7 +146,7 @@ def build_search(options: SearchOptions) -> tuple[Suite, Tuning]:
     ]
     shared = [each for each in given if each.size == 1]
     space = [each for each in given if each not in shared]
-    train = _start(options, shared)
+    train = _by_chosen_optimizer(_start(options, shared), given)
     processes = 1 if options.num_processes is None else options.num_processes
     require(processes >= 1, "num-processes", processes, "give 1 or more")
     images = examine(train.data).images
@@ -187,6 +195,29 @@ def _start(options: SearchOptions, shared: Iterable[Parameter]) -> TrainConfig:
         seed=0 if options.seed is None else options.seed,
     )
     return with_values(start, held_out)
+
+
+def _by_chosen_optimizer(train: TrainConfig, given: Iterable[Parameter]) -> TrainConfig:
+    """A configuration with the optimiser of all trials, and a learning rate that suits it.
+
+    Raises:
+        ConfigError: several optimisers are to be tried at one learning rate.
+    """
+    chosen = {each.field: each for each in given}
+    optimizers = chosen.get("optimizer")
+    if optimizers is None:
+        return train
+    names = tuple(map(str, optimizers.ends))
+    require(
+        len(names) == 1 or "lr" in chosen,
+        "optimizer",
+        ",".join(names),
+        f"{train.recipe.lr:g} suits {train.recipe.optimizer}; search the learning rate as well, as "
+        "by --lr 0.001..0.3",
+    )
+    if len(names) > 1 or names == (train.recipe.optimizer,):
+        return train
+    return with_values(train, {"lr": TYPICAL_LR[names[0]], "optimizer": names[0]})
 
 
 def _tuning(options: SearchOptions, space: Iterable[Parameter]) -> Tuning:

@@ -19,8 +19,9 @@ from cifar.data.loader import DeviceImages, Place, eval_batch_size, eval_batches
 from cifar.data.sources import load_dataset
 from cifar.data.test_set import read_test_set
 from cifar.device_memory import explained
-from cifar.errors import CheckpointError, DataError, UserError
+from cifar.errors import CheckpointError, ConfigError, DataError, UserError
 from cifar.evaluation import Evaluation, evaluate
+from cifar.models.meta import check_images
 from cifar.network import few, load_network
 from cifar.predictions import Predictions, calibrate, calibration_error
 
@@ -210,6 +211,15 @@ def _load(data: DataConfig | None, card: ModelCard) -> Dataset:
             f"data: {dataset.name}: {channels} channels, the checkpoint has "
             f"{card.config.model.in_channels}; choose other images with --data"
         )
+    if card.config.model.library:
+        height, width = dataset.train.images.shape[2:]
+        try:
+            check_images(card.config.model, (height, width), batch_size=2)
+        except ConfigError:
+            raise DataError(
+                f"data: {dataset.name}: images of {height} x {width} pixels, which "
+                f"{card.config.model.name} does not take; choose other images with --data"
+            ) from None
     return dataset
 
 

@@ -380,6 +380,7 @@ def test_a_mistake_is_one_line(
         "torchvision:squeezenet1_1",
         "torchvision:mobilenet_v3_small",
         pytest.param("timm:resnet10t", marks=needs_timm),
+        pytest.param("timm:resnetblur18", marks=needs_timm),  # has filters outside of its state
     ],
 )
 def test_a_network_of_a_library_trains(name: str) -> None:

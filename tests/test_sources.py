@@ -742,6 +742,29 @@ def test_npz_declared_sizes(tmp_path: Path, member: bytes, reason: str) -> None:
     assert reason in message
 
 
+def test_npz_that_unpacks_to_more_than_it_says_takes_no_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive's directory may lie; no more is unpacked than the array was said to have."""
+    path = tmp_path / "lie.npz"
+    head = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (100,)}\n")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_images.npy", head + bytes(5_000_000))
+    raw = path.read_bytes()
+    told = struct.pack("<I", len(head) + 5_000_000)
+    assert raw.count(told) == 2
+    path.write_bytes(raw.replace(told, struct.pack("<I", len(head) + 100)))
+    unpacked: list[int] = []
+    whole = zipfile.ZipExtFile._read1
+    monkeypatch.setattr(
+        zipfile.ZipExtFile,
+        "_read1",
+        lambda file, n: (data := whole(file, n), unpacked.append(len(data)))[0],
+    )
+    assert "damaged" in refusal(f"npz:{path}")
+    assert sum(unpacked) < 10_000
+
+
 def saved(**made: Any) -> bytes:
     file = io.BytesIO()
     np.savez(file, **made)

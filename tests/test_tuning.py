@@ -41,7 +41,7 @@ from bench.record import Record
 from bench.record_file import append_record
 from bench.runs import Run
 from bench.sampler import JUDGED_AFTER, propose, verdict
-from bench.space import Parameter, read_parameter, value_of, with_values
+from bench.space import Parameter, Range, read_parameter, value_of, with_values
 from bench.spec import Cell, Plan, Suite, Task
 from bench.table import render_markdown
 from bench.trial_rows import told_apart, trial_rows
@@ -50,6 +50,7 @@ from bench.tuning_options import build_search, options_class
 from bench.unfinished import no_validation, pruned
 from cifar.cli import parse
 from cifar.config import ModelConfig, TrainConfig
+from cifar.errors import ConfigError
 from cifar.files import write_atomic
 from cifar.recipes import get_config
 from cifar.serialize import from_json, to_json
@@ -318,6 +319,37 @@ def test_the_command_keeps_width_gates_and_images() -> None:
     assert (train.model, train.data, train.seed) == (model, BASE.data, 0)
 
 
+def search_of(*words: str) -> tuple[TrainConfig, tuple[Parameter, ...]]:
+    """What all trials start from, and what is searched."""
+    suite, tuning = build_search(parse(options_class(), words, prog="", description="", example=""))
+    return suite.plans[0].cells[0].train, tuning.space
+
+
+@pytest.mark.parametrize(
+    ("words", "lr", "fields"),
+    [
+        (("sgd", "--optimizer", "adamw"), 0.001, {"lr", "weight_decay"}),
+        (("sgd", "--optimizer", "muon"), 0.15, {"lr", "muon_step"}),
+        (("default", "--optimizer", "sgd"), 0.1, {"lr", "weight_decay"}),
+        (("default", "--optimizer", "muon"), 0.15, {"lr", "muon_step"}),
+    ],
+)
+def test_the_usual_space_is_the_chosen_optimizer_s(words, lr, fields) -> None:
+    train, space = search_of(*words)
+    (rates,) = [each for each in space if each.field == "lr"]
+    assert (train.recipe.optimizer, train.recipe.lr) == (words[2], lr)
+    assert isinstance(rates, Range) and rates.low == lr / 10
+    assert {each.field for each in space} >= fields
+    assert not {each.field for each in space} & ({"muon_step", "weight_decay"} - fields)
+
+
+def test_optimizers_are_not_compared_at_the_learning_rate_of_one() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer: 'sgd,adamw': 0\.1 suits sgd; search the le"):
+        search_of("sgd", "--optimizer", "sgd,adamw")
+    _, space = search_of("sgd", "--optimizer", "sgd,adamw", "--lr", "0.001..0.1")
+    assert {each.field for each in space} == {"optimizer", "lr"}
+
+
 @pytest.mark.parametrize("model", [(), ("--model", "torchvision:resnet18")])
 def test_the_command_keeps_a_library_s_size_and_weights(model) -> None:
     """Also where the search is told another of its networks."""
@@ -448,10 +480,25 @@ def test_a_trial_that_broke_down_is_run_again_with_its_values(tmp_path) -> None:
 
 
 def test_what_this_machine_cannot_run_ends_the_search(tmp_path) -> None:
+    run, launch = make_run(tmp_path), FakeLaunch({0: "unsupported"})
+    records = execute(run, launch)
+    assert list(launch.seen) == [0] and records[-1].status == "unsupported"
+    assert trials.missing(run, present=present_of()) == ([], 11)
+
+
+def test_values_that_cannot_run_cost_their_trial_alone(tmp_path) -> None:
     run, launch = make_run(tmp_path), FakeLaunch({2: "unsupported"})
     records = execute(run, launch)
-    assert list(launch.seen) == [0, 1, 2] and records[-1].status == "unsupported"
-    assert trials.missing(run, present=present_of()) == ([], 10)
+    assert list(launch.seen) == [*range(12)], "it is not tried again either"
+    assert [record.status for record in records].count("unsupported") == 1
+    assert trials.missing(run, present=present_of()) == ([], 0)
+
+
+def test_a_trial_whose_record_failed_is_neither_a_success_nor_the_best() -> None:
+    """What ran was not what was asked, so what it reached tells nothing of the setting."""
+    wrong = trial(0, 0.2, state="failed", reason="autocast: off where bfloat16 was asked")
+    assert trials.told(wrong, 35.0) == "failed 35 s: autocast: off where bfloat16 was asked"
+    assert wrong.top1 == 1.0 and trial(1, 0.01).rank < wrong.rank
 
 
 def test_other_code_and_other_images_try_anew(tmp_path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from bench.record import Label, Measurement
 from cifar.distributed import least
 from cifar.errors import UnsupportedError
 from cifar.trainer import Trainer
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @torch.inference_mode()
@@ -271,6 +274,6 @@ def _begin(factory: Factory, source: Source, images: Tensor) -> Started:
 
 
 def _one_line(error: Exception) -> str:
-    """The kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
+    """The kind of an error and the first line of its message, without a terminal's colours."""
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -111,5 +111,5 @@ def _read_array(file: IO[bytes], size: int, where: str) -> npt.NDArray[Any]:
             f"{where}: {dtype} {list(shape)} needs {declared:,} bytes, "
             f"the file has {size - file.tell():,}; write it again"
         )
-    data = bytearray(file.read())
+    data = bytearray(file.read(declared))
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
