@@ -1,6 +1,7 @@
 """The program `bench`, with workers that measure nothing (see fake_worker).
 
-$FAKE_GRACE is how long they are asked to end, $FAKE_LOCKS begins the names of locked devices.
+$FAKE_GRACE is how long they are asked to end, $FAKE_LOCKS begins the names of locked devices; with
+$FAKE_TIME_UP a time limit ends a worker as soon as it hangs, however long it is.
 """
 
 import functools
@@ -19,13 +20,21 @@ def fake_argv(cell, folder):
     return [sys.executable, str(worker), str(folder)]
 
 
+def launch_fake(job, folder, *, watch=None, **options):
+    def impatient(folder):
+        return (watch(folder) if watch else "") or fake_worker.time_is_up(folder)
+
+    chosen = impatient if os.environ.get("FAKE_TIME_UP") else watch
+    return launchers.launch(job, folder, argv_for=fake_argv, watch=chosen, **options)
+
+
 def present(num_processes, **_):
     return fake_worker.environment()
 
 
 def install():
     grace = float(os.environ.get("FAKE_GRACE", "0.5"))
-    launch = functools.partial(launchers.launch, argv_for=fake_argv, grace=grace)
+    launch = functools.partial(launch_fake, grace=grace)
     execution.end_leftovers = functools.partial(processes.end_leftovers, grace=grace)
     device_lock.PREFIX += os.environ.get("FAKE_LOCKS", "")
     execution.execute = functools.partial(execution.execute, launch=launch, present=present)

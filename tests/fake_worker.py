@@ -37,6 +37,8 @@ def environment(**fields):
     return Environment(**known | fields)
 
 
+STUCK = "stuck"
+"""The file that a worker makes before it waits for ever."""
 DATA = DataFacts(name="toy", fingerprint="f00d", train_samples=96, test_samples=50, classes=10)
 
 
@@ -92,6 +94,18 @@ def trial_of(job, **fields):
     return record_of(job, **{"measurements": (*curve, *found)} | fields)
 
 
+def get_stuck():
+    (Path(sys.argv[1]) / STUCK).touch()
+    time.sleep(600)
+
+
+def time_is_up(folder):
+    """A watch that ends a job as its time limit does, once its worker is stuck."""
+    if (folder / STUCK).exists():
+        raise subprocess.TimeoutExpired("worker", 0)
+    return ""
+
+
 def break_down(what):
     """End without a word to the launcher, as a worker does."""
     match what:
@@ -102,7 +116,23 @@ def break_down(what):
         case "sigkill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "sleep":
-            time.sleep(600)
+            get_stuck()
+
+
+def hang(folder, what):
+    """With a child like torchrun's workers: in a session of its own, deaf to polite requests."""
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    write_atomic(folder / "child", str(child.pid))
+    if what != "orphan":
+        get_stuck()
+    os._exit(0)
 
 
 def main():
@@ -138,18 +168,7 @@ def main():
             write_atomic(folder / RECORD_FILE, good.replace('"repeat": 0', '"repeat": 7'))
     break_down(what.removeprefix("later-").removeprefix("early-"))
     if what in ("hang", "ok-hang", "orphan"):
-        # Like torchrun's workers: in a session of its own and deaf to polite requests.
-        code = (
-            "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-            "print('ready', flush=True); time.sleep(600)"
-        )
-        child = subprocess.Popen(
-            [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE
-        )
-        child.stdout.readline()
-        (folder / "child").write_text(str(child.pid))
-        time.sleep(0 if what == "orphan" else 600)
-        os._exit(0)
+        hang(folder, what)
     code = what.rpartition("exit")[2]
     sys.exit(int(code) if code.isdigit() else 0)
 

@@ -89,6 +89,16 @@ def workers(launcher: psutil.Process) -> list[psutil.Process]:
     return []
 
 
+def stopped(launcher: psutil.Process) -> list[psutil.Process]:
+    """A launcher's processes as they are at this moment, so that no checkpoint is replaced."""
+    found = []
+    for worker in workers(launcher):
+        with contextlib.suppress(psutil.Error):
+            worker.suspend()
+            found.append(worker)
+    return found
+
+
 def wait_for_end(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, "what a killed launcher leaves has to end"
@@ -113,11 +123,10 @@ def test_a_rank_that_is_killed_goes_on_where_it_was(
     watched, killed = psutil.Process(launcher.pid), 0
     while killed < times and launcher.poll() is None:
         wait_to_kill(folder, moments.uniform(0, STARTED), EPOCHS * killed + EPOCHS // 2)
-        assert_whole(folder)
-        for worker in workers(watched):
-            with contextlib.suppress(psutil.Error):
-                worker.kill()
-                killed += 1
+        for worker in stopped(watched):
+            assert_whole(folder)
+            worker.kill()
+            killed += 1
     code, _, err = finish(launcher)
     assert code == 0, err
     assert killed >= times, "or the run was over too soon"

@@ -296,12 +296,11 @@ sys.exit(main())
 def test_a_process_that_runs_out_of_memory_ends_all_and_is_named(toy: Path, tmp_path: Path) -> None:
     """The other one waits for it in a collective call meanwhile."""
     (tmp_path / "full.py").write_text(FULL)
-    begun = time.monotonic()
     process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                     tmp_path / "full.py", *train(toy, tmp_path / "run"),
                     environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
-    code, _, err = finish(process, seconds=60)
-    assert code != 0 and time.monotonic() - begun < 60
+    code, _, err = finish(process, seconds=240)  # less than the ten minutes of a collective call
+    assert code != 0
     (line,) = complaints(err)
     assert line.startswith(
         "cifar: process 1: memory: model resnet20-w4 with batch size 32 does not"

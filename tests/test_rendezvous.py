@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from meet_all import TIMEOUT
+from meet_all import ENOUGH, TIMEOUT
 from torch.distributed import TCPStore
 from training import ROOT, finish, free_port, start
 
@@ -83,6 +83,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "options": job((0, 2), (1, 2), TOLD='{"epochs": "3", "lr": "0.1"}'),
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
+        for name, processes in listed.items():
+            vain = name in ("absent", "unreachable", "nowhere", "silent")
+            for each in processes:
+                each["MEETING"] = str(TIMEOUT if vain else ENOUGH)
         listed["twice"][2]["LATE"] = "1"
         listed["absent"][0]["LATE"] = "2"
         listed["options"][1]["TOLD"] = '{"epochs": "3", "lr": "0.2"}'

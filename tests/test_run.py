@@ -720,7 +720,9 @@ def test_weights_that_break_in_an_epochs_last_step_are_neither_reported_nor_save
 
 SECOND_SIGNAL = """
 import os, signal, time
+from cifar import signals as module
 from cifar.signals import ECHO_SECONDS, StopSignals
+module.REPEAT_SECONDS = 0.5
 with StopSignals("go on") as signals:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
@@ -753,7 +755,7 @@ def test_what_timeout_sends_twice_is_one_signal_and_a_hand_s_second_one_is_not()
     told = "stopped at once by signal {}, without saving; go on\n"
     found = finish(start("-c", SECOND_SIGNAL, module=False), seconds=50)
     assert found == (143, "alive\n", told.format(15))
-    by_hand = SECOND_SIGNAL.replace("    os.kill", "    time.sleep(0.3)\n    os.kill")
+    by_hand = SECOND_SIGNAL.replace("    os.kill", "    time.sleep(1.0)\n    os.kill")
     found = finish(start("-c", by_hand, module=False), seconds=50)
     assert found == (130, "", told.format(2))
     assert echo_seconds({"WORLD_SIZE": "1"}) == REPEAT_SECONDS
@@ -775,7 +777,7 @@ def test_a_second_signal_stops_a_process_that_is_blocked_in_c() -> None:
     process = start("-c", BLOCKED_IN_C, module=False)
     assert process.stdout is not None and process.stdout.readline() == "blocked\n"
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(2.0)
     assert process.poll() is None, "the first one is only noted"
     process.send_signal(signal.SIGUSR1)
     assert finish(process, seconds=60) == (138, "", "")

@@ -309,7 +309,7 @@ def test_a_second_ctrl_c_gives_no_more_time(tmp_path: Path, lone) -> None:
     process = started(tmp_path, *words_of(tmp_path), FAKE="hang", FAKE_GRACE="60")
     children = children_of(tmp_path, process, 2)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    time.sleep(3.0)
     assert process.poll() is None and not any(map(gone, children)), "it asks them first"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
@@ -341,8 +341,9 @@ def test_no_other_run_measures_on_its_devices_until_it_ends(tmp_path: Path, lone
 
 
 def test_a_timeout_or_a_crash_is_its_cell_s_alone(tmp_path: Path, lone) -> None:
-    words = [*words_of(tmp_path), "--timeout", "6"]
-    done = bench(tmp_path, *words, fake="resnet20=sleep,resnet18=crash")
+    done = bench(
+        tmp_path, *words_of(tmp_path), fake="resnet20=sleep,resnet18=crash", FAKE_TIME_UP="1"
+    )
     assert done.returncode == 1, done.stderr
     assert statuses(tmp_path) == ["timeout", "failed"]
 

@@ -71,6 +71,19 @@ def wait_for_jobs(nodes: Path, count: int, state: str) -> None:
         time.sleep(0.02)
 
 
+def wait_until_known(tmp_path: Path, count: int) -> None:
+    """Until so many jobs' ids are kept, by which a run that goes on takes them up."""
+    deadline = time.monotonic() + 60
+    while sum(is_known(folder) for folder in tmp_path.glob("runs/*/cells/*")) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_known(folder: Path) -> bool:
+    attempt = read_attempt(folder)
+    return attempt is not None and attempt.job_id != ""
+
+
 # --- Whole runs ---
 
 
@@ -122,11 +135,10 @@ def test_only_what_is_missing_is_submitted_again(tmp_path: Path, nodes: Path) ->
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_jobs_outlive_the_run_and_are_taken_up(tmp_path, nodes, number, code) -> None:
     """One has ended meanwhile, one waits; neither is submitted twice."""
-    process = submitted(tmp_path, *CELLS, "--slurm", FAKE="ok")
     hold = nodes / "hold"
     hold.touch()
-    wait_for_jobs(nodes, 2, "PENDING")
-    time.sleep(0.3)
+    process = submitted(tmp_path, *CELLS, "--slurm", FAKE="ok")
+    wait_until_known(tmp_path, 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
@@ -136,7 +148,9 @@ def test_jobs_outlive_the_run_and_are_taken_up(tmp_path, nodes, number, code) ->
         assert errors.splitlines()[-1].endswith(f"to go on: bench run --resume {stay}")
     assert run.records() == []
     again = submitted(tmp_path, "run", "--resume", run.id, FAKE="ok")
-    time.sleep(0.5)
+    assert again.stderr is not None
+    taken_up = [again.stderr.readline() for _ in range(2)]
+    assert ["on SLURM as job" in line for line in taken_up] == [True, True], taken_up
     hold.unlink()
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 0, errors
@@ -147,8 +161,7 @@ def test_jobs_outlive_the_run_and_are_taken_up(tmp_path, nodes, number, code) ->
 def test_what_ended_while_nobody_watched_is_collected_once(tmp_path: Path, nodes: Path) -> None:
     (nodes / "hold").touch()
     process = submitted(tmp_path, *CELLS, "--slurm", FAKE="resnet20=crash,ok")
-    wait_for_jobs(nodes, 2, "PENDING")
-    time.sleep(0.3)
+    wait_until_known(tmp_path, 2)
     process.kill()
     process.communicate()
     (nodes / "hold").unlink()
@@ -177,22 +190,22 @@ def test_a_job_that_dies_is_a_record_with_the_end_of_its_log(
 ) -> None:
     run_words = ["run", "--models", "resnet20", "--slurm", "--slurm-setup", "echo hello"]
     process = submitted(tmp_path, *run_words, FAKE="hang")
-    wait_for_jobs(nodes, 1, "RUNNING")
-    time.sleep(0.3)
+    deadline = time.monotonic() + 60
+    while not any(path.read_text() == "hello\n" for path in (tmp_path / "runs").rglob("*.out")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     fake_slurm.end(nodes, "1", state)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     (record,) = runs.newest(tmp_path / "runs").records()
-    assert record.status == status
-    assert record.reason.startswith("SLURM job 1: " + state.lower())
+    assert (record.status, record.reason) == (status, words)
     assert record.run_id and record.suite == "custom" and record.started
 
 
 def test_a_cancelled_job_is_submitted_anew_by_who_goes_on(tmp_path: Path, nodes: Path) -> None:
     (nodes / "hold").touch()
     process = submitted(tmp_path, "run", "--models", "resnet20", "--slurm", FAKE="ok")
-    wait_for_jobs(nodes, 1, "PENDING")
-    time.sleep(0.3)
+    wait_until_known(tmp_path, 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     name = errors.rpartition("scancel --name ")[2].strip().rstrip(")")
@@ -267,6 +280,23 @@ def test_a_job_that_nothing_is_known_of_any_more_is_a_record(tmp_path: Path) -> 
     ((job, record),) = jobs.wait()
     assert (job.task, record.status, record.reason) == (task, "failed", "SLURM job 1: unknown")
     assert jobs.ended() == []
+
+
+def test_the_queue_is_asked_for_once_though_many_jobs_are_taken_up(tmp_path: Path) -> None:
+    cells = grid(["resnet20", "resnet18", "resnet34"], ["fp32"])
+    suite = Suite(name="s", description="", plans=(Plan(protocol=Protocol(), cells=cells),))
+    run = runs.create(suite, tmp_path / "runs", slurm=SlurmConfig())
+    tasks = [(task, run.cell_folder(number, task)) for number, task in enumerate(run.plan.tasks, 1)]
+    for number, (_, folder) in enumerate(tasks, 1):
+        folder.mkdir(parents=True)
+        write_attempt(folder, Attempt(job_id=str(number)))
+    asked = []
+    cluster = FakeCluster()
+    cluster.queued = lambda: asked.append(1) or frozenset("123")
+    jobs = slurm.SlurmJobs(run, SlurmConfig(), cluster)
+    told = [jobs.start(Job(task=task, run_id=run.id), folder) for task, folder in tasks]
+    assert told == [f"SLURM as job {number}" for number in (1, 2, 3)]
+    assert len(asked) == 1 and cluster.commands == []
 
 
 @pytest.mark.usefixtures("quick")

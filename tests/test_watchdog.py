@@ -320,7 +320,7 @@ def two(
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("how", ["stopped", pytest.param("asleep", marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_named_by_the_other(npz: Path, tmp_path: Path, how: str) -> None:
-    assert_named(tmp_path, how, *two(tmp_path, npz, how, "--collective-timeout", "4")())
+    assert_named(tmp_path, how, *two(tmp_path, npz, how, "--collective-timeout", "8")())
 
 
 @pytest.mark.slow
