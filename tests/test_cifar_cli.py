@@ -3,6 +3,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -13,7 +14,12 @@ from conftest import make_dataset
 from PIL import Image
 from training import TINY_OPTIONS, cifar, finish, start, train
 
+from cifar import scoring
+from cifar.checkpoint import ModelCard
 from cifar.cli import FIRST_PROCESS_SECONDS, MEMORY_SECONDS, complain_of_input
+from cifar.config import ModelConfig, TrainConfig
+from cifar.data.config import parse_data
+from cifar.data.sources import load_dataset
 from cifar.errors import DataError, OutOfMemoryError, UnmetError
 from cifar.evaluation import Evaluation
 from cifar.recipes import get_recipe
@@ -286,6 +292,28 @@ def test_weights_that_may_not_be_looked_for_are_one_line(
     assert re.search(
         r"checkpoint: '.*/run/checkpoints': Permission denied; give", only_line(capsys)
     )
+
+
+def test_evaluating_checks_the_size_that_a_library_s_network_takes(npz: Path) -> None:
+    """As a transformer's, which has learnt where each patch lies."""
+    dataset = load_dataset(parse_data(f"npz:{npz}"))
+    model = ModelConfig(name="torchvision:vit_b_16")
+    card = ModelCard(
+        config=TrainConfig(model=model, data=parse_data(f"npz:{npz}"), precision="fp32"),
+        averaged=False,
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint(),
+        classes=dataset.classes,
+        image_size=(224, 224),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        step=1,
+        samples_seen=1,
+    )
+    with pytest.raises(DataError, match=r"images of 16 x 16 pixels, which torchvision:vit_b_16 do"):
+        scoring._load(None, card)
+    resized = replace(card.config, model=replace(model, resize=224))
+    assert scoring._load(None, replace(card, config=resized)).classes == dataset.classes
 
 
 def test_evaluating_checks_the_data_and_the_checkpoint(

@@ -336,7 +336,7 @@ def test_what_breaks_is_failed_with_one_line_and_tried_at_every_size(
 ) -> None:
     def broken(source: Source, images: Tensor) -> Run:
         if len(images) == 1:
-            raise RuntimeError("no kernel\nand a long trace")
+            raise RuntimeError("no \x1b[96mkernel\x1b[0m\nand a long trace")
         return plain(source)
 
     put(monkeypatch, broken)
