@@ -143,8 +143,6 @@ def command(train: TrainConfig) -> list[str]:
         resize = f"-r{model.resize}" if model.resize else ""
         words += ["--model", f"{model.name}{width}{resize}"]
         words += ["--squeeze-excitation"] * model.squeeze_excitation
-        if model.logit_scale != 1:
-            words += ["--logit-scale", f"{model.logit_scale:g}"]
     words += ["--data", str(train.data)]
     given = _changed(train)
     if "optimizer" in given and "lr" not in given:

@@ -155,9 +155,9 @@ class SlurmJobs:
 
     def _queued(self) -> Collection[str] | None:
         """The jobs in the queue, as SLURM said no longer than `ASK_SECONDS` ago."""
-        now = time.monotonic()
-        if now - self._asked >= ASK_SECONDS:
-            self._asked, self._answer = now, self._cluster.queued()
+        if time.monotonic() - self._asked >= ASK_SECONDS:
+            self._answer = self._cluster.queued()  # which may take longer than that
+            self._asked = time.monotonic()
         return self._answer
 
     def _ask(self) -> None:

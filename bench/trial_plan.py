@@ -12,6 +12,9 @@ from bench.spec import Task
 from bench.tuning import Tuning, own_values, told_by, trial_task
 from cifar.config import TrainConfig, option_name
 
+ENOUGH_UNSUPPORTED = 3
+"""Trials, when none has told anything else, after which no other one is tried."""
+
 
 def tuning_of(run: Run) -> Tuning:
     """What a search is to do."""
@@ -104,9 +107,9 @@ class TrialPlan:
 
     @property
     def _is_hopeless(self) -> bool:
-        """Whether this machine cannot run any trial, as far as is known."""
-        states = {trial.state for trial in self.trials.values() if trial.is_answer}
-        return states == {"unsupported"}
+        """Whether this machine cannot run any trial, as far as several of them tell."""
+        states = [trial.state for trial in self.trials.values() if trial.is_answer]
+        return set(states) == {"unsupported"} and len(states) >= ENOUGH_UNSUPPORTED
 
     def add(self, record: Record) -> None:
         """A trial ended."""

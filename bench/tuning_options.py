@@ -209,7 +209,7 @@ def _by_chosen_optimizer(train: TrainConfig, given: Iterable[Parameter]) -> Trai
         return train
     names = tuple(map(str, optimizers.ends))
     require(
-        len(names) == 1 or "lr" in chosen,
+        len(names) == 1 or ("lr" in chosen and chosen["lr"].size != 1),
         "optimizer",
         ",".join(names),
         f"{train.recipe.lr:g} suits {train.recipe.optimizer}; search the learning rate as well, as "

@@ -157,7 +157,7 @@ class FullyShardedEngine(SharingEngine):
 def _rows_of(sharded: DTensor) -> nn.Parameter:
     """This process's rows of a parameter, in the memory that FSDP gathers it from."""
     with torch.no_grad():
-        return nn.Parameter(sharded.to_local())
+        return nn.Parameter(sharded.to_local(), requires_grad=sharded.requires_grad)
 
 
 def _weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

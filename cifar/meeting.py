@@ -81,8 +81,6 @@ class Hello:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     told: Mapping[str, str] = field(default_factory=dict)
     """What it was told that must be alike everywhere, see `cifar.agreement`; rank 0 compares."""
-    waited: float = 0.0
-    """Seconds since its start at which it said so."""
 
     @classmethod
     def read(cls, text: str | bytes) -> "Hello":
@@ -194,21 +192,21 @@ class Meeting:
                 )
             return
         store.set(f"answer/{hello.token}", name)
-        if store.check([f"here/{name}/{hello.token}"]):
+        if store.check([here := f"here/{name}/{hello.token}"]):
             met[other] = hello
-            left = self._timeout - hello.waited
+            left = float(store.get(here))
             self._deadline = min(self._deadline, time.monotonic() + left)
             check_alike(self._me, hello)
 
     def _follow(self, store: TCPStore) -> tuple[str, list[Hello]]:
         """Say hello until rank 0 answers, then wait until all are there."""
         me = self._me
-        waited = self._timeout - (self._deadline - time.monotonic())
         try:
-            store.set(f"hello/{me.rank}", json.dumps(asdict(replace(me, waited=waited))))
+            store.set(f"hello/{me.rank}", json.dumps(asdict(me)))
             name = self._await(store, f"answer/{me.token}")
+            left = self._deadline - time.monotonic()
+            store.set(f"here/{name}/{me.token}", str(left))
             self._deadline += VERDICT_SECONDS
-            store.set(f"here/{name}/{me.token}", "")
             peers = [Hello(**each) for each in json.loads(self._await(store, f"go/{name}"))]
         except RuntimeError:
             raise UnmetError(

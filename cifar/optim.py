@@ -2,22 +2,22 @@
 
 import inspect
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar.config import Recipe
 from cifar.config.recipe import CYCLED_MOMENTUM
 from cifar.muon import Muon, Rows
+from cifar.roles import Roles
 
 ONE_CYCLE_RISE, TRIANGLE_RISE = 0.3, 0.1
 """Share of the steps in which these schedules rise."""
 _FIRST, _LAST = 25.0, 25e4
 """What the highest learning rate is divided by at one-cycle's beginning and end."""
+NO_ROLES = Roles()
 
 
 class Parametrized(Protocol):
@@ -27,37 +27,13 @@ class Parametrized(Protocol):
         """Parameters by the names that a module gives them."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Roles:
-    """Names of the parameters that a recipe may train otherwise than the rest."""
-
-    head: Collection[str] = ()
-    """Of the classifier."""
-    norm_scales: Collection[str] = ()
-    """Weights of BatchNorms."""
-    norm_biases: Collection[str] = ()
-
-
-NO_ROLES = Roles()
-
-
-def norm_roles(module: nn.Module) -> Roles:
-    """The weights and biases of a network's BatchNorms."""
-    norms = [name for name, each in module.named_modules() if isinstance(each, _BatchNorm)]
-    return Roles(
-        norm_scales=frozenset(f"{name}.weight" for name in norms),
-        norm_biases=frozenset(f"{name}.bias" for name in norms),
-    )
-
-
 def parameter_groups(
     module: Parametrized, recipe: Recipe, roles: Roles = NO_ROLES
 ) -> list[dict[str, Any]]:
-    """All parameters, those with the same weight decay and `lr_share` together.
+    """All parameters that are trained, those with the same weight decay and `lr_share` together.
 
-    The latter is by how much a group's learning rate differs from the recipe's: outside of the head
-    by its `backbone_lr`, of BatchNorm's biases by `norm_bias_lr`. BatchNorm's weights have none
-    where they are not trained (Page 2018, https://github.com/davidcpage/cifar10-fast).
+    The latter is by how much a group's learning rate differs from the recipe's: of the head by its
+    `head_lr`, elsewhere by `backbone_lr`, and of BatchNorm's biases by `norm_bias_lr` as well.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -72,14 +48,13 @@ def parameter_groups(
 
 def _rule(name: str, parameter: nn.Parameter, recipe: Recipe, roles: Roles) -> tuple[float, float]:
     """A parameter's weight decay, and its share of the learning rate."""
-    if name in roles.norm_scales and not recipe.train_norm_scale:
-        return 0.0, 0.0
     decays = recipe.decay_norm_and_bias or parameter.ndim > 1
     decay = recipe.weight_decay if decays else 0.0
-    share = 1.0 if name in roles.head else recipe.backbone_lr
+    if name in roles.head:
+        return decay / recipe.head_lr, recipe.head_lr
     if name in roles.norm_biases:
-        return decay / recipe.norm_bias_lr, share * recipe.norm_bias_lr
-    return decay, share
+        return decay / recipe.norm_bias_lr, recipe.norm_bias_lr * recipe.backbone_lr
+    return decay, recipe.backbone_lr
 
 
 _WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")

@@ -34,17 +34,10 @@ from cifar.fine_tuning import Backbone
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
 from cifar.models import build_model
-from cifar.models.meta import head_names
 from cifar.models.pretrained import start_from_pretrained
-from cifar.optim import (
-    WeightAverage,
-    build_optimizer,
-    lr_at,
-    norm_roles,
-    schedule_momentum,
-    set_lr,
-)
+from cifar.optim import WeightAverage, build_optimizer, lr_at, schedule_momentum, set_lr
 from cifar.pulse import PULSE
+from cifar.roles import assign_roles
 from cifar.sync_batch_norm import synchronize_norms
 from cifar.teacher import load_teacher
 from cifar.training_data import place_data
@@ -63,7 +56,8 @@ class Trainer:
         ConfigError: the configuration does not fit the data or the processes that were started, or
             there are no such weights to start from.
         CheckpointError: its teacher is missing, not the one it was, or of other classes.
-        UnsupportedError: the device or the stack cannot run it as asked.
+        UnsupportedError: the device or the stack cannot run it as asked, or the recipe has a rule
+            for layers that the network does not have.
     """
 
     def __init__(
@@ -119,6 +113,7 @@ class Trainer:
         config, recipe = self.config, self.config.recipe
         torch.manual_seed(config.seed)
         self.module = build_model(self.model_config)
+        roles = assign_roles(self.module, self.model_config, recipe)
         if not is_resumed:
             start_from_pretrained(self.module, self.model_config, self.dataset.classes)
         if config.parallel.sync_batch_norm:
@@ -128,9 +123,6 @@ class Trainer:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.emulated = emulate_if_needed(self.module, config.precision, self.device)
         self.engine = build_engine(self.strategy, self.accelerator, self.module, self.config)
-        roles = norm_roles(self.module)
-        if self._tells_head_apart:
-            roles = dataclasses.replace(roles, head=head_names(self.model_config))
         # Not prepared: Accelerate's wrapper costs more than a small net's optimiser step.
         self.optimizer = build_optimizer(self.engine, recipe, roles, self.engine.rows)
         self.engine.adopt(self.optimizer)
@@ -141,13 +133,6 @@ class Trainer:
         self._wrap_model()
         decay = recipe.ema_decay
         self.average = WeightAverage(self.engine.live(), decay) if decay else None
-
-    @property
-    def _tells_head_apart(self) -> bool:
-        """Whether the classifier is trained otherwise; ours is linear, which Muon leaves alone."""
-        recipe = self.config.recipe
-        convolution = recipe.optimizer == "muon" and bool(self.model_config.library)
-        return recipe.frozen_epochs > 0 or recipe.backbone_lr != 1 or convolution
 
     def _wrap_model(self) -> None:
         self.wrapped: Any = self.engine.wrap()  # has more methods than a module

@@ -16,7 +16,8 @@ from cifar.checkpoint import load_weights
 from cifar.config import ModelConfig
 from cifar.fine_tuning import Backbone
 from cifar.models import build_model
-from cifar.optim import Roles, build_optimizer, lr_at, optimizer_tensors, set_lr
+from cifar.optim import build_optimizer, lr_at, optimizer_tensors, set_lr
+from cifar.roles import Roles
 from cifar.trainer import Trainer
 from cifar.training_state import load_state, set_aside, state_of
 
@@ -111,7 +112,7 @@ def test_without_frozen_epochs_nothing_is_told_apart(monkeypatch: pytest.MonkeyP
     def never(_config: ModelConfig) -> frozenset[str]:
         raise AssertionError
 
-    monkeypatch.setattr("cifar.trainer.head_names", never)
+    monkeypatch.setattr("cifar.roles.head_names", never)
     make_trainer().train_step()
 
 

@@ -95,7 +95,8 @@ def stopped(launcher: psutil.Process) -> list[psutil.Process]:
     for worker in workers(launcher):
         with contextlib.suppress(psutil.Error):
             worker.suspend()
-            found.append(worker)
+            if worker.status() != psutil.STATUS_ZOMBIE:
+                found.append(worker)
     return found
 
 
@@ -123,10 +124,14 @@ def test_a_rank_that_is_killed_goes_on_where_it_was(
     watched, killed = psutil.Process(launcher.pid), 0
     while killed < times and launcher.poll() is None:
         wait_to_kill(folder, moments.uniform(0, STARTED), EPOCHS * killed + EPOCHS // 2)
-        for worker in stopped(watched):
+        found = stopped(watched)
+        try:
             assert_whole(folder)
-            worker.kill()
-            killed += 1
+        finally:
+            for worker in found:
+                with contextlib.suppress(psutil.Error):
+                    worker.kill()
+        killed += len(found)
     code, _, err = finish(launcher)
     assert code == 0, err
     assert killed >= times, "or the run was over too soon"

@@ -58,7 +58,7 @@ TORCH_NAMES = """
     cifar.models.meta cifar.models.pretrained cifar.models.resnet cifar.models.resnet9
     cifar.models.summary cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome
     cifar.precision
-    cifar.rendezvous cifar.report cifar.run cifar.scoring cifar.selection cifar.session
+    cifar.rendezvous cifar.report cifar.roles cifar.run cifar.scoring cifar.selection cifar.session
     cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_data cifar.training_state
     cifar.updates cifar.watchdog cifar.zero
 """
@@ -104,6 +104,7 @@ CHAINS = (
     "cifar.config cifar.strategy cifar.accelerator cifar.engine",
     "cifar.config cifar.precision cifar.accelerator",
     "cifar.precision cifar.emulation",
+    "cifar.models.meta cifar.roles cifar.optim",
     "cifar.optim cifar.exchange cifar.trainer",
     "cifar.run_folder cifar.agreement cifar.meeting",
     "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "

@@ -7,10 +7,8 @@ from torch import nn
 
 from cifar import cost
 from cifar.config import ModelConfig
-from cifar.errors import ConfigError
 from cifar.models import ResNet, build_model
 from cifar.models.resnet import PaddingShortcut, SqueezeExcitation
-from cifar.serialize import digest
 
 PARAM_COUNTS = {
     "resnet18": 11_173_962,
@@ -91,35 +89,6 @@ def test_resnet9_by_hand() -> None:
     expected = x.amax((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
     with torch.no_grad():
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["resnet9-w4", "resnet20-w4", "torchvision:resnet18"])
-def test_logits_are_scaled_and_compiled_and_exported_so(name: str) -> None:
-    plain, scaled = (build(ModelConfig(name=name, logit_scale=scale)) for scale in (1.0, 0.125))
-    scaled.load_state_dict(plain.state_dict())
-    plain, scaled = plain.eval(), scaled.eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(scaled(images), plain(images) / 8)
-        compiled = torch.compile(scaled, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(images), scaled(images))
-        exported = torch.export.export(scaled, (images,)).module()
-        torch.testing.assert_close(exported(images), scaled(images))
-        weights = {key: value.clone() for key, value in plain.state_dict().items()}
-        called = torch.func.functional_call(scaled, weights, (images,))
-        torch.testing.assert_close(called, plain(images) / 8)
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_scale_of_logits_that_is_none_is_refused(scale: float) -> None:
-    with pytest.raises(ConfigError, match=f"logit-scale: {scale}: give a positive number"):
-        ModelConfig(name="resnet9", logit_scale=scale)
-
-
-def test_a_scale_of_logits_is_in_the_label_and_the_digest() -> None:
-    plain, scaled = ModelConfig(name="resnet9"), ModelConfig(name="resnet9", logit_scale=0.125)
-    assert (plain.label, scaled.label) == ("resnet9", "resnet9-x0.125")
-    assert digest(plain) != digest(scaled)
 
 
 @small

@@ -14,11 +14,11 @@ from cifar.optim import (
     build_optimizer,
     eager,
     lr_at,
-    norm_roles,
     parameter_groups,
     schedule_momentum,
     set_lr,
 )
+from cifar.roles import Roles
 
 
 def rates(total: int, steps_per_epoch: int, **fields: object) -> list[float]:
@@ -122,23 +122,10 @@ def test_norms_and_biases_decay_or_do_not_as_the_recipe_says() -> None:
     assert (decayed["weight_decay"], bare["weight_decay"]) == (0.1, 0.0)
 
 
-def stepped_norm(**fields: object) -> dict[str, float]:
-    """What becomes of ones in two steps at gradients of 1, the second at half of the rate."""
-    module = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-    recipe = Recipe(lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.2, **fields)
-    optimizer = build_optimizer(module, recipe, norm_roles(module))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.fill_(1.0)
-            parameter.grad = torch.ones_like(parameter)
-    for lr in (0.1, 0.05):
-        set_lr(optimizer, lr)
-        optimizer.step()
-    return {name: parameter.item() for name, parameter in module.named_parameters()}
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_a_norm_s_bias_learns_faster_and_decays_no_faster_by_hand(optimizer: str) -> None:
+def test_parameters_with_a_role_learn_faster_and_decay_no_faster_by_hand(optimizer: str) -> None:
+    """Two steps at gradients of 1 from ones, the second at half of the rate."""
+
     def by_hand(rate: float, decay: float) -> float:
         weight, velocity = 1.0, 0.0
         for lr in (0.1 * rate, 0.05 * rate):
@@ -146,18 +133,32 @@ def test_a_norm_s_bias_learns_faster_and_decays_no_faster_by_hand(optimizer: str
             weight -= lr * velocity
         return weight
 
-    found = stepped_norm(optimizer=optimizer, norm_bias_lr=4.0)
-    assert found.pop("1.bias") == pytest.approx(by_hand(4.0, 0.05))
-    others = dict.fromkeys(("0.weight", "0.bias", "1.weight"), by_hand(1.0, 0.2))
-    assert found == pytest.approx(others)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
-def test_a_norm_s_scale_stays_where_it_is_not_trained(optimizer: str) -> None:
-    trained = stepped_norm(optimizer=optimizer)
-    kept = stepped_norm(optimizer=optimizer, train_norm_scale=False)
-    assert kept.pop("1.weight") == 1.0 and trained.pop("1.weight") < 1.0
-    assert kept == trained
+    module = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Linear(1, 1))
+    rules = {"backbone_lr": 0.5, "head_lr": 0.25, "norm_bias_lr": 4.0}
+    recipe = Recipe(optimizer=optimizer, lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.2,
+                    **rules)  # fmt: skip
+    optimizer_ = build_optimizer(
+        module, recipe, Roles(head={"2.weight", "2.bias"}, norm_biases={"1.bias"})
+    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.ones_like(parameter)
+    for lr in (0.1, 0.05):
+        set_lr(optimizer_, lr)
+        optimizer_.step()
+    found = {name: parameter.item() for name, parameter in module.named_parameters()}
+    plain, head = by_hand(0.5, 0.2), by_hand(0.25, 0.8)
+    assert found == pytest.approx(
+        {
+            "0.weight": plain,
+            "0.bias": plain,
+            "1.weight": plain,
+            "1.bias": by_hand(2.0, 0.05),
+            "2.weight": head,
+            "2.bias": head,
+        }
+    )
 
 
 def test_frozen_parameters_are_left_out() -> None:

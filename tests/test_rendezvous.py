@@ -59,7 +59,10 @@ class Jobs:
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """All jobs, started at once, for each takes as long as its processes wait in vain."""
     folder = tmp_path_factory.mktemp("jobs")
-    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    store, other = (
+        TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+        for _ in range(2)
+    )
     store.set("hello/1", json.dumps({"rank": 1, "size": 2, "host": "old", "pid": 1, "token": "x"}))
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     with listening() as silent, listening() as taken:
@@ -79,16 +82,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "taken": [process(0, 2, ports["taken"])],
             "sizes": job((0, 2), (1, 3)),
             "absent": job((0, 4), (1, 4)),
+            "late": [process(each, 3, other.port, **agent) for each in (0, 1)],
             "twice": job((0, 3), (1, 3), (1, 3)),
             "options": job((0, 2), (1, 2), TOLD='{"epochs": "3", "lr": "0.1"}'),
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
         for name, processes in listed.items():
-            vain = name in ("absent", "unreachable", "nowhere", "silent")
+            vain = name in ("absent", "late", "unreachable", "nowhere", "silent")
             for each in processes:
                 each["MEETING"] = str(TIMEOUT if vain else ENOUGH)
         listed["twice"][2]["LATE"] = "1"
         listed["absent"][0]["LATE"] = "2"
+        listed["late"][0]["LATE"] = "4"
         listed["options"][1]["TOLD"] = '{"epochs": "3", "lr": "0.2"}'
         (folder / "jobs.json").write_text(json.dumps(listed))
         program = [sys.executable, str(ROOT / "tests" / "meet_all.py"), str(folder)]
@@ -143,6 +148,7 @@ def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, sa
     [
         ("sizes", r"WORLD_SIZE: '3': given to rank 1 \(.*, pid \d+\), but '2' to rank 0"),
         ("absent", "WORLD_SIZE: '4': rank 2, 3 has not come within 6 s; start as many processes"),
+        ("late", "WORLD_SIZE: '3': rank 2 has not come within 6 s; start as many processes"),
         (
             "options",
             r"lr: '0\.2': given to rank 1 \(.*, pid \d+\), but '0\.1' to rank 0 \(.*, pid \d+\); "

@@ -134,7 +134,7 @@ def test_only_what_is_missing_is_submitted_again(tmp_path: Path, nodes: Path) ->
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_jobs_outlive_the_run_and_are_taken_up(tmp_path, nodes, number, code) -> None:
-    """One has ended meanwhile, one waits; neither is submitted twice."""
+    """Both wait; neither is submitted twice."""
     hold = nodes / "hold"
     hold.touch()
     process = submitted(tmp_path, *CELLS, "--slurm", FAKE="ok")

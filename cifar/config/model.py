@@ -1,7 +1,6 @@
 """Which network is trained."""
 
 import importlib.util
-import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -44,9 +43,6 @@ class ModelConfig:
     """Probability of dropping a feature before the classifier; 0: none, or a library's own."""
     squeeze_excitation: bool = False
     """Reweight the channels at the end of every block (https://arxiv.org/abs/1709.01507)."""
-    logit_scale: float = 1.0
-    """What the classifier's answers are multiplied by, so that a network whose features are large
-    can be trained at one learning rate (https://github.com/davidcpage/cifar10-fast)."""
     resize: int | None = None
     """Pixels each way that images are resized to ahead of the first layer, bilinearly."""
     pretrained: PretrainedOption = None
@@ -66,8 +62,6 @@ class ModelConfig:
             if self.width == self.architecture.width:
                 object.__setattr__(self, "width", None)
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "give 0 <= p < 1")
-        scale = self.logit_scale
-        require(0 < scale < math.inf, option_name("logit_scale"), scale, "give a positive number")
         for name, least, most in (
             ("width", 1, MOST_CHANNELS),
             ("resize", 1, MOST_PIXELS),
@@ -159,7 +153,6 @@ class ModelConfig:
             self.name
             + (f"-w{self.width}" if self.width else "")
             + (f"-r{self.resize}" if self.resize else "")
-            + (f"-x{self.logit_scale:g}" if self.logit_scale != 1 else "")
             + ("-se" if self.squeeze_excitation else "")
             + (f"-d{self.dropout:g}" if self.dropout else "")
             + ("-pretrained" if self.pretrained else "")

@@ -87,6 +87,9 @@ class Recipe:
     """Momentum of the convolutions."""
     decay_norm_and_bias: bool = True
     """Apply the weight decay to BatchNorm parameters and biases as well."""
+    head_lr: float = 1.0
+    """Multiple of the learning rate for the classifier, whose weight decay is divided by it and
+    whose first weights are multiplied by its root: as if its answers were."""
     norm_bias_lr: float = 1.0
     """Multiple of the learning rate for BatchNorm's biases, whose weight decay is divided by it."""
     train_norm_scale: bool = True
@@ -168,10 +171,9 @@ class Recipe:
         require(0 <= frozen <= self.epochs, option_name("frozen_epochs"), frozen, remedy)
         share = self.backbone_lr
         require(0 < share <= 1, option_name("backbone_lr"), share, "give 0 < share <= 1")
-        multiple = self.norm_bias_lr
-        require(
-            0 < multiple < math.inf, option_name("norm_bias_lr"), multiple, "give a positive number"
-        )
+        for name in ("head_lr", "norm_bias_lr"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, option_name(name), value, "give a positive number")
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             mixes = value == 0 or LEAST_ALPHA <= value <= MOST_ALPHA

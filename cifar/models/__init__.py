@@ -19,8 +19,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     """Build the network of a configuration, with fresh weights from torch's global generator.
 
     It maps images [N, in_channels, H, W] to logits [N, num_classes]: of any size, or of those that
-    a library's network takes. Resizing and the logits' scale are part of it, but of no name in its
-    state.
+    a library's network takes. Resizing is part of it, but of no name in its state.
 
     Raises:
         ConfigError: the library has no such network.
@@ -29,8 +28,6 @@ def build_model(config: ModelConfig) -> nn.Module:
     module = build_of_library(config) if config.library else _build(config)
     if config.resize is not None:
         module.register_forward_pre_hook(functools.partial(_resize, config.resize))
-    if config.logit_scale != 1:
-        module.register_forward_hook(functools.partial(_scale, config.logit_scale))
     return module
 
 
@@ -55,8 +52,3 @@ def _resize(side: int, _module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tenso
     """
     (images,) = inputs
     return (F.interpolate(images, size=(side, side), mode="bilinear", antialias=True),)
-
-
-def _scale(factor: float, _module: nn.Module, _inputs: tuple[Tensor], logits: Tensor) -> Tensor:
-    """After a network: [N, num_classes] times the factor."""
-    return logits * factor
