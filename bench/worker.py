@@ -37,7 +37,7 @@ from cifar.distributed import leave
 from cifar.errors import CifarError, UnsupportedError
 from cifar.files import write_atomic
 from cifar.precision import shortfall_of
-from cifar.process import ended
+from cifar.process import run_to_end
 from cifar.pulse import PULSE
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
@@ -235,9 +235,10 @@ def main(folder: Path) -> int:
     keep(record)
     if record.reason and not first:  # the first process may not have met it, and not tell it
         print(record.reason, file=sys.stderr, flush=True)
-    leave()
+    if record.exit_code == 0:  # else the others may not come, see `run_to_end`
+        leave()
     return record.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main(Path(sys.argv[1]))))
+    sys.exit(run_to_end(lambda: main(Path(sys.argv[1]))))

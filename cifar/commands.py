@@ -21,7 +21,7 @@ from cifar.errors import ConfigError
 from cifar.evaluate_options import run_evaluate
 from cifar.files import user_path
 from cifar.lr_find_options import run_lr_find
-from cifar.process import ended, ensure_environment
+from cifar.process import ensure_environment, run_to_end
 from cifar.range_test import RangeTest
 from cifar.ranks import is_first, world_size
 from cifar.recipes import get_recipe
@@ -274,4 +274,4 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that is named; returns the exit code."""
-    return ended(run_program("cifar", SUMMARY, COMMANDS))
+    return run_to_end(lambda: run_program("cifar", SUMMARY, COMMANDS))

@@ -1,6 +1,5 @@
 """The few collective operations the trainer needs; with one process they do nothing."""
 
-import atexit
 import contextlib
 import gc
 import os
@@ -11,9 +10,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from cifar.config import RunConfig
-from cifar.errors import DataError, PeerError, Stopped, UserError
+from cifar.errors import DataError, PeerError, Stopped
 from cifar.rendezvous import form_group
 from cifar.watchdog import BACKSTOP, Watchdog
 
@@ -47,6 +47,14 @@ def join_group(backend: str, run: RunConfig, told: Callable[[], Mapping[str, str
         runs_ahead = "nccl" in backend
         _WATCHDOGS.append(Watchdog(group, run.collective_timeout, runs_ahead=runs_ahead))
         _WATCHDOGS[-1].start()
+
+
+def limit_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let a group that a library has made wait as long as the default one, not torch's 10 min."""
+    default = distributed_c10d._get_default_group()
+    seconds = default._get_backend(device).options._timeout
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_timeout(seconds, group)
 
 
 def is_distributed() -> bool:
@@ -116,17 +124,14 @@ def leave() -> None:
 def then_leave(work: Callable[[], T]) -> T:
     """What `work` returns, after which this process leaves the group; also if a signal stopped it.
 
-    The frames of a stop hold the models, and so the group: it forgets where it was raised. Where
-    bad input is found it leaves at its end: others may wait for it until it has said what it found.
+    The frames of a stop hold the models, and so the group: it forgets where it was raised. What
+    fails does not leave, for the others may not come; see `cifar.process.run_to_end`.
     """
     try:
         result = work()
     except Stopped as error:
         error.__traceback__ = None
         leave()
-        raise
-    except UserError:
-        atexit.register(leave)
         raise
     leave()
     return result

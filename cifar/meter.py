@@ -29,12 +29,14 @@ class Health:
     """What all processes agree on at a reading.
 
     `bad_step`: the first step whose loss was not finite, None if none; `skipped_in_a_row`: the
-    longest run of skipped fp16 steps; `signal`: the highest signal number any process received.
+    longest run of skipped fp16 steps; `signal`: the highest signal number any process received;
+    `pace`: the slowest one's seconds per step.
     """
 
     bad_step: int | None
     skipped_in_a_row: int
     signal: int
+    pace: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,16 +121,17 @@ class Meter:
         self._skips[1] = (self._skips[1] + 1) * skipped
         self._skips[2] = torch.maximum(self._skips[1], self._skips[2])
 
-    def health(self, signal: int) -> Health:
+    def health(self, signal: int, pace: float = 0.0) -> Health:
         """Read the state that all processes share; a collective call."""
         self._read()
         with PULSE.waiting():
-            mine = self._on_device(-self._first_bad, float(self._skips[2]), float(signal))
-            bad, skips, worst_signal = reduce_max(mine).tolist()
+            mine = self._on_device(-self._first_bad, float(self._skips[2]), float(signal), pace)
+            bad, skips, worst_signal, slowest = reduce_max(mine).tolist()
         return Health(
             bad_step=None if bad == -math.inf else int(-bad),
             skipped_in_a_row=int(skips),
             signal=int(worst_signal),
+            pace=slowest,
         )
 
     def train_metrics(self) -> TrainMetrics:

@@ -9,7 +9,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cifar.errors import ConfigError
@@ -181,15 +182,31 @@ def ensure_environment() -> None:
     os.execve(sys.executable, argv, {**environment, _RESTARTED: "1"})  # noqa: S606
 
 
-def ended(code: int) -> int:
-    """The exit code of a program that has done its work; where ZeRO was used it ends here with it.
+def run_to_end(work: Callable[[], int]) -> int:
+    """A program's exit code, or, where its group of processes still exists, its end with that code.
 
-    DeepSpeed's hooks lie in autograd and hold its groups, whose threads abort a process that ends
-    by way of the interpreter (https://github.com/pytorch/pytorch/issues/190489).
+    A group that was not left by all together is left by none: to take NCCL down alone may wait for
+    the others, which wait for this process (https://github.com/NVIDIA/nccl/issues/863), and at the
+    interpreter's end the threads of a group abort it, as of those that DeepSpeed's hooks hold in
+    autograd (https://github.com/pytorch/pytorch/issues/190489).
     """
-    if "cifar.zero" in sys.modules:
+    try:
+        code = work()
+    except Exception:
+        if not _has_group():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _has_group():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
     return code
+
+
+def _has_group() -> bool:
+    """Whether this process has not left its group, or has used ZeRO, whose groups nobody leaves."""
+    group = sys.modules.get("torch.distributed")
+    formed = group is not None and group.is_available() and group.is_initialized()
+    return bool(formed) or "cifar.zero" in sys.modules

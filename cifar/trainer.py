@@ -31,6 +31,7 @@ from cifar.errors import TrainingError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.exchange import LocalSteps
 from cifar.fine_tuning import Backbone
+from cifar.interval import CheckInterval
 from cifar.losses import ComputeLoss, build_loss
 from cifar.meter import Meter
 from cifar.models import build_model
@@ -101,7 +102,9 @@ class Trainer:
             config.parallel.local_steps, self.loader.steps_per_epoch, self.total_steps
         )
         self.rounds.check_intervals(run)
-        self.check_every = run.check_every or self._default_interval()
+        self._interval = CheckInterval(
+            run.check_every, self.device.type, self.place.count, self.rounds.whole
+        )
 
     def _place_data(self) -> None:
         data = place_data(self.config, self.model_config, self.dataset, self.device, self.place)
@@ -142,10 +145,10 @@ class Trainer:
             wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
         self.model: nn.Module = wrapped
 
-    def _default_interval(self) -> int:
-        """Steps between checks: processes on CPUs agree at every one, for theirs are long."""
-        on_cpu = 10 if self.place.count == 1 else 1
-        return self.rounds.whole(20 if self.device.type == "cuda" else on_cpu)
+    @property
+    def check_every(self) -> int:
+        """Steps from one `check` to the next, alike on all processes."""
+        return self._interval.steps
 
     def _plan_steps(self, train_samples: int | None) -> int:
         if train_samples is None:
@@ -296,7 +299,8 @@ class Trainer:
         Raises:
             TrainingError: a loss was not finite, or too many fp16 steps in a row were skipped.
         """
-        health = self.meter.health(signal)
+        health = self.meter.health(signal, self._interval.pace(self.step))
+        self._interval.learn(health.pace)
         if health.bad_step is not None:
             raise TrainingError(
                 f"loss: not finite in step {health.bad_step + 1}: training stopped; lower --lr or "

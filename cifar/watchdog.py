@@ -40,7 +40,7 @@ _ECHO_SECONDS = 3.0
 
 _WAITING = (
     *("torch/distributed/", "torch/nn/parallel/", "torch/autograd/", "torch/cuda/"),
-    "cifar/distributed.py",
+    *("torch/nn/modules/_functions.py", "torch/amp/", "deepspeed/", "cifar/distributed.py"),
 )
 """Where a process is that waits for another one, or for its device, which does; elsewhere it marks
 that by `Pulse.waiting`."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cifar.accelerator import autocast_module
 from cifar.checkpoint import Tensors
 from cifar.config import TrainConfig
+from cifar.distributed import limit_collectives
 from cifar.engine import SharingEngine
 from cifar.errors import TrainingError, UnsupportedError
 from cifar.strategy import ZERO_STAGES, Strategy
@@ -68,6 +69,7 @@ class ZeroEngine(SharingEngine):
             config=zero_config(self._config, self._stage, dist.get_world_size(), self._elements()),
             dist_init_required=False,
         )
+        limit_collectives(self._zero.dp_process_group, self._accelerator.device)
         self._base = optimizer
         self._flat: list[Tensor] = (
             self._zero.fp32_partitioned_groups_flat
@@ -213,6 +215,7 @@ def zero_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NEVER,
+        "timers": {"throughput": {"enabled": False}},  # which waits for the GPU in every step
     }
 
 

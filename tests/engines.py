@@ -25,7 +25,7 @@ from cifar.data.loader import TrainBatch
 from cifar.distributed import barrier, leave
 from cifar.errors import TrainingError, UnsupportedError
 from cifar.losses import cross_entropy
-from cifar.process import ended
+from cifar.process import run_to_end
 from cifar.trainer import Trainer
 from cifar.training_state import card_of, load_state, set_aside, state_of, tensor_groups
 
@@ -175,4 +175,4 @@ def main(folder: Path, ours: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    ended(0)
+    run_to_end(lambda: 0)

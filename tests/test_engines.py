@@ -324,23 +324,60 @@ def test_the_default_sizes_of_buckets_are_deepspeeds() -> None:
 
 ENDED = """
 import atexit, sys, types
-from cifar.process import ended
+from cifar.process import run_to_end
 atexit.register(print, "by way of the interpreter")
 if sys.argv[1] == "zero":
     sys.modules["cifar.zero"] = types.ModuleType("zero")
-print("done")
-sys.exit(ended(3))
+if sys.argv[1] == "group":
+    import torch.distributed as dist
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+def work():
+    if len(sys.argv) > 2:
+        raise ValueError("broken")
+    print("done")
+    return 3
+
+sys.exit(run_to_end(work))
 """
 
 
-def test_a_process_that_used_zero_ends_before_its_threads_can_abort_it() -> None:
+@pytest.mark.parametrize(
+    ("words", "code", "out", "last"),
+    [
+        (["zero"], 3, "done\n", ""),
+        (["group"], 3, "done\n", ""),
+        (["none"], 3, "done\nby way of the interpreter\n", ""),
+        (["group", "broken"], 1, "", "ValueError: broken\n"),
+        (["none", "broken"], 1, "by way of the interpreter\n", "ValueError: broken\n"),
+    ],
+)
+def test_a_process_that_has_not_left_its_group_ends_without_taking_it_down(
+    words: list[str], code: int, out: str, last: str
+) -> None:
     """With its own exit code, and all that it has printed."""
-    assert finish(start("-c", ENDED, "zero", module=False)) == (3, "done\n", "")
-    assert finish(start("-c", ENDED, "ddp", module=False)) == (
-        3,
-        "done\nby way of the interpreter\n",
-        "",
-    )
+    found, printed, told = finish(start("-c", ENDED, *words, module=False))
+    assert (found, printed) == (code, out)
+    assert told.endswith(last) and ("Traceback" in told) == bool(last)
+
+
+LIMITED = """
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from cifar.distributed import limit_collectives
+cpu = torch.device("cpu")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1,
+                        timeout=timedelta(seconds=77))
+group = dist.new_group([0])
+print(group._get_backend(cpu).options._timeout)
+limit_collectives(group, cpu)
+print(group._get_backend(cpu).options._timeout)
+"""
+
+
+def test_a_library_s_group_waits_as_long_as_ours() -> None:
+    assert finish(start("-c", LIMITED, module=False)) == (0, "0:30:00\n0:01:17\n", "")
 
 
 def test_a_record_names_the_installed_deepspeed() -> None:

@@ -38,7 +38,8 @@ FREE_NAMES = """
     cifar.data.dataset cifar.data.division cifar.data.download cifar.data.folder cifar.data.images
     cifar.data.shapes cifar.data.sources cifar.data.test_set cifar.data.tiny_imagenet
     cifar.data.unpickle cifar.errors cifar.evaluate_options cifar.figures cifar.files
-    cifar.interface cifar.lr_find_options cifar.memory cifar.predictions cifar.process
+    cifar.interface cifar.interval cifar.lr_find_options cifar.memory cifar.predictions
+    cifar.process
     cifar.progress cifar.pulse cifar.range_test cifar.ranks cifar.recipes cifar.restart
     cifar.run_folder cifar.serialize cifar.signals cifar.strategy cifar.train_options cifar.weights
     launch
@@ -106,6 +107,7 @@ CHAINS = (
     "cifar.precision cifar.emulation",
     "cifar.models.meta cifar.roles cifar.optim",
     "cifar.optim cifar.exchange cifar.trainer",
+    "cifar.interval cifar.trainer",
     "cifar.run_folder cifar.agreement cifar.meeting",
     "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
     "cifar.accelerator cifar.trainer",

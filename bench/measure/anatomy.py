@@ -162,9 +162,11 @@ _SYNCED_AND_NOT = (_synced_round, _unsynced_round)
 def align(trainer: Trainer) -> None:
     """Let all processes begin together, or one step would pay for the others' lag in the last.
 
-    Unlike a barrier this does not hold up the program on a GPU, only the stream.
+    Their programs too: one that runs ahead of its GPU would have the step's kernels queued by then,
+    and so measure the GPU alone where the slowest measures its program.
     """
     reduce_sum(torch.zeros((), device=trainer.device))
+    synchronize(trainer.device)
 
 
 def _time(trainer: Trainer, timeline: Timeline, steps: int = 1) -> None:
