@@ -662,7 +662,7 @@ def shell(files):
     return run
 
 
-QUICK = ROOT / "results/amd-epyc-2c/quick.jsonl"
+QUICK = ROOT / "results/amd-epyc-family-25-model-17-2c/quick.jsonl"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -275,6 +275,7 @@ def train_step(self):
         Path(os.environ["TOLD"]).write_text(str(os.getpid()))
         if os.environ["HOW"] == "asleep":
             time.sleep(600)
+        time.sleep(2.5)  # until it has told the others that it is at no long work of its own
         os.kill(os.getpid(), signal.SIGSTOP)
     original(self)
 Trainer.train_step = train_step
@@ -333,7 +334,7 @@ def test_a_process_told_to_stop_ends_though_another_one_never_comes(
     def stop(pid: int) -> None:
         while not (tmp_path / "pid").exists():
             time.sleep(0.05)
-        time.sleep(1)
+        time.sleep(3.5)
         os.kill(pid, signal.SIGTERM)
 
     assert_named(tmp_path, "stopped", *two(tmp_path, npz, "stopped", then=stop)())
