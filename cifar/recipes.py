@@ -175,8 +175,8 @@ def resnet9_muon() -> TrainConfig:
     airbench (https://github.com/KellerJordan/cifar10-airbench) for Muon, the schedule and label
     smoothing. The classifier reads maxima, which are large: at its rate BatchNorm's biases would
     hardly move. Found in ten epochs (`--epochs 10`, bf16 on a CPU, seed 0, a recompressed copy of
-    the images): 0.9092 after an hour of training, with 0.976 of the augmented training images,
-    which cutout would keep back. Not run at its full budget yet. Cost: 800,000 images on CIFAR-10.
+    the images): 0.9092 after an hour of training, with 0.976 of the augmented training images. Not
+    run at its full budget yet. Cost: 800,000 images on CIFAR-10.
     """
     recipe = replace(
         resnet18_muon().recipe,

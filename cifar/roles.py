@@ -14,9 +14,10 @@ from cifar.models.meta import head_names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
-    """Names of parameters that have rules of their own; empty where the recipe has none for them.
+    """Names of parameters that may have rules of their own.
 
-    `head`: the classifier's; `norm_biases`: those of BatchNorms.
+    `head`: the classifier's, empty where the recipe trains it as the rest; `norm_biases`: those of
+    BatchNorms.
     """
 
     head: Collection[str] = ()

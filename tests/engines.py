@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sam": {"sam_rho": 0.01, "clip_norm": 0.5},
     "muon": {"optimizer": "muon", "backbone_lr": 0.5},
     "frozen": {"frozen_epochs": 1},
-    "roles": {"head_lr": 0.25, "norm_bias_lr": 4.0, "train_norm_scale": False, "clip_norm": 0.5},
+    "roles": {"head_lr": 0.25, "norm_bias_lr": 2.0, "train_norm_scale": False, "clip_norm": 0.5},
     "plain": {},
 }
 """Three steps an epoch, so that the layers that were frozen are trained in the last step."""
