@@ -20,16 +20,20 @@ weights, which no loop here keeps; overhead.py tells what that average costs.
 
 agree: `training` and `inference_loop` below, 40 lines at most, fused SGD as in the trainer.
     same_input    the loop on the trainer's own input pipeline: the same work, so it must agree
+    loop          the median seconds per image of batches that are each waited for
+  A CPU's first steps after something else are slower, by page faults and by threads that must wake
+  up, and bench reads counters and observes a step before its window: short windows show bench too
+  slow, as the few steps of no suite would.
+input: what bench reports beside the same loop with less to do.
     plain_input   the loop on uint8 images that it indexes and normalises but does not augment
     fixed_batch   the loop on one batch that is there already: no input at all
-    loop          the median seconds per image of batches that are each waited for
   So same_input/plain_input is what augmentation costs, same_input/fixed_batch what all input does.
 timm: benchmark.py of huggingface/pytorch-image-models: 10 warm-ups, then 40 steps on one random
   batch, targets drawn in the step, the device waited for after each; the mean. Its
   `samples_per_sec`, taken here, is over the whole run; its `step_time` leaves out clearing the
-  gradients. It differs from bench by: no input (bench: as in same_input/fixed_batch); SGD that is
-  not fused (slower for small models); on a GPU the wait, which idles it until the next step is
-  launched; in inference the mean, which slow batches pull up, where bench reports the median.
+  gradients. It differs from bench by: no input (same_input/fixed_batch is what that takes); SGD
+  that is not fused (slower for small models); on a GPU the wait, which idles it until the next step
+  is launched; in inference the mean, which slow batches pull up, where bench reports the median.
   timm/fixed_batch tells what is left when neither has any input.
 cost: windows of the same trainer's steps, measured by bench (`bench`), and with no mark but at
   their ends (`unmarked`). bench/unmarked is to stay below 1.01.
@@ -73,11 +77,16 @@ WITHIN = 0.01
 """How far the 95 % intervals of the ratios that matter may reach."""
 FIRST_LOOK = 10
 """Rounds after which the ratios are looked at for the first time; then whenever these double."""
-STEPS = {"cpu": 4, "cuda": 200}
-"""Timed steps of a window, by device."""
+SIZES = {
+    "cpu": {"batch_size": 64, "inference_batch_size": 64, "steps": 16},
+    "cuda": {"batch_size": 64, "inference_batch_size": 128, "steps": 200},
+}
+"""Of training, of inference, and of a window in timed steps, by device."""
+SIZES_ON_A_CPU = {"resnet18": {"batch_size": 8, "inference_batch_size": 16, "steps": 8}}
+"""Those of a model whose steps are long."""
 LATENCIES = {"cpu": (20, 3), "cuda": (200, 50)}
 """Batches of a window of inference: of single images, and of large batches."""
-WARM_UP = {"cpu": 1, "cuda": 20}
+WARM_UP = {"cpu": 2, "cuda": 20}
 """Steps of a loop that are not timed, before each window."""
 Batches = Iterator[tuple[Tensor, Tensor]]
 Contestants = dict[str, Callable[[], float]]
@@ -236,7 +245,7 @@ def value(number: float | None) -> float:
 
 
 def compete(
-    contestants: Contestants, rounds: int, decisive: tuple[str, str], further: tuple[str, ...] = ()
+    contestants: Contestants, rounds: int, decisive: tuple[str, ...], further: tuple[str, ...] = ()
 ) -> dict[str, object]:
     """The ratios that are named `above/below`; rounds end when the decisive ones are known."""
     for run in contestants.values():
@@ -272,21 +281,31 @@ def agree(contest: Contest, args: argparse.Namespace) -> Parts:
         "bench": lambda: contest.bench_training(steps),
         "same_input": contest.looped(contest.same_input(), steps),
         "control": contest.looped(contest.same_input(), steps),
-        "plain_input": contest.looped(contest.plain_input(), steps),
-        "fixed_batch": contest.looped(contest.fixed_batch(), steps),
     }
-    decisive = ("same_input/bench", "control/same_input")
-    further = ("plain_input/bench", "fixed_batch/bench",
-               "same_input/plain_input", "same_input/fixed_batch")  # fmt: skip
+    decisive: tuple[str, ...] = ("same_input/bench", "control/same_input")
     device = contest.trainer.device.type
     if device == "cuda":
         contestants["bench_long"] = lambda: contest.bench_training(2 * steps)
         decisive = (*decisive, "bench_long/bench")
-    yield "train", compete(contestants, args.pairs, decisive, further)
+    yield "train", compete(contestants, args.pairs, decisive)
     for size, batches in zip((1, args.inference_batch_size), LATENCIES[device], strict=True):
         contestants = latency_contestants(contest, size, batches)
         decisive = ("loop/bench", "control/loop")
         yield f"latency_b{size}", compete(contestants, args.pairs, decisive)
+
+
+def inputs(contest: Contest, args: argparse.Namespace) -> Parts:
+    batches = {
+        "same_input": contest.same_input(),
+        "control": contest.same_input(),
+        "plain_input": contest.plain_input(),
+        "fixed_batch": contest.fixed_batch(),
+    }
+    contestants = {name: contest.looped(each, args.steps) for name, each in batches.items()}
+    contestants["bench"] = lambda: contest.bench_training(args.steps)
+    decisive = ("same_input/plain_input", "same_input/fixed_batch", "control/same_input")
+    further = ("plain_input/bench", "fixed_batch/bench")
+    yield "train", compete(contestants, args.pairs, decisive, further)
 
 
 def latency_contestants(contest: Contest, size: int, batches: int) -> Contestants:
@@ -378,19 +397,24 @@ def cost(contest: Contest, args: argparse.Namespace) -> Parts:
     yield "train", compete(contestants, args.pairs, ("bench/unmarked", "control/unmarked"))
 
 
-MODES = {"agree": agree, "timm": timm, "cost": cost}
+MODES = {"agree": agree, "input": inputs, "timm": timm, "cost": cost}
+
+
+def sizes(model: str, device: str) -> dict[str, int]:
+    return SIZES_ON_A_CPU.get(model, SIZES["cpu"]) if device == "cpu" else SIZES[device]
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """The lines to print, each as soon as it is known."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, size in sizes(args.model, device.type).items():
+        setattr(args, name, getattr(args, name) or size)
     named = ("what", "model", "precision", "channels_last", "batch_size")
     line: dict[str, object] = {name: getattr(args, name) for name in named}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_emulated(args.precision, device):
         reason = f"this {device.type.upper()} has no {args.precision} kernels and emulates them"
         yield {**line, "skipped": reason}
         return
-    args.steps = args.steps or STEPS[device.type]
     line |= {"steps": args.steps, "threads": torch.get_num_threads(), "device": device.type}
     line["torch"] = torch.__version__
     for part, found in MODES[args.what](Contest(args), args):
@@ -416,9 +440,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--inference-batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, help=f"timed steps of a window, by device: {STEPS}")
+    by_device = f"by device: {SIZES}, on a CPU {SIZES_ON_A_CPU}"
+    parser.add_argument("--batch-size", type=int, help=by_device)
+    parser.add_argument("--inference-batch-size", type=int, help="by device")
+    parser.add_argument("--steps", type=int, help="timed steps of a window, by device")
     parser.add_argument("--pairs", type=int, default=300, help="rounds at most, 6 at least")
     parser.add_argument("--timm-rounds", type=int, default=12, help="of 10 + 40 steps, 6 at least")
     parser.add_argument("--all", action="store_true", help=f"{MODELS} x {PRECISIONS} x layouts")

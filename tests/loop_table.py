@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 JUDGED = {
+    "input": ("bench / loop that does not augment", ("plain_input/bench",)),
     "agree": ("bench / loop", ("same_input/bench", "loop/bench")),
     "timm": ("bench / timm", ("timm/bench",)),
     "cost": ("unmarked / bench", ("bench/unmarked",)),
@@ -23,18 +24,23 @@ def cells(line: dict[str, Any]) -> tuple[str, ...]:
     compared, names = JUDGED[line["what"]]
     (name,) = (each for each in names if each in line)
     (control,) = (each for each in line if each.startswith("control/"))
+    is_training = line["part"] == "train"
     doubt = "" if line["known_within_1_percent"] else " ?"
     return (
         line["model"],
         line["precision"],
         "NHWC" if line["channels_last"] else "NCHW",
-        str(line["batch_size"] if line["part"] == "train" else line["part"].rpartition("b")[2]),
-        line["part"].partition("_")[0],
+        str(line["batch_size"] if is_training else line["part"].rpartition("b")[2]),
+        _windows(line["steps"]) if is_training else "latency",
         str(line["rounds"]),
         compared,
         _interval(line[name]) + doubt,
         _interval(line[control]),
     )
+
+
+def _windows(steps: int) -> str:
+    return f"train, {steps} step{'s' * (steps > 1)}"
 
 
 def _interval(found: tuple[float, float, float]) -> str:
