@@ -182,6 +182,8 @@ class Goat:
     def __exit__(self, *_: object) -> None:
         Goat.watching = False
 
+    def look(self) -> None: ...
+
     def report(self) -> tuple[list[Measurement], list[str]]:
         steal = Measurement(name="window_steal", unit="1", better="lower", samples=((1.0,),))
         return [steal], ["a goat"]
@@ -395,6 +397,38 @@ def test_bf16_eager_tells_its_difference_from_fp32() -> None:
         exact = type(trainer.module).forward(trainer.module, images)
     assert difference == (rounded - exact).abs().max().item()
     assert difference > 0
+
+
+def test_a_backend_that_lost_its_reduced_precision_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No hook sees into a shared library; its outputs are too good."""
+
+    def forgetful(source: Source, images: Tensor) -> Run:
+        return plain(replace(source, precision="fp32"))
+
+    put(monkeypatch, forgetful)
+    found = list(measure_inference(make_subject(precision="bf16")))
+    for size in (1, 8):
+        one = find(found, "inference_latency", backend="exported", batch_size=size)
+        assert one.status == "failed"
+        assert "computes fp32 where bf16 was asked" in one.reason
+        assert find(found, "inference_latency", backend=None, batch_size=size).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "reduced"),
+    [
+        ("fp32", 0.0, True),
+        ("tf32", 0.0, True),
+        ("bf16", 3e-4, True),
+        ("bf16", 1e-4, False),
+        ("fp16", 0.0, False),
+    ],
+)
+def test_what_counts_as_not_reduced(precision: str, difference: float, reduced: bool) -> None:
+    result = Comparison(difference=2 * difference, agreement=1.0, scale=2.0)
+    assert (comparison.not_reduced(result, precision) == "") is reduced
 
 
 def test_comparison_by_hand() -> None:

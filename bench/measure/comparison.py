@@ -79,6 +79,19 @@ class Comparison:
         return ""
 
 
+def not_reduced(found: Comparison, precision: str) -> str:
+    """That outputs are fp32's though an autocast precision was asked for; "" if that is not so.
+
+    Rounding to 8 or 11 bits moves some logit by more than another order of summation does.
+    """
+    if PRECISIONS[precision].autocast is None or not found.keeps(EXACT):
+        return ""
+    return (
+        f"computes fp32 where {precision} was asked: no logit differs by more than "
+        f"{found.difference:.3g} from fp32 eager's, whose greatest is {found.scale:.3g}"
+    )
+
+
 def floor_of(precision: str) -> Floor:
     """What a backend has to reach in the precision of that name."""
     chosen = PRECISIONS[precision]

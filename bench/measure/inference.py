@@ -17,7 +17,7 @@ from bench.judge import Labels, inference_mismatches, unproven
 from bench.measure.backends import BACKENDS, Factory, Run, Source, cold_caches, compiling_apart
 from bench.measure.batches import Timed, time_batches
 from bench.measure.clock import synchronize
-from bench.measure.comparison import Comparison, Reference, sample_images
+from bench.measure.comparison import Comparison, Reference, not_reduced, sample_images
 from bench.measure.subject import Better, Subject
 from bench.observe import InferenceWitness
 from bench.record import Label, Measurement
@@ -175,6 +175,8 @@ class Candidate:
             self._comparisons.append(comparison)
             floor = self._reference.floor(comparison, self._source.precision, len(images))
             fault = comparison.fault(floor)
+            if not self._shows:
+                fault = fault or not_reduced(comparison, self._source.precision)
             self._trouble = self._agree(Trouble(status="failed", reason=fault) if fault else None)
         if self._trouble:
             return None
@@ -190,7 +192,7 @@ class Candidate:
 
     def _observe(self, started: Started, images: Tensor) -> Labels:
         """What runs in a batch; nothing of a library that computes out of torch's sight."""
-        if self._name not in ("eager", "compiled"):
+        if not self._shows:
             return {}
         seen = self._witness.observe(functools.partial(started.run, images))
         return {**seen, "emulated": self._subject.trainer.emulated}
@@ -240,6 +242,11 @@ class Candidate:
             ("output_agreement", "fraction", "higher", agreement),
         ):
             yield self._found(name, unit, cast(Better, better), values, samples=samples)
+
+    @property
+    def _shows(self) -> bool:
+        """Whether torch sees what it runs."""
+        return self._name in ("eager", "compiled")
 
     @property
     def _is_eager(self) -> bool:
