@@ -212,9 +212,10 @@ class Gpu:
 def other_processes(state: GpuState, own: int) -> float:
     """How many processes but `own` compute on the GPU; NaN if it does not tell.
 
+    A list of none does not: `own` has opened the GPU.
     In a container the driver may give the host's process ids, which no process inside knows: if
     `own` is not among them, one of them is taken to be it.
     """
-    if state.processes is None:
+    if not state.processes:
         return math.nan
-    return float(max(0, len(set(state.processes) | {own}) - 1 - (own not in state.processes)))
+    return float(len(set(state.processes) | {own}) - 1 - (own not in state.processes))

@@ -35,7 +35,8 @@ class Protocol:
     min_timed_seconds: float = 2.0
     """Time more than `timed_steps` where these would take less than so many seconds: steps may last
     milliseconds, a GPU's energy is counted every 0.1 s and a CPU's neighbours every 0.01 s. The
-    same of the steps of further metrics and of `inference_iterations`, up to some 2,000."""
+    same of the steps of further metrics, but of a DataLoader, and of `inference_iterations`, up to
+    some 2,000."""
     repeats: int = field(default=1, metadata=NOT_IN_DIGEST)
     """Fresh processes per cell; at most so many with `target_interval`."""
     target_interval: float | None = field(default=None, metadata=NOT_IN_DIGEST)

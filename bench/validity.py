@@ -22,8 +22,8 @@ TICKS = 0.1
 """CPU seconds of others or stolen below which their fraction is not judged: the kernel counts both
 in ticks of 0.01 s on each core, so less than this is rounding in a short window."""
 THROTTLED = 0.01
-"""Fraction of the cores' time for which a CPU quota may hold the job's threads back. Without a
-quota, or with one that is large enough, it is 0."""
+"""Fraction of the paid cores' time for which a CPU quota may hold the job's threads back. Without
+a quota, or with one that is large enough, it is 0."""
 COOLED = 0
 """Thermal events of the CPU: each is a drop of the clock, and a cooled machine has none."""
 MAJOR_FAULTS = 10
@@ -33,6 +33,8 @@ COLLECTING = 0.01
 """Fraction of the window in Python's garbage collector: less than repeats differ by."""
 GPU_OTHERS = 0
 """Other processes that compute on this GPU: kernels of two take turns."""
+GPU_RETRIES = 0
+"""Times that the allocator ran out of memory and got over it: each waits for the GPU."""
 GPU_SLOWED = 0
 """Whether heat or a fault slowed the GPU down at a moment that was looked at. Its power limit is
 only recorded: many GPUs run at it under any load, steadily."""
@@ -55,6 +57,8 @@ class Window:
     seconds: float
     cores: float
     """How many this rank may use."""
+    available: float
+    """As many of them as quotas pay for; see `cifar.process.available_cores`."""
     capacity: float
     """CPU seconds of them, idle ones included; the next two are parts of it."""
     busy: float
@@ -87,6 +91,8 @@ class Window:
     gpu_clock_after: float = math.nan
     gpu_temperature: float = math.nan
     """In degrees Celsius, at the end."""
+    gpu_retries: float = math.nan
+    """How often torch's allocator was refused memory, gave back what it kept and asked again."""
     job: float = 0.0
     """CPU seconds of all ranks in this one's place; see `together`."""
 
@@ -172,7 +178,7 @@ CPU_WATCHES = (
     Watch(
         name="window_cpu_throttled",
         unit="fraction",
-        value=lambda window: window.throttled / (window.seconds * window.cores),
+        value=lambda window: window.throttled / (window.seconds * window.available),
         limit=THROTTLED,
         says="a CPU quota held the threads back for {value:.1%} of the time",
         unknown="no control group of this process has a CPU quota",
@@ -295,6 +301,14 @@ GPU_WATCHES = (
         value=lambda window: window.gpu_temperature,
         better="none",
         unknown=_NOT_TOLD,
+    ),
+    Watch(
+        name="window_gpu_allocation_retries",
+        unit="1",
+        value=lambda window: window.gpu_retries,
+        limit=GPU_RETRIES,
+        says="memory ran out {value:.0f} times, and torch's allocator got over it",
+        unknown="torch has not begun to count",
     ),
 )
 

@@ -245,7 +245,7 @@ class Trainer:
 
     def _compiling(self) -> contextlib.AbstractContextManager[None]:
         """Announces the first step of a compiled model, which may take minutes."""
-        if not self._compiles:
+        if not self._compiles or self.model is self.wrapped:
             return contextlib.nullcontext()
         self._compiles = False
         return PULSE.during("compiling")

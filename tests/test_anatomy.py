@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cifar.trainer import Trainer
 from cifar.training_state import live_tensors, set_aside
 
 STEPS = 3
+PROTOCOL = Protocol(timed_steps=STEPS, min_timed_seconds=0.0)
 SECONDS = {"data": 0.25, "forward": 0.5, "backward": 1.0, "zero": 0.125, "step": 2.0, "other": 4.0}
 """All sums of these are exact."""
 
@@ -73,7 +75,7 @@ def timed_trainer(monkeypatch: pytest.MonkeyPatch, **config: Any) -> Trainer:
 
 
 def measure(trainer: Trainer) -> dict[str, Measurement]:
-    subject = Subject(trainer, Protocol(timed_steps=STEPS))
+    subject = Subject(trainer, PROTOCOL)
     return {each.name: each for each in measure_anatomy(subject)}
 
 
@@ -105,8 +107,8 @@ def test_the_parts_add_up_to_the_whole_step_and_marks_are_its_overhead(
     """A marked step has 12 marks, of which all but the last cost it time; a plain one has 2."""
     fake_clock.cost = 0.0625
     found = measure(timed_trainer(monkeypatch))
-    marked = [clock for clock in fake_clock.made if len(clock.marks) == 12][1:]
-    plain = [clock for clock in fake_clock.made if len(clock.marks) == 2][1:]
+    marked = [clock for clock in fake_clock.made if len(clock.marks) == 12][2:]
+    plain = [clock for clock in fake_clock.made if len(clock.marks) == 2][2:]
     assert len(marked) == len(plain) == STEPS
     for index, clock in enumerate(marked):
         parts = [found[f"step_{part}"].samples[0][index] for part in PARTS]
@@ -122,7 +124,15 @@ def test_real_parts_take_time_and_the_order_of_marks_is_right() -> None:
         assert min(found[f"step_{part}"].samples[0]) > 0
 
 
-def test_the_order_within_pairs_alternates_and_the_first_pair_does_not_count(
+def test_pairs_fill_the_protocol_s_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At half a second per step, four of a kind take the two seconds."""
+    monkeypatch.setattr(anatomy, "seconds_of", lambda work, _: [work(), 1.0][1])
+    protocol = replace(PROTOCOL, min_timed_seconds=2.0)
+    found = {e.name: e for e in measure_anatomy(Subject(make_trainer(), protocol))}
+    assert len(found["step_data"].samples[0]) == 4
+
+
+def test_the_order_within_pairs_alternates_and_the_first_two_do_not_count(
     fake_clock: type[FakeClock],
 ) -> None:
     order: list[str] = []
@@ -138,9 +148,11 @@ def test_the_order_within_pairs_alternates_and_the_first_pair_does_not_count(
 
         return take
 
-    subject = Subject(make_trainer(), Protocol(timed_steps=STEPS))
-    pairs = anatomy._pairs(subject, step("a", 1.0), step("b", 2.0))
-    assert "".join(order) == "ba" + "ab" + "ba" + "ab"
+    told: list[int] = []
+    subject = Subject(make_trainer(), PROTOCOL)
+    pairs = anatomy._pairs(subject, step("a", 1.0), step("b", 2.0), lambda: told.append(len(order)))
+    assert "".join(order) == "ba" + "ab" + "ba" + "ab" + "ba"
+    assert told == [10], "before anything is waited for"
     assert [(a["data"], b["data"]) for a, b in pairs] == [(1.0, 2.0)] * STEPS
 
 
@@ -185,7 +197,7 @@ def test_measured_steps_train_in_training_mode(monkeypatch: pytest.MonkeyPatch) 
     modes = []
     trainer.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     measure(trainer)
-    assert modes == [True] * 2 * (1 + STEPS)
+    assert modes == [True] * 2 * (2 + STEPS)
 
 
 def test_a_step_that_fails_leaves_the_trainer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

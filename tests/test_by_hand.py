@@ -198,7 +198,7 @@ def test_short_steps_of_a_rank_alone_fill_the_least_seconds(
 
     subject = pretend("cpu", 2, alone=contextlib.nullcontext, train_step=step)
     subject.protocol = Protocol(timed_steps=3, min_timed_seconds=2.0)
-    assert ranks._steps_alone(subject) == [0.25] * 8
+    assert ranks._steps_alone(subject, lambda: None) == [0.25] * 8
     assert len(taken) == 10
     monkeypatch.setattr(ranks, "least", lambda count, _: min(count, 5))
-    assert len(ranks._steps_alone(subject)) == 5, "as many as the slowest rank"
+    assert len(ranks._steps_alone(subject, lambda: None)) == 5, "as many as the slowest rank"

@@ -148,7 +148,12 @@ def test_a_busy_gpu_s_batches_take_no_launching(gpu: FakeGpu) -> None:
         gpu.launch(0.004)
         return images
 
-    assert batches._in_a_row(run, torch.zeros(1), 10, GPU) == pytest.approx(0.001 + 10 * 0.004)
+    told: list[float] = []
+    row = batches._in_a_row(
+        run, torch.zeros(1), 10, GPU, lambda: told.append(gpu.stream - gpu.program)
+    )
+    assert told[0] > 0.02, "looked at while it works"
+    assert row == pytest.approx(0.001 + 10 * 0.004)
     assert batches._seconds_of(run, torch.zeros(1), GPU) == pytest.approx(0.005)
 
 

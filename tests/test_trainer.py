@@ -14,6 +14,7 @@ from cifar.errors import CheckpointError, ConfigError, TrainingError
 from cifar.losses import cross_entropy
 from cifar.models import build_model
 from cifar.optim import lr_at, optimizer_tensors
+from cifar.pulse import PULSE
 from cifar.trainer import Trainer
 from cifar.training_state import load_state, state_of
 
@@ -398,3 +399,19 @@ def test_a_compiled_model_trains_like_the_eager_one_and_its_weights_keep_their_n
     assert eager.weights().keys() == compiled.weights().keys()
     torch.testing.assert_close(compiled.weights(), eager.weights(), rtol=1e-3, atol=1e-4)
     assert compiled.evaluate().loss == pytest.approx(eager.evaluate().loss, rel=1e-2)
+
+
+def test_compiling_is_announced_in_the_first_step_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`bench` takes an eager step on a GPU before; the watchdog waits longer for what is said."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: nn.Sequential(model))
+    trainer = make_trainer(compile=True)
+    announced: list[str] = []
+    trainer.module.register_forward_pre_hook(lambda *_: announced.append(PULSE.announced))
+    model, trainer.model = trainer.model, trainer.wrapped
+    trainer.train_step()
+    trainer.model = model
+    for _ in range(2):
+        trainer.train_step()
+    assert announced == ["", "compiling", ""]

@@ -19,9 +19,13 @@ from training import ROOT, make_trainer, tiny_recipe
 
 from bench import counters, environment, nvml, validity
 from bench.counters import Counters, read_counters
-from bench.measure import monitor, training
+from bench.measure import monitor, training, utilization
+from bench.measure.anatomy import measure_anatomy
+from bench.measure.clock import HostClock
+from bench.measure.inference import measure_inference
 from bench.measure.monitor import CollectorClock, Monitor, gpu_fields
-from bench.measure.subject import Subject
+from bench.measure.subject import Metric, Subject
+from bench.measure.utilization import measure_utilization
 from bench.nvml import Gpu, GpuState, NvmlError, other_processes
 from bench.protocol import Protocol
 from bench.record import Measurement
@@ -32,10 +36,10 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 CPU = torch.device("cpu")
 
 QUIET = Window(
-    place=1.0, seconds=2.0, cores=2.0, capacity=4.0, busy=2.1, stolen=0.0, own=2.0, throttled=0.0,
-    cooled=0.0, major_faults=0.0, switches=900.0, collecting=0.0, gpu_others=0.0, gpu_thermal=0.0,
-    gpu_power_cap=0.0, gpu_power_brake=0.0, gpu_slowdown=0.0, gpu_clock_before=1.98e9,
-    gpu_clock_after=1.98e9, gpu_temperature=61.0,
+    place=1.0, seconds=2.0, cores=2.0, available=2.0, capacity=4.0, busy=2.1, stolen=0.0, own=2.0,
+    throttled=0.0, cooled=0.0, major_faults=0.0, switches=900.0, collecting=0.0, gpu_others=0.0,
+    gpu_thermal=0.0, gpu_power_cap=0.0, gpu_power_brake=0.0, gpu_slowdown=0.0,
+    gpu_clock_before=1.98e9, gpu_clock_after=1.98e9, gpu_temperature=61.0, gpu_retries=0.0,
 )  # fmt: skip
 """Two cores for two seconds, one of them used by the job and a fortieth of both by others."""
 
@@ -151,6 +155,7 @@ OTHERS = "other processes used 1.00 of 2 cores"
         ({"major_faults": 11.0}, "11 pages of memory were read from a disk"),
         ({"collecting": 0.1}, "Python collected garbage for 5.0% of the time"),
         ({"gpu_others": 1.0}, "1 other process(es) used the GPU"),
+        ({"gpu_retries": 3.0}, "memory ran out 3 times, and torch's allocator got over it"),
         ({"gpu_thermal": 1.0}, "heat slowed the GPU down (at 61 degrees Celsius)"),
         ({"gpu_power_brake": 1.0}, "the power supply made the GPU slow down"),
         ({"gpu_slowdown": 1.0}, "the GPU's hardware halved its clock"),
@@ -188,6 +193,14 @@ def test_a_clock_that_falls_is_judged_with_its_cause_alone(
     assert drop.value == pytest.approx(0.1), "recorded in any case"
     steady = replace(window, gpu_clock_after=1.91e9)
     assert not any("clock fell" in reason for reason in judge(GPU_WATCHES, [steady]))
+
+
+def test_a_quota_is_held_against_the_cores_it_pays_for() -> None:
+    """Four of 96 cores are paid for: a tenth of their time is 0.4 % of that of all."""
+    window = replace(QUIET, cores=96.0, available=4.0, seconds=10.0, throttled=4.0)
+    assert judge(CPU_WATCHES, together([astuple(window)])) == [
+        "a CPU quota held the threads back for 10.0% of the time"
+    ]
 
 
 def test_what_an_idle_machine_does_passes() -> None:
@@ -492,16 +505,18 @@ def test_nvml_that_cannot_be_asked_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("pids", "others"),
     [
-        ((), 0),
+        ((), None),  # not even this one, which has opened the GPU
+        (None, None),
         ((7,), 0),
         ((7, 8), 1),
         ((90001,), 0),  # the host's number for this process
         ((90001, 90002, 90003), 2),
     ],
 )
-def test_other_processes_on_the_gpu(pids: tuple[int, ...], others: int) -> None:
+def test_other_processes_on_the_gpu(pids: tuple[int, ...] | None, others: int | None) -> None:
     state = GpuState(clock_hz=1.0, temperature=1.0, slowed_by=0, processes=pids)
-    assert other_processes(state, own=7) == others
+    found = other_processes(state, own=7)
+    assert math.isnan(found) if others is None else found == others
 
 
 @pytest.mark.parametrize(
@@ -535,6 +550,7 @@ def test_a_gpu_is_looked_at_while_it_works() -> None:
     found = gpu_fields([idle, busy, idle], 2.0)
     assert found["gpu_clock_after"] == 1.7e9
     assert found["gpu_thermal"] == 1.0
+    assert found["gpu_others"] == 1.0
 
 
 def test_a_clock_of_nothing_has_not_fallen() -> None:
@@ -606,6 +622,34 @@ def test_only_the_window_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [each.name for each in training.measure_training(subject)]
     assert steps == [2, 4], "after the first step and the observed one"
     assert {watch.name for watch in CPU_WATCHES} <= set(names)
+
+
+WINDOWS: dict[str, Metric] = {
+    "training": training.measure_training,
+    "inference": measure_inference,
+    "anatomy": measure_anatomy,
+    "utilization": measure_utilization,
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_every_window_is_looked_at_before_its_device_is_waited_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU works off what was launched until then; on leaving it is idle."""
+    events: list[str] = []
+    waits = HostClock.seconds
+    monkeypatch.setattr(Monitor, "look", lambda _: events.append("looks"))
+    monkeypatch.setattr(HostClock, "seconds", lambda self: events.append("waits") or waits(self))
+    monkeypatch.setattr(utilization, "CASE_SECONDS", 0.0)
+    protocol = Protocol(
+        warmup_steps=0, timed_steps=2, min_timed_seconds=0.0, inference_batch_sizes=(2,),
+        inference_warmup=0, inference_iterations=2,
+    )  # fmt: skip
+    subject = Subject(make_trainer(), protocol)
+    monkeypatch.setattr(subject, "value", lambda _: 1.0)  # of what was measured before
+    list(WINDOWS[name](subject))
+    assert events[:2] == ["looks", "waits"]
 
 
 RANKS = """

@@ -36,3 +36,5 @@ FURTHER: dict[str, Metric] = {
     "cold": measure_cold,
 }
 """Those that cost time of their own and are taken only if the protocol names them."""
+STEPPING = ("ranks", "anatomy")
+"""Of those the ones that take steps together all along: a process that hangs in them is missing."""

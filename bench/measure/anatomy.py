@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from bench.measure.clock import Clock, make_clock, synchronize
+from bench.measure.clock import Clock, make_clock, seconds_of, synchronize
 from bench.measure.subject import Subject
-from bench.measure.training import check_if_due
+from bench.measure.training import check_if_due, filling_steps
 from bench.record import Measurement
-from cifar.distributed import barrier, reduce_sum
+from cifar.distributed import barrier, least, reduce_sum
 from cifar.trainer import Trainer
 from cifar.training_state import set_aside
 
@@ -21,6 +21,8 @@ PARTS = ("data", "forward", "backward", "optimizer", OTHER)
 
 Pairs = list[tuple[dict[str, float], dict[str, float]]]
 """Seconds by part of two steps that were taken one after the other, in either order."""
+Step = Callable[[Trainer], "Timeline"]
+"""Takes a step, or a round of them, and notes its moments."""
 
 
 class Timeline:
@@ -57,9 +59,10 @@ def measure_anatomy(subject: Subject) -> Iterable[Measurement]:
     that are due are part of a step, as they are of one that is timed for the throughput. Steps with
     marks and without take turns.
     """
-    with set_aside(subject.trainer), subject.watched("anatomy"):
-        marked = _pairs(subject, _marked_step, _plain_step)
-        exchanged = [] if why_inseparable(subject) else _pairs(subject, *_SYNCED_AND_NOT)
+    alone = bool(why_inseparable(subject))
+    with set_aside(subject.trainer), subject.watched("anatomy") as monitor:
+        marked = _pairs(subject, _marked_step, _plain_step, monitor.look)
+        exchanged = [] if alone else _pairs(subject, *_SYNCED_AND_NOT, monitor.look)
     for part in PARTS:
         values = [step[part] for step, _ in marked]
         yield subject.measurement(f"step_{part}", "s", "lower", values)
@@ -98,22 +101,28 @@ def _communication(subject: Subject, pairs: Pairs) -> Measurement:
     return subject.measurement(name, "s", "lower", added)
 
 
-def _pairs(
-    subject: Subject, one: Callable[[Trainer], Timeline], other: Callable[[Trainer], Timeline]
-) -> Pairs:
-    """Take two kinds of step in turns, the order of every pair reversed; the first one warms up."""
+def _pairs(subject: Subject, one: Step, other: Step, at_the_end: Callable[[], None]) -> Pairs:
+    """Take two kinds of step in turns, the order of every pair reversed.
+
+    The first pair warms up, the second tells how many fill the protocol's seconds. `at_the_end` is
+    called before the device is waited for.
+    """
     trainer = subject.trainer
-    synchronize(subject.device)
-    barrier()
-    pairs: list[tuple[Timeline, Timeline]] = []
-    for index in range(1 + subject.protocol.timed_steps):
+
+    def pair(index: int) -> tuple[Timeline, Timeline]:
         if index % 2:
             first = one(trainer)
-            pairs.append((first, other(trainer)))
-        else:
-            first = other(trainer)
-            pairs.append((one(trainer), first))
-    return [(left.seconds(), right.seconds()) for left, right in pairs[1:]]
+            return first, other(trainer)
+        first = other(trainer)
+        return one(trainer), first
+
+    pair(0)
+    pace = seconds_of(lambda: pair(1), subject.device) / 2
+    count = least(filling_steps(subject.protocol, pace), subject.device)
+    barrier()
+    pairs = [pair(index) for index in range(count)]
+    at_the_end()
+    return [(left.seconds(), right.seconds()) for left, right in pairs]
 
 
 def _plain_step(trainer: Trainer) -> Timeline:

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,10 @@ def time_batches(run: Run, images: Tensor, subject: Subject, where: str) -> Time
     barrier()
     if not settled:
         subject.invalid.append(f"{where}: warm-up: batch time had not settled after {warm} batches")
-    with subject.watched(where):
+    with subject.watched(where) as monitor:
         each = _one_by_one(run, images, subject)
         in_row = _fitting(each, subject)
-        row = _in_a_row(run, images, in_row, subject.device) if in_row else None
+        row = _in_a_row(run, images, in_row, subject.device, monitor.look) if in_row else None
     return Timed(each=each[: least(len(each), subject.device)], row=row, in_row=in_row)
 
 
@@ -95,8 +95,10 @@ def _fitting(each: Sequence[float], subject: Subject) -> int:
     return least(max(fewest, fitting), subject.device)
 
 
-def _in_a_row(run: Run, images: Tensor, count: int, device: torch.device) -> float:
-    """Seconds of so many batches, of which only the last is waited for."""
+def _in_a_row(
+    run: Run, images: Tensor, count: int, device: torch.device, at_the_end: Callable[[], None]
+) -> float:
+    """Seconds of so many batches, of which only the last is waited for, after `at_the_end`."""
     clock = make_clock(device)
     synchronize(device)
     barrier()
@@ -104,5 +106,6 @@ def _in_a_row(run: Run, images: Tensor, count: int, device: torch.device) -> flo
     for _ in range(count):
         run(images)
     clock.mark()
+    at_the_end()
     (seconds,) = clock.seconds()
     return seconds

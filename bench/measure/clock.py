@@ -56,12 +56,21 @@ def make_clock(device: torch.device) -> Clock:
     return CudaClock() if device.type == "cuda" else HostClock()
 
 
-def timed(clock: Clock, work: Callable[[], object], count: int) -> list[float]:
-    """Seconds of each of so many times that some work is done, with nothing between them."""
+def timed(
+    clock: Clock,
+    work: Callable[[], object],
+    count: int,
+    at_the_end: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Seconds of each of so many times that some work is done, with nothing between them.
+
+    `at_the_end` is called before the device is waited for.
+    """
     clock.mark()
     for _ in range(count):
         work()
         clock.mark()
+    at_the_end()
     return clock.seconds()
 
 

@@ -32,6 +32,7 @@ from bench.validity import (
     together,
 )
 from cifar.distributed import gather
+from cifar.process import available_cores
 
 
 class CollectorClock:
@@ -70,6 +71,7 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         self._read_gpu()
+        self._retries = -_allocation_retries(self._device)
         self._clocks = [clock_hz(self._root)]
         self._before = read_counters(self._root)
         gc.callbacks.append(self._collector)
@@ -84,6 +86,7 @@ class Monitor:
         gc.callbacks.remove(self._collector)
         self._clocks.append(clock_hz(self._root))
         self._read_gpu()
+        self._retries += _allocation_retries(self._device)
         self._after = read_counters(self._root)
 
     def look(self) -> None:
@@ -112,6 +115,7 @@ class Monitor:
             place=place(),
             seconds=counted.clock,
             cores=len(usable_cores()),
+            available=available_cores(),
             capacity=counted.capacity,
             busy=counted.busy,
             stolen=counted.stolen,
@@ -123,8 +127,16 @@ class Monitor:
             collecting=self._collector.seconds,
             clock=math.fsum(self._clocks) / len(self._clocks),
             on_gpu=float(self._device.type == "cuda"),
+            gpu_retries=self._retries,
             **gpu_fields(self._states, counted.clock),
         )
+
+
+def _allocation_retries(device: torch.device) -> float:
+    """How often torch's allocator has been refused memory and got over it; NaN off a GPU."""
+    if device.type != "cuda":
+        return math.nan
+    return float(torch.cuda.memory_stats(device).get("num_alloc_retries", math.nan))
 
 
 def gpu_fields(states: Sequence[GpuState], seconds: float) -> dict[str, float]:
@@ -142,7 +154,7 @@ def gpu_fields(states: Sequence[GpuState], seconds: float) -> dict[str, float]:
 
     own = os.getpid()
     return {
-        "gpu_others": max(other_processes(each, own) for each in (before, after)),
+        "gpu_others": max(other_processes(each, own) for each in states),
         "gpu_thermal_share": (after.thermal_seconds - before.thermal_seconds) / seconds,
         "gpu_power_share": (after.power_seconds - before.power_seconds) / seconds,
         "gpu_thermal": slowed(THERMAL),

@@ -53,8 +53,8 @@ def measure_pipeline(subject: Subject) -> Iterable[Measurement]:
     pace = seconds_of(lambda: _warm_up(subject, load, PACE_STEPS), subject.device) / PACE_STEPS
     count = least(filling_steps(subject.protocol, pace), subject.device)
     barrier()
-    with subject.watched("pipeline"):
-        seconds = _timed(subject, load, count)
+    with subject.watched("pipeline") as monitor:
+        seconds = timed(make_clock(subject.device), load, count, monitor.look)
     yield _measurement(subject, seconds, source="device")
     yield _measure_dataloader(subject)
 
@@ -63,11 +63,6 @@ def _warm_up(subject: Subject, load: Callable[[], None], steps: int) -> None:
     for _ in range(steps):
         load()
     synchronize(subject.device)
-
-
-def _timed(subject: Subject, load: Callable[[], None], steps: int) -> list[float]:
-    """Seconds of each of so many steps, in which `load` is all there is to do."""
-    return timed(make_clock(subject.device), load, steps)
 
 
 def _measurement(subject: Subject, seconds: list[float], **labels: Label) -> Measurement:
@@ -124,8 +119,8 @@ def _dataloader_seconds(subject: Subject, workers: int) -> list[float]:
     trainer, device = subject.trainer, subject.device
     accumulation = trainer.config.accumulation_steps
     ahead = PREFETCH * workers  # batches, so as many steps are enough
-    timed = whole_rounds(subject.protocol.timed_steps, workers)
-    loader = make_dataloader(trainer, (ahead + timed + ahead) * accumulation, workers)
+    steps = whole_rounds(subject.protocol.timed_steps, workers)
+    loader = make_dataloader(trainer, (ahead + steps + ahead) * accumulation, workers)
     layout = torch.channels_last if trainer.config.channels_last else torch.contiguous_format
     batches = _together(lambda: iter(loader), device)
 
@@ -136,7 +131,7 @@ def _dataloader_seconds(subject: Subject, workers: int) -> list[float]:
 
     _together(lambda: _warm_up(subject, load, ahead), device)
     with subject.watched("DataLoader"):
-        seconds = _together(lambda: _timed(subject, load, timed), device)
+        seconds = _together(lambda: timed(make_clock(device), load, steps), device)
     # At the end of the batches the workers are shut down.
     _together(lambda: _warm_up(subject, load, ahead + 1), device)
     return seconds

@@ -1,6 +1,6 @@
 """How fast each of several processes is by itself: who holds up the others."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from bench.measure.anatomy import align, why_inseparable
 from bench.measure.clock import Clock, make_clock, seconds_of
@@ -26,8 +26,8 @@ def measure_ranks(subject: Subject) -> Iterable[Measurement]:
         for name, unit in (("rank_step", "s"), ("straggler_ratio", "1")):
             yield Measurement(name=name, unit=unit, better="lower", status="absent", reason=reason)
         return
-    with set_aside(subject.trainer), subject.watched("ranks"):
-        mine = _steps_alone(subject)
+    with set_aside(subject.trainer), subject.watched("ranks") as monitor:
+        mine = _steps_alone(subject, monitor.look)
     found = subject.measurement("rank_step", "s", "lower", mine)
     yield found
     ratio = straggler_ratio(found.samples)
@@ -41,11 +41,15 @@ def _never_alone(subject: Subject) -> str:
     return why_inseparable(subject)
 
 
-def _steps_alone(subject: Subject) -> list[float]:
-    """Seconds of each step; as many as fill the protocol's seconds at the pace of one before."""
+def _steps_alone(subject: Subject, at_the_end: Callable[[], None]) -> list[float]:
+    """Seconds of each step; as many as fill the protocol's seconds at the pace of one before.
+
+    `at_the_end` is called before the device is waited for.
+    """
     pace = seconds_of(lambda: _step_alone(subject), subject.device)
     count = least(filling_steps(subject.protocol, pace), subject.device)
     clocks = [_step_alone(subject) for _ in range(1 + count)]
+    at_the_end()
     return [clock.seconds()[0] for clock in clocks[1:]]
 
 

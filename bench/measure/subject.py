@@ -35,10 +35,13 @@ class Subject:
         """Given what a long metric knows on its way; a collective call."""
 
     @contextlib.contextmanager
-    def watched(self, where: str) -> Iterator[None]:
-        """Note what disturbs the measuring inside, with `where` it was; a collective call."""
+    def watched(self, where: str) -> Iterator[Monitor]:
+        """Note what disturbs the measuring inside, with `where` it was; a collective call.
+
+        What is yielded is to `look` while the device works off what was launched last.
+        """
         with Monitor(self.device) as monitor:
-            yield
+            yield monitor
         _, reasons = monitor.report()
         self.invalid += [f"{where}: {reason}" for reason in reasons]
 

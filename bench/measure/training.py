@@ -83,7 +83,8 @@ def measure_training(subject: Subject) -> Iterable[Measurement]:
     disturbances, reasons = monitor.report()
     subject.invalid += reasons
     yield from disturbances
-    yield from measure_peak(subject, was_reset=was_reset)
+    trials = _replays_graphs(trainer.config)
+    yield from measure_peak(subject, was_reset=was_reset, with_trials=trials)
 
 
 def _told_of_warm_up(subject: Subject, seconds: list[float], settled: bool) -> list[Measurement]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
-from bench.measure.clock import make_clock, synchronize
+from bench.measure.clock import make_clock, synchronize, timed
 from bench.measure.subject import Subject
 from bench.record import Label, Measurement
 from cifar.config import PRECISIONS, ModelConfig
@@ -67,9 +67,9 @@ def measure_utilization(subject: Subject) -> Iterable[Measurement]:
     of single repetitions. For `model_flops_utilization` see the function of that name.
     """
     peaks: list[tuple[float, Measurement]] = []
-    with subject.watched("utilization"):
+    with subject.watched("utilization") as monitor:
         for cases in (_matrix_products(subject), _convolutions(subject)):
-            peaks.append(_best(subject, cases))
+            peaks.append(_best(subject, cases, monitor.look))
     yield from (each for _, each in peaks)
     peak, best = max(peaks, key=lambda pair: pair[0])
     fraction = model_flops_utilization(
@@ -152,8 +152,13 @@ def _random(subject: Subject, *shape: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _best(subject: Subject, cases: Iterator[Case]) -> tuple[float, Measurement]:
-    """The case of the highest rate, and that rate in FLOP/s; a collective call."""
+def _best(
+    subject: Subject, cases: Iterator[Case], look: Callable[[], None]
+) -> tuple[float, Measurement]:
+    """The case of the highest rate, and that rate in FLOP/s; a collective call.
+
+    `look` is called while the device works off the repetitions of each.
+    """
     began = time.perf_counter()
     found: list[tuple[float, Measurement]] = []
     for case in cases:
@@ -161,7 +166,7 @@ def _best(subject: Subject, cases: Iterator[Case]) -> tuple[float, Measurement]:
             subject, case, max(pair[0] for pair in found), time.perf_counter() - began
         ):
             break
-        rates = [case.flops / seconds for seconds in _seconds(subject, case.work)]
+        rates = [case.flops / seconds for seconds in _seconds(subject, case.work, look)]
         each = subject.measurement("peak_flops", "FLOP/s", "higher", rates, **case.labels)
         assert each.value is not None
         found.append((each.value, each))
@@ -174,7 +179,7 @@ def _fits(subject: Subject, case: Case, rate: float, elapsed: float) -> bool:
     return bool(least(elapsed + seconds <= PEAK_SECONDS, subject.device))
 
 
-def _seconds(subject: Subject, work: Callable[[], Tensor]) -> list[float]:
+def _seconds(subject: Subject, work: Callable[[], Tensor], look: Callable[[], None]) -> list[float]:
     """Seconds of each repetition, as many on every rank; the first two are not kept."""
     work()
     synchronize(subject.device)
@@ -183,10 +188,5 @@ def _seconds(subject: Subject, work: Callable[[], Tensor]) -> list[float]:
     synchronize(subject.device)
     fitting = int(CASE_SECONDS / (time.perf_counter() - start))
     count = least(max(MIN_REPETITIONS, min(MAX_REPETITIONS, fitting)), subject.device)
-    clock = make_clock(subject.device)
     barrier()
-    clock.mark()
-    for _ in range(count):
-        work()
-        clock.mark()
-    return clock.seconds()
+    return timed(make_clock(subject.device), work, count, look)
