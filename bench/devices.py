@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -163,10 +163,14 @@ def _alike(num_processes: int, present: Present, environ: Mapping[str, str]) -> 
 
 
 def _whole(num_processes: int, present: Present, environ: Mapping[str, str]) -> Machine:
-    """Of its GPUs those that the cells use are kept from others; cores are not, as ever."""
+    """Of its GPUs those that the cells use are kept from others, where there is none its cores."""
     if not visible_gpus(environ):
-        return Machine()
+        return Machine(locks=_core_locks(usable_cores()))
     return Machine(locks=present(1).gpu_ids[:num_processes])
+
+
+def _core_locks(cores: Iterable[int]) -> tuple[str, ...]:
+    return tuple(f"core-{core}" for core in sorted(cores))
 
 
 def _of_cores(words: Sequence[str]) -> Machine:
@@ -188,7 +192,7 @@ def _of_cores(words: Sequence[str]) -> Machine:
     sizes = {len(device.cores) for device in devices}
     remedy = "have different numbers of cores, so repeats would differ; give each as many"
     require(len(sizes) == 1, "devices", ",".join(words), remedy)
-    return Machine(devices=tuple(devices), locks=tuple(f"core-{core}" for core in sorted(seen)))
+    return Machine(devices=tuple(devices), locks=_core_locks(seen))
 
 
 def _of_gpus(words: Sequence[str], here: Environment, environ: Mapping[str, str]) -> Machine:

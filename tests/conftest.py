@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import device_lock
 from cifar.data.dataset import Dataset, Split
 from cifar.process import available_cores
 
@@ -49,6 +50,12 @@ def dataset() -> Dataset:
 def npz(tmp_path: Path, dataset: Dataset) -> Path:
     """The toy data set as an .npz file, for programs started from tests."""
     return save_npz(tmp_path / "toy.npz", dataset)
+
+
+@pytest.fixture
+def own_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that measure in their own process: others, side by side, may use the same cores."""
+    monkeypatch.setattr(device_lock, "PREFIX", f"{device_lock.PREFIX}test-{os.getpid()}-")
 
 
 @pytest.fixture

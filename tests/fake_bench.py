@@ -1,7 +1,8 @@
 """The program `bench`, with workers that measure nothing (see fake_worker).
 
-$FAKE_GRACE is how long they are asked to end, $FAKE_LOCKS begins the names of locked devices; with
-$FAKE_TIME_UP a time limit ends a worker as soon as it hangs, however long it is.
+$FAKE_GRACE is how long they are asked to end, $FAKE_LOCKS begins the names of locked devices, of
+which a test by default has its own; with $FAKE_TIME_UP a time limit ends a worker as soon as it
+hangs, however long it is.
 """
 
 import functools
@@ -36,7 +37,7 @@ def install():
     grace = float(os.environ.get("FAKE_GRACE", "0.5"))
     launch = functools.partial(launch_fake, grace=grace)
     execution.end_leftovers = functools.partial(processes.end_leftovers, grace=grace)
-    device_lock.PREFIX += os.environ.get("FAKE_LOCKS", "")
+    device_lock.PREFIX += os.environ.get("FAKE_LOCKS", f"test-{os.getppid()}-")
     execution.execute = functools.partial(execution.execute, launch=launch, present=present)
     probes.execute = functools.partial(probes.execute, launch=launch, present=present)
     devices.find_machine = functools.partial(devices.find_machine, present=present)

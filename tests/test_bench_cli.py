@@ -35,6 +35,8 @@ from cifar.errors import ConfigError
 from cifar.files import in_turn
 from cifar.process import recorded_environment
 
+pytestmark = pytest.mark.usefixtures("own_locks")
+
 ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).with_name("fake_bench.py")
 CELLS = ["run", "--models", "resnet20,resnet18"]

@@ -218,14 +218,15 @@ def test_more_devices_than_cores_are_refused(monkeypatch) -> None:
         find("0,1,2")
 
 
-def test_the_machine_as_a_whole_is_one_slot_whose_gpus_no_other_run_may_use(monkeypatch) -> None:
+def test_the_machine_as_a_whole_is_one_slot_that_no_other_run_may_use(monkeypatch) -> None:
     monkeypatch.setattr(devices, "visible_gpus", lambda environ: 0)
+    monkeypatch.setattr(devices, "usable_cores", lambda: frozenset({3, 1}))
 
     def asked(*_: object, **__: object):
         raise AssertionError("a machine without a GPU is not asked for any")
 
     whole = find_machine((), present=asked)
-    assert whole == Machine() and whole.slots == (Device(),)
+    assert whole == Machine(locks=("core-1", "core-3")) and whole.slots == (Device(),)
     assert [whole.needs(count) for count in (1, 8)] == [1, 1]
     place = whole.first_place(8)
     assert (place.label, place.cores, place.variables) == ("", (), {})

@@ -31,6 +31,8 @@ from bench.spec import Plan, Suite, Task, grid
 from bench.table import render_markdown, render_terminal
 from cifar.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("own_locks")
+
 MIB = 2**20
 
 # --- The search by hand ---

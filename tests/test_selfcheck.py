@@ -21,6 +21,8 @@ from bench.spec import Plan, Suite, expand, grid
 from cifar.errors import ConfigError
 from cifar.serialize import from_json, to_json
 
+pytestmark = pytest.mark.usefixtures("own_locks")
+
 ROOT = Path(__file__).parents[1]
 TASK = expand(selfcheck.suite())[0]
 PLAIN, COST = 0.040, 0.050
