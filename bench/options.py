@@ -12,7 +12,7 @@ from bench.option_types import CommaIntegers, CommaList, Flag
 from bench.overrides import only, override
 from bench.place_options import PlaceOptions
 from bench.protocol import Protocol
-from bench.scaling import scaling
+from bench.scaling import exchange, scaling
 from bench.spec import Plan, Suite, expand, grid
 from bench.suites import P99_BATCHES, get_suite
 from cifar.config import CompileMode, Parallel, option_name, require
@@ -133,6 +133,7 @@ def build_suite(options: RunOptions) -> Suite:
         changes["recipe"] = get_recipe(options.recipe)
     if options.data is not None:
         changes["data"] = parse_data(options.data)
+    _check_devices(options)
     if options.suite == SCALING:
         names = {"batch_size": "batch_size", "launcher": "launchers", "num_processes": "counts"}
         own = {name: changes.pop(given) for given, name in names.items() if given in changes}
@@ -143,6 +144,19 @@ def build_suite(options: RunOptions) -> Suite:
     for task in expand(suite):
         check_launcher(task.cell.launcher)
     return suite
+
+
+def _check_devices(options: RunOptions) -> None:
+    """Refuse to count this machine's devices for a suite that SLURM starts on others."""
+    require(
+        bool(options.num_processes)
+        or not options.place.slurm
+        or options.suite not in (SCALING, exchange.__name__),
+        "num-processes",
+        ",".join(map(str, options.num_processes)),
+        f"suite {options.suite} counts the devices of this machine, and --slurm measures on "
+        "others; give the numbers for theirs, such as 1,2,4,8",
+    )
 
 
 def _check_counts(counts: Sequence[int]) -> None:

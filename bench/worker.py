@@ -5,6 +5,7 @@ An out-of-memory error, a crash or a hang leaves a record of what was known by t
 (`bench.unfinished`); the launcher then says what happened.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from bench.faults import InjectedFault
 from bench.job import CELL_FILE, DEVICE, RECORD_FILE, Job
 from bench.judge import mismatches, unproven
 from bench.limits import limit_memory
-from bench.measure import BASIC, CORE, FURTHER, TRIAL
+from bench.measure import BASIC, CORE, FURTHER, STEPPING, TRIAL
 from bench.measure.subject import Metric, Subject
 from bench.measure.training import planned_steps
 from bench.nvml import installed_gpus
@@ -80,7 +81,10 @@ class Worker:
         names = list(later)
         for done, metric in enumerate(later.values()):
             self._keep(unfinished(self._record(status, reason), names[done:]))
-            with PULSE.during(names[done]):  # some take long, on the first process alone
+            name = names[done]
+            # Others take long without a step, or on the first process alone.
+            alone = contextlib.nullcontext() if name in STEPPING else PULSE.during(name)
+            with alone:
                 _take(subject, metric)
         return self._record(status, reason)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from cifar.config import TrainConfig, require
 from cifar.data.loader import Normalization
 from cifar.errors import CheckpointError, ConfigError
-from cifar.files import sync_folder
+from cifar.files import PARTIAL, sweep, sync_folder
 from cifar.meter import MeterState
 from cifar.serialize import STRICT, from_json, to_json
 from cifar.weights import MANIFEST, STEP_PREFIX, find_weights, list_checkpoints
@@ -32,7 +32,6 @@ T = TypeVar("T")
 
 _CARD = "model.json"
 _STATE = "state.json"
-_TEMPORARY = ".writing-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +111,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     Raises:
         OSError: the disk is full or not writable; nothing is left behind.
     """
-    temporary = folder.with_name(f"{_TEMPORARY}{folder.name}")
+    temporary = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     try:
@@ -134,7 +133,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Take a folder out of sight before its files go, so that it is never seen incomplete."""
-    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    doomed = folder.with_name(f"{PARTIAL}old-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -252,8 +251,7 @@ def prune(newest: Path, keep: int) -> None:
     past = [folder for folder in list_checkpoints(root) if folder.name <= newest.name]
     for old in past[:-keep]:
         remove_folder(old)
-    for left_over in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    sweep(root)
 
 
 def load_weights(path: Path) -> tuple[ModelCard, Tensors]:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from cifar.errors import ConfigError, DataError, UserError
 
 LOCK = ".lock"
+PARTIAL = ".writing-"
+"""How the name of a folder begins that is being written, or deleted."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems without locks say, such as some network ones."""
 
@@ -111,6 +114,18 @@ def write_atomic(path: Path, content: str | bytes, *, replaces: bool = True) -> 
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes that were killed have left half written; nobody else may write there.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+    for left_over in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -195,7 +194,7 @@ def run_to_end(work: Callable[[], int]) -> int:
     except Exception:
         if not _has_group():
             raise
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # torch's names the rank in every line
         code = 1
     if _has_group():
         for stream in (sys.stdout, sys.stderr):

@@ -15,7 +15,7 @@ from pathlib import Path
 from cifar import run_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.errors import ConfigError
-from cifar.files import LOCK, locked, made
+from cifar.files import LOCK, locked, made, sweep
 from cifar.ranks import world_size
 from cifar.run_folder import CONFIG
 from cifar.weights import list_checkpoints
@@ -63,6 +63,7 @@ def _lock(folder: Path, seconds: float, stack: contextlib.ExitStack) -> None:
     while True:
         try:
             stack.enter_context(locked(folder))
+            sweep(folder)
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from cifar.config import OPTION_NAMES, RunConfig, TrainConfig, check_same_teacher
 from cifar.errors import CheckpointError, CifarError, ConfigError
-from cifar.files import LOCK, locked, made, user_path, write_atomic
+from cifar.files import LOCK, locked, made, sweep, user_path, write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_dict, to_json
 
 CONFIG = "config.json"
@@ -124,6 +124,7 @@ def resumed(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
+            sweep(folder)
         except BlockingIOError:
             raise in_use(folder) from None
         except OSError as error:

@@ -466,6 +466,7 @@ ONE_SIDED = """
 import sys
 from pathlib import Path
 from bench import worker
+from cifar.process import run_to_end
 
 def one_sided(subject):
     if subject.trainer.place.index == 1:
@@ -473,7 +474,7 @@ def one_sided(subject):
     yield subject.measurement("collective", "s", "lower", [1.0])
 
 worker.BASIC = {"flops": worker.BASIC["flops"], "one_sided": one_sided}
-sys.exit(worker.main(Path(sys.argv[1])))
+sys.exit(run_to_end(lambda: worker.main(Path(sys.argv[1]))))
 """
 
 
@@ -499,6 +500,7 @@ import sys
 from pathlib import Path
 import torch
 from bench import worker
+from cifar.process import run_to_end
 from cifar.trainer import Trainer
 
 original = Trainer.train_step
@@ -507,7 +509,7 @@ def train_step(self):
     if self.step == 2 and self.place.index == 1:
         torch.empty(2**60, dtype=torch.uint8)
 Trainer.train_step = train_step
-sys.exit(worker.main(Path(sys.argv[1])))
+sys.exit(run_to_end(lambda: worker.main(Path(sys.argv[1]))))
 """
 
 

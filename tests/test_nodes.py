@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from conftest import make_dataset, save_npz
 from training import ROOT, TINY_OPTIONS, finish, free_port, metrics, start
 
-from cifar.checkpoint import load_weights
+from cifar.checkpoint import list_checkpoints, load_weights, step_of
 
 pytestmark = pytest.mark.multiprocess
 
@@ -99,6 +100,37 @@ def test_two_nodes_of_torchrun_train_as_one_launcher_does(
     words = train(tmp_path / "run")
     join([start(*TORCHRUN, *where, "--rdzv-id", 1, *words) for _ in (0, 1)])
     assert_alike(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_node_agent_that_is_killed_costs_what_follows_the_last_checkpoint(
+    victim: int, tmp_path: Path, train: Train
+) -> None:
+    """The other node ends by itself, and the same commands go on; either may have the store."""
+    folder = tmp_path / "run"
+    words = (*train(folder), "--epochs", 60, "--resume", "auto")
+
+    def begin() -> list[subprocess.Popen[str]]:
+        where = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+        conf = ("--rdzv-conf", "join_timeout=45,timeout=45")
+        return [start(*TORCHRUN, *where, *conf, "--rdzv-id", 1, *words) for _ in (0, 1)]
+
+    nodes = begin()
+    while not (folder / "metrics.jsonl").exists():
+        assert [node.poll() for node in nodes] == [None, None]
+        time.sleep(0.05)
+    nodes[victim].kill()
+    assert finish(nodes[victim])[0] == -9
+    code, _, err = finish(nodes[1 - victim], seconds=120)
+    assert code != 0, err
+    (newest, *_) = list_checkpoints(folder / "checkpoints")[::-1]
+    assert 0 < step_of(newest) < 180
+
+    ends = [finish(node, seconds=180) for node in begin()]
+    assert [code for code, _, _ in ends] == [0, 0], "\n".join(err for _, _, err in ends)
+    assert f"steps {step_of(newest)}..180" in "".join(out for _, out, _ in ends)
+    assert [line["step"] for line in metrics(folder)] == [*range(3, 181, 3)]
 
 
 def ip(*words: str) -> None:

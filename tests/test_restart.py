@@ -67,6 +67,24 @@ def test_one_command_begins_and_goes_on_bit_for_bit(
     assert [f"steps {step}..6" in out for step in (0, 2, 4)] == [True] * 3
 
 
+@pytest.mark.parametrize("is_auto", [True, False], ids=["auto", "resume"])
+def test_what_a_killed_process_left_half_written_goes(
+    npz: Path, tmp_path: Path, is_auto: bool
+) -> None:
+    folder = tmp_path / "run"
+    with after_step(3, kill(signal.SIGTERM)):
+        assert train(npz, folder) == 143
+    (folder / ".metrics.jsonl.77.tmp").write_text("half a li")
+    (folder / ".writing-old-final").mkdir()
+    (folder / ".writing-old-final" / "model.safetensors").touch()
+    if is_auto:
+        assert train(npz, folder, *AUTO) == 0
+    else:
+        assert cifar("train", "--resume", folder) == 0
+    left_over = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left_over <= {".lock"}
+
+
 def test_a_finished_run_stays_as_it_is(
     npz: Path, tmp_path: Path, straight: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

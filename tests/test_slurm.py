@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from training import ROOT, TINY_OPTIONS, complaints, finish, metrics
 
@@ -28,7 +29,7 @@ for node in 0 1; do
     pids+=($!)
 done
 trap 'kill -USR1 "${pids[@]}"' USR1
-trap 'kill -TERM "${pids[@]}"' TERM
+trap 'kill -KILL "${pids[@]}"' TERM # "forcing job termination", as SLURM's own does
 code=0
 for pid in "${pids[@]}"; do
     while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
@@ -39,6 +40,7 @@ exit $code
 SCONTROL = """#!/usr/bin/env bash
 case "$1 $2" in
     "show hostnames") [[ $3 == none ]] || printf '127.0.0.1\\n127.0.0.1\\n' ;;
+    "show job") echo "   PreemptEligibleTime=2026-01-02T03:04:05 PreemptTime=${FAKE_TIME:-None}" ;;
     *) echo "scontrol $*" >> "$FAKE_LOG" ;;
 esac
 """
@@ -125,8 +127,27 @@ def test_a_job_that_is_cancelled_is_saved_and_does_not_come_back(
     job.send_signal(signal.SIGTERM)
     code, _, err = finish(job)
     assert code != 0
-    assert complaints(err)[0].startswith("cifar: stopped by signal 15 after step ")
+    assert complaints(err)[0].startswith("cifar: stopped by signal 10 after step ")
     assert list_checkpoints(tmp_path / "mine" / "checkpoints") and calls(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_job_that_is_preempted_with_a_grace_time_is_saved_and_put_back(
+    sbatch: Sbatch, npz: Path, tmp_path: Path
+) -> None:
+    """SLURM signals the step's processes, and neither srun nor the script."""
+    job = sbatch("--cpu", "--data", f"npz:{npz}", *TINY_OPTIONS, "--epochs", 4000,
+                 "--output-dir", tmp_path / "mine", FAKE_TIME="2026-01-02T03:04:05")  # fmt: skip
+    wait_for_epoch(job, tmp_path / "mine")
+    for process in psutil.Process(job.pid).children(recursive=True):
+        if "torch.distributed.run" in process.cmdline():
+            process.send_signal(signal.SIGTERM)
+    code, _, err = finish(job)
+    assert code == 0, err
+    assert complaints(err)[0].startswith("cifar: stopped by signal 15 after step ")
+    assert list_checkpoints(tmp_path / "mine" / "checkpoints")
+    assert calls(tmp_path) == ["scontrol requeue 17"]
 
 
 def test_every_node_gets_the_same_command(sbatch: Sbatch, tmp_path: Path) -> None:

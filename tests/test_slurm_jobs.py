@@ -30,6 +30,8 @@ from bench.spec import Plan, Suite, Task, grid
 from cifar.errors import ConfigError, UserError
 from cifar.serialize import from_json, to_json
 
+pytestmark = pytest.mark.usefixtures("own_locks")
+
 FAKE = Path(__file__).with_name("fake_bench.py")
 CELLS = ["run", "--models", "resnet20,resnet18"]
 
@@ -513,6 +515,18 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, message, words)
     output = capsys.readouterr()
     assert output.err.startswith(f"bench: {message}") and output.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("suite", ["scaling", "exchange"])
+def test_the_devices_of_the_login_node_are_not_counted(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert main(["run", suite, "--slurm"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"bench: num-processes: '': suite {suite} counts the devices of this")
+    if suite == "scaling":  # the other one needs its images first
+        assert main(["run", suite, "--slurm", "--num-processes", "2"]) == 2
+        assert capsys.readouterr().err.startswith("bench: slurm: 'sbatch': is not on this machine")
 
 
 def test_a_run_goes_on_where_it_was_started(tmp_path, monkeypatch, capsys) -> None:
