@@ -5,6 +5,7 @@ from dataclasses import asdict
 from bench.published import PUBLISHED
 from bench.record import DataFacts, Environment, Record
 from bench.spec import Cell
+from cifar.recipes import get_config
 
 Row = dict[str, str | int | float | None]
 """Column name to raw value; None: not measured."""
@@ -32,7 +33,7 @@ def what(record: Record, cell_key: str) -> Row:
         "data": train.data.source,
         "recipe": train.recipe.name,
         "train_samples": record.protocol.train_samples,
-        **_published(train.recipe.name),
+        **_published(record),
         "torch": environment.torch if environment else None,
         "code": environment.code_digest[:8] if environment else None,
         "cell": cell_key,
@@ -52,10 +53,18 @@ def _exchange(cell: Cell) -> Row:
     return {"exchange": label} if label else {}
 
 
-def _published(recipe: str) -> Row:
-    """The figures of the project that a recipe is made after, where there is one."""
-    figures = PUBLISHED.get(recipe)
-    return {f"published_{name}": each for name, each in asdict(figures).items()} if figures else {}
+def _published(record: Record) -> Row:
+    """The figures of the project that a recipe is made after, where there is one.
+
+    They are of the recipe's own network on CIFAR-10's test images.
+    """
+    train, name = record.cell.train, record.cell.train.recipe.name
+    figures = PUBLISHED.get(name)
+    if figures is None or record.protocol.validation_alone or train.data.source != "cifar10":
+        return {}
+    if train.model.label != get_config(name).model.label:
+        return {}
+    return {f"published_{name}": each for name, each in asdict(figures).items()}
 
 
 def _machine(environment: Environment) -> str:

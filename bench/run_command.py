@@ -1,6 +1,7 @@
 """`bench run`: which cells are measured, where, and what is printed of them. No torch."""
 
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from bench.spec import Task, expand
 from cifar.cli import parse
 from cifar.errors import OutputError, Stopped
 from cifar.progress import format_duration
+from cifar.recipes import from_scratch
 
 
 def run_run(argv: list[str]) -> int:
@@ -47,6 +49,8 @@ def run_run(argv: list[str]) -> int:
     suite = build_suite(options)
     tasks = expand(suite)
     fingerprints, machine = _checked(tasks, words, config, dry_run=options.dry_run)
+    for note in dict.fromkeys(filter(None, (from_scratch(task.cell.train) for task in tasks))):
+        print(f"note: {note}", file=sys.stderr)
     if options.dry_run:
         return _show(interleaved(tasks), past, machine, config)
     with held(machine.locks):

@@ -153,14 +153,15 @@ def latency() -> Suite:
 def anatomy() -> Suite:
     """What a step is made of: its parts, the input pipeline's ceiling, and the share of the peak.
 
-    ResNet-20 and ResNet-18 in fp32 and bf16, either layout, without inference. Cost: 8 cells of
-    about a minute; on two slow CPU cores ResNet-18's take three.
+    ResNet-20 and ResNet-18 in fp32 and bf16, either layout, without inference; what every
+    augmentation costs besides. Cost: 8 cells of about a minute and a half; on two slow CPU cores
+    ResNet-18's take three.
     """
     protocol = Protocol(
         warmup_steps=2,
         timed_steps=8,
         inference_batch_sizes=(),
-        metrics=("anatomy", "pipeline", "utilization"),
+        metrics=("anatomy", "pipeline", "augmentations", "utilization"),
         allow_emulated=False,
     )
     cells = grid(

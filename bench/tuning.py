@@ -90,8 +90,8 @@ def own_values(train: TrainConfig, space: Iterable[Parameter]) -> Values:
 def default_space(train: TrainConfig, *, images: int, processes: int) -> tuple[Parameter, ...]:
     """What is searched where nothing is said: around what the recipe has itself.
 
-    Learning rate and weight decay up to tenfold either way, but with Muon its step in the place of
-    the latter, which convolutions do not have; half, the same and twice the batch, as far as they
+    Learning rate and weight decay up to tenfold either way, and with Muon its step, which stands
+    for the latter where there are convolutions; half, the same and twice the batch, as far as they
     divide and leave two steps in an epoch; cutout and TrivialAugment besides.
     """
     recipe = train.recipe
@@ -104,9 +104,8 @@ def default_space(train: TrainConfig, *, images: int, processes: int) -> tuple[P
         augment.append((*recipe.augment, "trivial-augment"))
     return (
         _around("lr", recipe.lr),
-        _around("muon_step", recipe.muon_step)
-        if recipe.optimizer == "muon"
-        else _around("weight_decay", recipe.weight_decay or USUAL_DECAY),
+        *([_around("muon_step", recipe.muon_step)] if recipe.optimizer == "muon" else []),
+        _around("weight_decay", recipe.weight_decay or USUAL_DECAY),
         *([Choice(field="global_batch_size", texts=tuple(map(str, good)))] if good[1:] else []),
         Choice(field="augment", texts=tuple(" ".join(each) or "none" for each in augment)),
     )

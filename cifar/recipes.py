@@ -278,3 +278,11 @@ def get_config(name: str) -> TrainConfig:
 def get_recipe(name: str) -> Recipe:
     """How that configuration trains, whatever the model; raises as `get_config`."""
     return get_config(name).recipe
+
+
+def from_scratch(train: TrainConfig) -> str:
+    """That a named recipe for pretrained weights trains a network without any; "" otherwise."""
+    name, label = train.recipe.name, train.model.label
+    if name not in RECIPES or not get_config(name).model.pretrained or train.model.pretrained:
+        return ""
+    return f"recipe: {name!r}: is for pretrained weights, and {label} starts from random ones"

@@ -157,7 +157,7 @@ def _csv(head: Sequence[str], rows: Sequence[Any]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # names of files need not be UTF-8
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -182,7 +182,8 @@ def _of_training(dataset: Dataset, split: str, card: ModelCard) -> Split:
 
 def _find_test_set(path: Path, labels: Path | None, card: ModelCard) -> _Found:
     shape = (card.config.model.in_channels, *card.image_size)
-    found = read_test_set(path, labels, card.classes, shape)
+    resizes = card.config.model.resize is not None
+    found = read_test_set(path, labels, card.classes, shape, any_size=resizes)
     zeros = np.zeros(len(found.images), dtype=np.int64)
     is_labelled = found.labels is not None
     split = Split(images=found.images, labels=zeros if found.labels is None else found.labels)

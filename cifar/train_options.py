@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,8 @@ from cifar.config import (
     require,
 )
 from cifar.files import user_path
-from cifar.recipes import get_config
+from cifar.ranks import is_first
+from cifar.recipes import from_scratch, get_config
 
 arg = tyro.conf.arg
 
@@ -80,6 +82,7 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     """The options, starting from the run to resume or else from the recipe that is named."""
     resume, finds_lr = _value_of("--resume", argv), _value_of("--lr", argv) == AUTO
     starts = resume is None or resume == restart.AUTO
+    note = ""
     if not starts:
         assert resume is not None
         stored = run_folder.read_config(user_path(resume, "resume"))
@@ -102,6 +105,7 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     if starts:
         check_changes(start.train.recipe, options.train.recipe, argv)
         _check_lr(start.train.recipe, options.train.recipe, argv)
+        note = from_scratch(options.train)
     require(
         not options.is_auto or options.run.output_dir is not None,
         "resume",
@@ -113,6 +117,8 @@ def read_train_options(argv: list[str]) -> TrainOptions:
     if finds_lr:
         train = with_typical_lr(options.train, start.train.recipe)
         options = dataclasses.replace(options, train=train, finds_lr=True)
+    if note and is_first(os.environ):  # after the last check: an error is one line on stderr
+        print(f"note: {note}", file=sys.stderr, flush=True)
     return options
 
 

@@ -61,6 +61,17 @@ def test_a_word_is_a_name() -> None:
     assert str(parse_pretrained("IMAGENET1K_V2")) == "IMAGENET1K_V2"
 
 
+def test_a_word_that_is_a_run_s_folder_is_that_run(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert parse_pretrained("base") == Pretrained(name="base"), "an empty folder is no run"
+    (tmp_path / "base" / "final").mkdir()
+    (tmp_path / "base" / "final" / "model.safetensors").write_bytes(file.read_bytes())
+    assert parse_pretrained("base").sha256 == sha256(file)
+
+
 def test_a_file_is_known_by_its_checksum_and_not_by_its_path(file: Path, tmp_path: Path) -> None:
     found = parse_pretrained(str(file))
     assert found == Pretrained(sha256=sha256(file), path=str(file))

@@ -159,11 +159,12 @@ def test_the_usual_space_lies_around_the_recipe() -> None:
     }
 
 
-def test_the_usual_space_of_muon_has_its_step_in_the_place_of_decay() -> None:
+def test_the_usual_space_of_muon_has_its_step_besides() -> None:
     found = default_space(get_config("resnet9-muon"), images=9_000, processes=1)
     space = {each.field: str(each) for each in found}
     assert space["muon_step"] == "0.005 to 0.25, on a logarithmic scale"
-    assert space["lr"] == "0.025 to 2.5, on a logarithmic scale" and "weight_decay" not in space
+    assert space["lr"] == "0.025 to 2.5, on a logarithmic scale"
+    assert space["weight_decay"] == "0.00015 to 0.015, on a logarithmic scale"
 
 
 def test_the_usual_space_has_no_batch_that_does_not_fit_and_no_decay_of_0() -> None:

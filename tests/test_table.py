@@ -21,6 +21,7 @@ from bench.spec import Cell, grid
 from bench.table import render_csv, render_markdown, render_terminal
 from bench.unfinished import explained, unfinished
 from cifar.config import Recipe
+from cifar.data.config import DataConfig
 from cifar.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -365,10 +366,28 @@ def test_rows_that_stand_apart_tell_why():
     assert further(make_record(make_cell("resnet32"), environment=other)) == {}
 
 
+def on_cifar(*words, **options):
+    cell = make_cell(*words, **options)
+    return replace(cell, train=replace(cell.train, data=DataConfig(source="cifar10")))
+
+
+def test_published_figures_are_of_the_recipe_s_network_and_images():
+    recipe = Recipe(name="resnet18-jitter")
+    same = make_record(on_cifar("resnet18", recipe=recipe))
+    others = (
+        make_record(on_cifar("resnet20", recipe=recipe)),
+        make_record(make_cell("resnet18", recipe=recipe)),
+        make_record(on_cifar("resnet18", recipe=recipe), protocol=Protocol(validation_alone=True)),
+    )
+    assert rows([same])[0]["published_top1"] == 0.9402
+    for record in others:
+        assert not [name for name in rows([record])[0] if name.startswith("published")]
+
+
 def test_published_figures_stand_beside_ours_where_a_recipe_has_some():
     def measured(recipe, seconds):
         found = (*measurements(top1=0.95), scalar("training_seconds", "s", seconds))
-        return make_record(make_cell("resnet18", recipe=recipe), found=found)
+        return make_record(on_cifar("resnet18", recipe=recipe), found=found)
 
     jitter, other = Recipe(name="resnet18-jitter"), Recipe(name="other", lr=0.2)
     text = render_markdown(rows([measured(jitter, 90.4), measured(other, 1234.5)]))
@@ -378,7 +397,7 @@ def test_published_figures_stand_beside_ours_where_a_recipe_has_some():
     assert cells["Published (MiB)"] == ("42.70", DASH)
     assert cells["Published (ms/sample)"] == ("27.7", DASH)
     assert cells["Training (s)"] == ("90.4", "1,234"), "half of an even digit is rounded down"
-    bf16 = make_record(make_cell("resnet18", "bf16", recipe=Recipe(name="resnet18-muon")))
+    bf16 = make_record(on_cifar("resnet18", "bf16", recipe=Recipe(name="resnet18-muon")))
     both = render_markdown(rows([bf16, measured(Recipe(name="resnet18-jitter"), 1.0)]))
     assert both.count("\n### ") == 1 and "\n### all precisions\n" in both
     assert re.findall(r"^\| resnet18 \|.*\| (fp32|bf16) \|", both, re.MULTILINE) == ["bf16", "fp32"]

@@ -15,6 +15,8 @@ from training import cifar, train
 
 from cifar.data.test_set import TestSet, read_test_set
 from cifar.errors import DataError
+from cifar.predictions import Predictions
+from cifar.report import predictions_csv
 
 CLASSES = tuple(f"class{number}" for number in range(10))
 SHAPE = (3, 16, 16)
@@ -78,6 +80,36 @@ def test_folders_of_classes_and_of_images_alone(tmp_path: Path) -> None:
     found = read(write_folder(tmp_path / "b", in_classes=False))
     assert np.array_equal(found.images, IMAGES) and found.labels is None
     assert found.samples[0] == "00.png"
+
+
+def test_grey_files_are_of_one_channel_for_a_model_of_one(tmp_path: Path) -> None:
+    grey = np.repeat(IMAGES[:, :1], 3, axis=1)
+    path = tmp_path / "mine"
+    path.mkdir()
+    for number, image in enumerate(nhwc(grey)):
+        Image.fromarray(image).save(path / f"{number:02d}.png")
+    found = read_test_set(path, None, CLASSES, (1, *SHAPE[1:]))
+    assert np.array_equal(found.images, IMAGES[:, :1])
+    assert np.array_equal(read_test_set(path, None, CLASSES, SHAPE).images, grey)
+    with pytest.raises(DataError, match=r"images: .*: 3x16x16 .*: the model was trained with 1x16"):
+        read_test_set(
+            write_folder(tmp_path / "b", in_classes=False), None, CLASSES, (1, *SHAPE[1:])
+        )
+
+
+def test_a_network_that_resizes_takes_any_size(tmp_path: Path) -> None:
+    path = write_npz(tmp_path, images=IMAGES[:, :, :8])
+    found = read_test_set(path, None, CLASSES, SHAPE, any_size=True)
+    assert found.images.shape[1:] == (3, 8, 16)
+    with pytest.raises(DataError, match="the model was trained with 1x8x16"):
+        read_test_set(path, None, CLASSES, (1, 8, 8), any_size=True)
+
+
+def test_names_that_are_not_in_utf_8_are_written_all_the_same() -> None:
+    name = b"caf\xe9.png".decode(errors="surrogateescape")
+    predictions = Predictions(probabilities=np.array([[0.25, 0.75]], dtype=np.float32), labels=None)
+    content = predictions_csv(predictions, ("cat", "dog"), [name])
+    assert content.decode().splitlines()[1].startswith("caf\\udce9.png,dog,0.75")
 
 
 def not_an_image_file(folder: Path) -> Path:

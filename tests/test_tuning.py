@@ -56,6 +56,8 @@ from cifar.recipes import get_config
 from cifar.serialize import from_json, to_json
 from cifar.train_options import read_train_options
 
+pytestmark = pytest.mark.usefixtures("own_locks")
+
 CORES = ",".join(f"cpu:{core}" for core in sorted(usable_cores())[:2])
 NAMED = get_config("sgd")
 BASE = with_values(
@@ -329,9 +331,9 @@ def search_of(*words: str) -> tuple[TrainConfig, tuple[Parameter, ...]]:
     ("words", "lr", "fields"),
     [
         (("sgd", "--optimizer", "adamw"), 0.001, {"lr", "weight_decay"}),
-        (("sgd", "--optimizer", "muon"), 0.15, {"lr", "muon_step"}),
+        (("sgd", "--optimizer", "muon"), 0.15, {"lr", "muon_step", "weight_decay"}),
         (("default", "--optimizer", "sgd"), 0.1, {"lr", "weight_decay"}),
-        (("default", "--optimizer", "muon"), 0.15, {"lr", "muon_step"}),
+        (("default", "--optimizer", "muon"), 0.15, {"lr", "muon_step", "weight_decay"}),
     ],
 )
 def test_the_usual_space_is_the_chosen_optimizer_s(words, lr, fields) -> None:

@@ -60,13 +60,15 @@ class Pretrained:
 
 
 def parse_pretrained(text: str) -> Pretrained:
-    """Read the grammar of `Pretrained`: one word is a name, everything else a path.
+    """Read the grammar of `Pretrained`: one word that is no run's folder is a name.
+
+    Everything else is a path.
 
     Raises:
         ConfigError: no such file, it cannot be read, has another checksum or no suffix of weights;
             or the card beside it is damaged.
     """
-    if re.fullmatch(r"\w+", text):
+    if re.fullmatch(r"\w+", text) and not (Path(text) / _OF_A_RUN).is_file():
         return Pretrained(name=text)
     named, expected = _split(text)
     path = user_path(named, "pretrained").absolute()

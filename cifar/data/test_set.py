@@ -5,7 +5,7 @@ It is read for the classes and the size of images that a model was trained with.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,17 @@ class TestSet:
 
 
 def read_test_set(
-    path: Path, labels: Path | None, classes: Sequence[str], shape: tuple[int, int, int]
+    path: Path,
+    labels: Path | None,
+    classes: Sequence[str],
+    shape: tuple[int, int, int],
+    *,
+    any_size: bool = False,
 ) -> TestSet:
     """Read the images at `path`, which must have this `shape` (channels, height, width).
+
+    With `any_size` the channels alone count: the network resizes what it is given. Grey images in
+    files are of one channel where the model's are.
 
     - a `.npz` file with `images` and, or not, `labels` (or `test_images`, `x_test`; `test_labels`,
       `y_test`), which number `class_names` if it has them, else the model's classes;
@@ -54,8 +62,18 @@ def read_test_set(
     except OSError as error:
         where, reason = error.filename or path, error.strerror or error
         raise DataError(f"images: {where}: cannot be read: {reason}; make it readable") from None
+    if shape[0] == 1 and _is_grey(found.images):
+        found = replace(found, images=np.ascontiguousarray(found.images[:, :1]))
+    if any_size:
+        shape = (shape[0], *found.images.shape[2:])
     _check(found, path, labels or path, classes, shape)
     return found
+
+
+def _is_grey(images: npt.NDArray[np.uint8]) -> bool:
+    """Whether three channels `[N, 3, H, W]` are the same."""
+    alike = images.shape[1] == 3
+    return alike and bool((images[:, :1] == images[:, 1:]).all())
 
 
 def _read(path: Path, labels: Path | None, classes: Sequence[str]) -> TestSet:
