@@ -367,7 +367,8 @@ def test_cold_and_warm_are_told_from_the_same_steps(
             return 3.0
         return 2.0 if trainer.model is used else next(again)
 
-    monkeypatch.setattr(compilation, "seconds_of_a_step", seconds)
+    for name in ("seconds_of_a_step", "pace_of_steps"):
+        monkeypatch.setattr(compilation, name, seconds)
     for name, value in (("first_step", (30.0,)), ("warmup_step", (4.0, 2.5, 9.0))):
         each = Measurement(name=name, unit="s", better="lower", samples=(value,))
         subject.taken.append(each)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from bench.measure.subject import Subject
-from bench.measure.training import seconds_of_a_step
+from bench.measure.training import pace_of_steps, seconds_of_a_step
 from bench.record import Measurement
 from bench.spec import CAPTURE_STEPS
 from cifar.training_state import set_aside
 
 PAIRS = 5
-"""Eager and compiled steps that take turns."""
+"""Turns of eager and of compiled steps."""
 
 
 def measure_compilation(subject: Subject) -> Iterable[Measurement]:
@@ -45,15 +45,15 @@ def measure_compilation(subject: Subject) -> Iterable[Measurement]:
 
 
 def _take_turns(subject: Subject) -> tuple[list[float], list[float]]:
-    """Seconds of compiled and of eager steps, which alternate; the first pair does not count."""
+    """Seconds of compiled and of eager steps, which take turns; the first pair does not count."""
     trainer = subject.trainer
     compiled, eager = trainer.model, trainer.wrapped
     seconds: list[tuple[float, float]] = []
     for _ in range(PAIRS + 1):
         trainer.model = eager
-        of_eager = seconds_of_a_step(subject)
+        of_eager = pace_of_steps(subject)
         trainer.model = compiled
-        seconds.append((seconds_of_a_step(subject), of_eager))
+        seconds.append((pace_of_steps(subject), of_eager))
     return [pair[0] for pair in seconds[1:]], [pair[1] for pair in seconds[1:]]
 
 
@@ -65,7 +65,7 @@ def first_steps(taken: Sequence[Measurement], rank: int) -> list[float]:
 
 
 def excess(first: Sequence[float], typical: float) -> float:
-    """Seconds by which steps took longer than a typical one that is waited for as they were."""
+    """Seconds by which steps took longer than a typical one."""
     return math.fsum(max(0.0, seconds - typical) for seconds in first)
 
 

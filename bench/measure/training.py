@@ -197,13 +197,19 @@ def _pace(subject: Subject, warm: Sequence[float]) -> float | None:
     left = trainer.total_steps - trainer.step - OBSERVED_STEPS - protocol.timed_steps
     wanted = protocol.timed_seconds or protocol.min_timed_seconds
     if subject.device.type == "cuda" and wanted and left >= PACE_STEPS:
-        return seconds_of(lambda: _steps(trainer, PACE_STEPS), subject.device) / PACE_STEPS
+        return pace_of_steps(subject)
     return statistics.median(warm[-protocol.warmup_steps :]) if warm else None
 
 
-def _steps(trainer: Trainer, count: int) -> None:
-    for _ in range(count):
-        trainer.train_step()
+def pace_of_steps(subject: Subject) -> float:
+    """Seconds of a step, on a GPU of several that are waited for together."""
+    count = PACE_STEPS if subject.device.type == "cuda" else 1
+
+    def steps() -> None:
+        for _ in range(count):
+            subject.trainer.train_step()
+
+    return seconds_of(steps, subject.device) / count
 
 
 def _window_steps(subject: Subject, pace: float | None) -> int:
