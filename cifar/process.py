@@ -81,6 +81,13 @@ def available_cores(root: Path = ROOT) -> int:
     return max(1, math.floor(min(usable or 1, _quota(root))))
 
 
+def has_nvidia_gpus(root: Path = ROOT) -> bool:
+    """Whether the driver of NVIDIA's GPUs knows one of this machine."""
+    with contextlib.suppress(OSError):
+        return any((root / "proc/driver/nvidia/gpus").iterdir())
+    return False
+
+
 def _quota(root: Path) -> float:
     """Cores' worth of time that this process's control group and those around it leave to it.
 

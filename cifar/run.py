@@ -19,7 +19,7 @@ from cifar.evaluation import Evaluation
 from cifar.losses import ComputeLoss
 from cifar.lr_finder import find_lr
 from cifar.precision import shortfall_of
-from cifar.process import differences
+from cifar.process import differences, has_nvidia_gpus
 from cifar.pulse import PULSE
 from cifar.range_test import RangeTest
 from cifar.ranks import is_first
@@ -134,7 +134,19 @@ def _tell_of_speed(trainer: Trainer) -> None:
     assert name is not None, "a trainer has resolved it"
     if shortfall := shortfall_of(name, trainer.device):
         notes.append(shortfall)
+    if _leaves_gpus_out(trainer):
+        notes.append(
+            f"device: cpu: this machine has NVIDIA GPUs, and torch for CUDA {torch.version.cuda} "
+            "cannot use them; renew their driver, give them to this container, or give --cpu"
+        )
     if different := differences(os.environ):
         notes.append(f"environment: {', '.join(different)}")
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _leaves_gpus_out(trainer: Trainer) -> bool:
+    """Whether it trains on a CPU beside GPUs that nobody has hidden."""
+    wanted = trainer.device.type == "cpu" and not trainer.run.cpu and torch.version.cuda
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return bool(wanted) and shown[:1] not in ("", "-") and has_nvidia_gpus()

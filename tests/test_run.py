@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -40,6 +41,7 @@ from training import (
 )
 
 from cifar import checkpoint, distributed, run_folder
+from cifar import run as run_module
 from cifar.checkpoint import list_checkpoints, load_weights, read_folder
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.config import parse_data
@@ -47,7 +49,7 @@ from cifar.data.loader import TrainBatch
 from cifar.emulation import emulate_bf16
 from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
-from cifar.process import MALLOC
+from cifar.process import MALLOC, has_nvidia_gpus
 from cifar.progress import TrainingProgress
 from cifar.run import train as train_run
 from cifar.session import Session
@@ -1000,3 +1002,29 @@ def test_kernels_without_instructions_are_told(
         "note: precision: 'bf16': this CPU has no bf16 instructions; its kernels convert to fp32 "
         "and back\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("shown", "asked", "told"),
+    [
+        (None, False, True),
+        ("0,1", False, True),
+        ("", False, False),
+        ("-1", False, False),
+        (None, True, False),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_told(
+    shown: str | None, asked: bool, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a driver that is too old; those that were hidden, or left out, are meant to be."""
+    gpu = tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0"
+    assert not has_nvidia_gpus(tmp_path)
+    gpu.mkdir(parents=True)
+    monkeypatch.setattr(run_module, "has_nvidia_gpus", lambda: has_nvidia_gpus(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    trainer = SimpleNamespace(device=torch.device("cpu"), run=RunConfig(cpu=asked))
+    assert run_module._leaves_gpus_out(trainer) is told
