@@ -164,9 +164,8 @@ def _alike(num_processes: int, present: Present, environ: Mapping[str, str]) -> 
 
 def _whole(num_processes: int, present: Present, environ: Mapping[str, str]) -> Machine:
     """Of its GPUs those that the cells use are kept from others, where there is none its cores."""
-    if not visible_gpus(environ):
-        return Machine(locks=_core_locks(usable_cores()))
-    return Machine(locks=present(1).gpu_ids[:num_processes])
+    gpus = present(1).gpu_ids[:num_processes] if visible_gpus(environ) else ()
+    return Machine(locks=gpus or _core_locks(usable_cores()))  # torch may see no GPU that is there
 
 
 def _core_locks(cores: Iterable[int]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Needs nvidia-ml-py.
 
 import contextlib
 import importlib
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -100,25 +101,14 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
     not exist is not seen (https://docs.nvidia.com/cuda/cuda-programming-guide/,
     CUDA Environment Variables).
     """
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        there = int(nvml.nvmlDeviceGetCount())
-    except ImportError:
-        return 0
-    except nvml.NVMLError:
-        return 0
-    named = environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
+    there, named = installed_gpus(), environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None or not there:
         return there
-    count = 0
-    for name in named.split(","):
-        word = name.strip()
-        exists = int(word) < there if word.isdecimal() else word.startswith(("GPU-", "MIG-"))
-        if not exists:
-            break
-        count += 1
-    return count
+
+    def exists(word: str) -> bool:
+        return int(word) < there if word.isdecimal() else word.startswith(("GPU-", "MIG-"))
+
+    return sum(1 for _ in itertools.takewhile(exists, map(str.strip, named.split(","))))
 
 
 class Gpu:

@@ -233,6 +233,8 @@ def test_the_machine_as_a_whole_is_one_slot_that_no_other_run_may_use(monkeypatc
     monkeypatch.setattr(devices, "visible_gpus", lambda environ: 4)
     found = find_machine((), 2, present=lambda *_, **__: H200)
     assert found == Machine(locks=("GPU-a1", "GPU-a2"))
+    blind = find_machine((), 2, present=lambda *_, **__: environment(gpu_names=()))
+    assert blind == whole, "a torch that sees none of them measures on the cores"
 
 
 @pytest.mark.usefixtures("eight")

@@ -435,7 +435,12 @@ def test_saving_and_running_write_the_plot_of_the_suite_alone(tmp_path: Any) -> 
 def test_gpus_that_a_process_sees(
     monkeypatch: pytest.MonkeyPatch, named: str | None, seen: int
 ) -> None:
-    nvml = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 4, NVMLError=OSError)
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        NVMLError=OSError,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert visible_gpus({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == seen
 
@@ -454,7 +459,7 @@ def test_gpus_that_were_given_to_others_are_not_there(monkeypatch: pytest.Monkey
         NVMLError=OSError,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert installed_gpus() == 1
+    assert installed_gpus() == visible_gpus({}) == 1
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert installed_gpus() == 0
 
