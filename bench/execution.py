@@ -1,6 +1,7 @@
 """Measuring what a run has planned: once each, on disk at once, and taken up again."""
 
 import contextlib
+import errno
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,7 +42,7 @@ def taken_up(run: Run, *, here: bool = True) -> Iterator[None]:
 
     Raises:
         UserError: another process does, or the folder cannot be written.
-        OutputError: it no longer can.
+        OutputError: it no longer can, or no process can be started any more.
     """
     with locked(run):
         if here:
@@ -52,9 +53,12 @@ def taken_up(run: Run, *, here: bool = True) -> Iterator[None]:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
+            if error.errno in (errno.ENOMEM, errno.EAGAIN):  # of a process to be started
+                what, remedy = "has no room for another process", "end others"
+            else:
+                what, remedy = "cannot be written any more", "make room there"
             raise OutputError(
-                f"run: {str(run.folder)!r}: cannot be written any more ({reason}); make room "
-                "there, then go on with --resume"
+                f"run: {str(run.folder)!r}: {what} ({reason}); {remedy}, then go on with --resume"
             ) from None
 
 

@@ -5,6 +5,7 @@
 attempt at the task has been submitted since, or runs there now. No torch.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,15 +33,16 @@ def run(folder: Path, token: str, launch: Callable[[Job, Path], Record] = launch
     attempt = read_attempt(folder)
     if attempt is None or attempt.token != token:
         raise UserError(f"attempt: {token!r}: was superseded by another one; nothing is measured")
-    try:
-        with locked(folder):
-            job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=CELL_FILE)
-            record = launch(job, folder)
-            write_result(folder, token, record)
-    except BlockingIOError:
-        raise UserError(
-            f"attempt: {token!r}: another one is being measured in {folder}; end that job first"
-        ) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError:
+            raise UserError(
+                f"attempt: {token!r}: another one is being measured in {folder}; end that job first"
+            ) from None
+        job = from_json(Job, (folder / CELL_FILE).read_bytes(), source=CELL_FILE)
+        record = launch(job, folder)
+        write_result(folder, token, record)
     return record
 
 

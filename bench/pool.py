@@ -128,8 +128,8 @@ class Slots:
         count = self._machine.needs(job.task.cell.num_processes)
         place = self._machine.place(self._free[:count])
         thread = threading.Thread(target=self._measure, args=(job, folder, place), name="slot")
-        self._threads.add(thread)
         thread.start()
+        self._threads.add(thread)
         del self._free[:count]
         return place.label
 

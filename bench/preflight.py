@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from bench.launchers import environment_for
@@ -20,11 +21,12 @@ SHAPES_SIZE = (32, 32)
 
 
 class Examined(NamedTuple):
-    """A data set: how many training images of which height and width, and its fingerprint, which
-    is empty of the embedded one."""
+    """A data set: how many training images of which height and width, with how many channels, and
+    its fingerprint, which is empty of the embedded one: the code alone determines that."""
 
     images: int
     size: tuple[int, int]
+    channels: int
     fingerprint: str
 
 
@@ -35,12 +37,12 @@ def examine(data: DataConfig) -> Examined:
         DataError: it is missing, damaged or of the wrong form.
     """
     if data.source == "shapes":
-        return Examined(SHAPES_TRAIN_IMAGES, SHAPES_SIZE, "")
+        return Examined(SHAPES_TRAIN_IMAGES, SHAPES_SIZE, 3, "")
     from cifar.data.sources import load_dataset
 
     dataset = load_dataset(data)
-    height, width = dataset.train.images.shape[2:]
-    return Examined(len(dataset.train), (height, width), dataset.fingerprint())
+    channels, height, width = dataset.train.images.shape[1:]
+    return Examined(len(dataset.train), (height, width), channels, dataset.fingerprint())
 
 
 def check(tasks: Sequence[Task], *, whole_machine: bool = True) -> Fingerprints:
@@ -53,19 +55,17 @@ def check(tasks: Sequence[Task], *, whole_machine: bool = True) -> Fingerprints:
             that is not there or does not take the images.
     """
     environment_for(1, os.environ)
-    fingerprints = check_data(tasks)
+    found = check_data(tasks)
     if whole_machine:
         check_devices(tasks)
     trained = (task.cell.train for task in tasks if task.cell.train.model.library)
-    for model, data in {(train.model, train.data) for train in trained}:
-        check_model(model, examine(data).size)
-    return fingerprints
+    for model, data in dict.fromkeys((train.model, train.data) for train in trained):
+        check_model(replace(model, in_channels=found[data].channels), found[data].size)
+    return {data: each.fingerprint for data, each in found.items() if each.fingerprint}
 
 
-def check_data(tasks: Iterable[Task]) -> Fingerprints:
-    """Read every data set that the tasks name, as their workers will; returns the fingerprints.
-
-    The embedded one is left out: nothing can be wrong with it, and the code alone determines it.
+def check_data(tasks: Iterable[Task]) -> dict[DataConfig, Examined]:
+    """Read every data set that the tasks name, once, as their workers will.
 
     Raises:
         DataError: one is missing, damaged or of the wrong form.
@@ -86,7 +86,7 @@ def check_data(tasks: Iterable[Task]) -> Fingerprints:
             f"{data} has {count} images; give at most that many",
         )
         check_batch(train, found[data].size, task.cell.num_processes)
-    return {data: each.fingerprint for data, each in found.items() if each.fingerprint}
+    return found
 
 
 def check_devices(

@@ -74,10 +74,9 @@ def sort_rows(table: Sequence[Row], name: str) -> list[Row]:
     def order(row: Row) -> tuple[object, ...]:
         value = row[key]
         if isinstance(value, str):
-            return tuple(
-                int(part) if part.isdigit() else part for part in re.split(r"(\d+)", value)
-            )
-        return (value,)
+            parts = re.split(r"(\d+)", value)
+            return (True, *(int(part) if part.isdigit() else part for part in parts))
+        return (False, value)  # a column may hold both
 
     present = [row for row in table if row.get(key) is not None]
     missing = [row for row in table if row.get(key) is None]

@@ -128,11 +128,12 @@ class _Execution:
         return verdict(self._plan.tuning, list(self._plan.trials.values()), curve, epochs)
 
     def _seconds_left(self) -> float | None:
-        """If the trials to come take as long as those so far; None: there were none."""
+        """If those that run and are to come take as long as those so far; None: there were none."""
         if not self._seconds:
             return None
         each = sum(self._seconds) / len(self._seconds)
-        return self._plan.left * each * self._pool.share(self._base)
+        left = self._plan.left + len(self._running)
+        return left * each * self._pool.share(self._base)
 
 
 class Watcher:

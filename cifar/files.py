@@ -13,6 +13,8 @@ from pathlib import Path
 from cifar.errors import ConfigError, DataError, UserError
 
 LOCK = ".lock"
+LONGEST_NAME = 255
+"""Bytes of a file's name that Linux's file systems take."""
 PARTIAL = ".writing-"
 """How the name of a folder begins that is being written, or deleted."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -48,8 +50,11 @@ def check_place(name: str, path: Path, *, is_folder: bool = False) -> None:
     Calls the option `name`.
     """
     folder = path if is_folder else path.parent
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if there.is_dir() and os.access(there, os.W_OK) and (is_folder or not path.is_dir()):
+    parents = (folder, *folder.absolute().parents)
+    there = next(each for each in parents if os.path.exists(each))  # noqa: PTH110 - never raises
+    is_free = is_folder or not os.path.isdir(path)  # noqa: PTH112
+    fits = all(len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts)
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK) and is_free and fits:
         return
     another = "folder" if is_folder else "file"
     raise ConfigError(f"{name}: {str(path)!r}: cannot be written; give another {another}")
@@ -102,8 +107,9 @@ def write_atomic(path: Path, content: str | bytes, *, replaces: bool = True) -> 
         OSError: the folder cannot be written, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # not what a link of that name points to
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

@@ -87,7 +87,7 @@ def _device(backend: str, environ: Mapping[str, str]) -> torch.device | None:
 
 def _unconnected(environ: Mapping[str, str]) -> str:
     return (
-        f"WORLD_SIZE: '{environ.get('WORLD_SIZE', '1')}': the processes have met at "
+        f"WORLD_SIZE: '{world_size(environ)}': the processes have met at "
         f"{environ['MASTER_ADDR']}, but cannot connect to one another; open the ports between "
         "their machines, or name the network with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     )

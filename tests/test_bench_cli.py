@@ -246,12 +246,12 @@ def test_every_data_set_is_known_by_its_images_but_the_embedded_one(npz):
         for data in (DataConfig(), named)
         for cell in grid(["resnet20"], ["fp32"], data=data, batch_sizes=(16,))
     ]
-    before = preflight.check_data(tasks)
+    before = preflight.check(tasks)
     assert before == {named: load_dataset(named).fingerprint()}
     arrays = dict(np.load(npz))
     arrays["test_images"][0, 0, 0, 0] ^= 1
     np.savez(npz, **arrays)
-    assert preflight.check_data(tasks)[named] != before[named]
+    assert preflight.check(tasks)[named] != before[named]
 
 
 def test_the_embedded_data_set_has_as_many_images_as_is_said():

@@ -8,6 +8,7 @@ import re
 import socket
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from cifar.data.config import Published
 from cifar.data.download import download
 from cifar.data.sources import CIFAR_LAYOUTS
 from cifar.errors import DataError
+from cifar.files import in_turn
 
 LAYOUT = CIFAR_LAYOUTS["cifar100"]
 CONTENTS = {name: hashlib.sha256(name.encode()).digest() * 4000 for name in LAYOUT.files}
@@ -162,6 +164,26 @@ def test_already_there(server: Server, tmp_path: Path, capsys: pytest.CaptureFix
     assert download("cifar100", tmp_path) == first
     assert capsys.readouterr().err == f"{first}: already there\n"
     assert len(server.asked) == 1
+
+
+def test_two_that_fetch_the_same_take_turns(server: Server, tmp_path: Path) -> None:
+    """The second would write into the first one's file, and both sums be wrong."""
+    server.send_at_most = None
+    folders: list[Path] = []
+
+    def fetch() -> None:
+        folders.append(download("cifar100", tmp_path, progress=False))
+
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    with in_turn(tmp_path):
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        assert server.asked == [] and folders == []
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(folders) == 2 and len(server.asked) == 1
+    check_unpacked(tmp_path)
 
 
 def test_folder_that_is_not_complete(server: Server, tmp_path: Path) -> None:

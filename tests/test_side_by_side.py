@@ -1,5 +1,6 @@
 """Cells side by side: which runs where and when, what is kept of them, and how they are ended."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -222,6 +223,14 @@ def test_a_folder_that_cannot_be_written_ends_all(tmp_path: Path) -> None:
     with pytest.raises(execution.OutputError, match="cannot be written any more"):
         execute(make_run(tmp_path, 1, 1), launch=launch, present=present, machine=machine_of(2))
     assert slow.ended == ["resnet32"]
+
+
+def test_a_process_that_cannot_be_started_is_no_full_disk(tmp_path: Path) -> None:
+    def launch(job: Job, folder: Path, *, variables, watch) -> Record:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with pytest.raises(execution.OutputError, match=r"has no room for another process \(Resource"):
+        execute(make_run(tmp_path, 1), launch=launch, present=present, machine=machine_of(1))
 
 
 # --- Processes ---

@@ -416,6 +416,12 @@ def test_two_jobs_do_not_measure_one_task_at_the_same_time(tmp_path: Path) -> No
 
     run_job(folder, token, launch)
 
+    def full(job: Job, folder: Path) -> Record:
+        raise BlockingIOError(11, "Resource temporarily unavailable")  # as of a process to start
+
+    with pytest.raises(BlockingIOError, match="temporarily"):
+        run_job(folder, token, full)
+
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("text", ["", "\x80\x04N.", '{"schema_version": 2}', "[1"])

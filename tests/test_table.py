@@ -571,6 +571,11 @@ def test_sort_puts_the_best_first_and_the_missing_last():
     assert models(sort_rows(table, "Inference-B1"))[-1] == "resnet32"
 
 
+def test_a_column_that_holds_words_and_truths_is_sorted_too():
+    table = [{"model": "a", "x": "unobserved"}, {"model": "b", "x": True}, {"model": "c", "x": 1}]
+    assert models(sort_rows(table, "x")) == ["b", "c", "a"]
+
+
 @pytest.mark.parametrize("name", ["top5", "train_throughput_low", "vs_fp32"])
 def test_sort_knows_what_is_better_when_large(name):
     table = [{"model": str(value), name: value} for value in (0.2, 0.9, None, 0.5)]

@@ -277,9 +277,10 @@ def test_labels_need_images_and_places_must_be_writable(
     assert "labels: 'x.npy': are of images in an .npy file" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     for option in ("--predictions", "--report"):
-        assert evaluate(run, option, tmp_path / "file" / "inside") == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "/file/inside" in line and "cannot be written; give another" in line
+        for inside in (Path("file", "inside"), Path("x" * 300), Path("new", "x" * 300)):
+            assert evaluate(run, option, tmp_path / inside) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"/{inside}" in line and "cannot be written; give another" in line
     assert evaluate(run, "--predictions", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(

@@ -445,6 +445,7 @@ def test_a_search_tries_the_recipe_first_and_keeps_every_record(tmp_path, capsys
     assert lines[0].startswith(
         f"[1/12] lr 0.1, batch-size 64 ... top-1 {reached(BASE):.2%} 1 s, about 11 s left"
     )
+    assert "about 1 s left" in lines[10] and "left" not in lines[11].rpartition("...")[2]
     states = [each.state for each in trials_of(records)]
     assert states.count("pruned") > 0 and set(states) == {"finished", "pruned"}
 

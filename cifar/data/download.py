@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from cifar.data.archives import ARCHIVES, Archive, extract
 from cifar.errors import DataError
-from cifar.files import made
+from cifar.files import in_turn, made
 
 MIB = 2**20
 MAX_ARCHIVE_BYTES = 256 * MIB
@@ -40,12 +40,12 @@ def download(name: str, directory: Path, *, url: str | None = None, progress: bo
     archive = ARCHIVES[name]
     folder, part = directory / archive.folder, directory / f"{name}.{archive.kind}.part"
     try:
-        if folder.exists():
-            _check_complete(folder, archive)
-            if progress:
-                print(f"{folder}: already there", file=sys.stderr)
-            return folder
-        with made(directory):
+        with made(directory), in_turn(directory):  # another one may fetch it now
+            if folder.exists():
+                _check_complete(folder, archive)
+                if progress:
+                    print(f"{folder}: already there", file=sys.stderr)
+                return folder
             if not part.exists() or _md5(part) != archive.md5:
                 _fetch(name, url or archive.url, part, progress)
                 _check_md5(name, url or archive.url, part)
