@@ -19,12 +19,11 @@ from bench.counters import usable_cores
 from bench.job import SIDE_BY_SIDE
 from bench.nvml import Gpu, NvmlError
 from bench.record import Environment, this_host
-from cifar.agreement import installed, sources_digest
+from cifar.agreement import ROOT, installed, sources_digest
 from cifar.compilers import compiler_versions
 from cifar.process import available_cores, recorded_environment
 from cifar.serialize import to_json
 
-_ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("bench", "cifar", "launch")
 _TOOLS = ("triton", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "timm", "deepspeed")
 
@@ -129,7 +128,7 @@ def _git() -> tuple[str | None, bool | None, str]:
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
         )
 
     if git("ls-files", "--error-unmatch", "bench/environment.py").returncode:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.job import Fault
-from bench.measure.clock import synchronize
+from bench.measure.clock import seconds_of, synchronize
 from bench.measure.subject import Subject
 from bench.record import Measurement
 from cifar.trainer import Trainer
@@ -58,7 +58,7 @@ class InjectedFault:
             torch.randn(size, size, device=device, generator=generator) for _ in range(2)
         ]
         self._products = 1
-        fastest = min(self._seconds(device) for _ in range(2 * REPEATS))
+        fastest = min(seconds_of(self._pay, device) for _ in range(2 * REPEATS))
         self._products = max(1, round(self.fault.seconds / fastest))
 
     def measure(self, subject: Subject) -> Iterable[Measurement]:
@@ -75,15 +75,8 @@ class InjectedFault:
                 labels={**labels},
             )
             return
-        seconds = [self._seconds(subject.device) for _ in range(REPEATS)]
+        seconds = [seconds_of(self._pay, subject.device) for _ in range(REPEATS)]
         yield subject.measurement(name, "s", "none", seconds, **labels)
-
-    def _seconds(self, device: torch.device) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        self._pay()
-        synchronize(device)
-        return time.perf_counter() - start
 
     def _pay(self) -> None:
         if self.fault.kind == "sleep":

@@ -175,7 +175,7 @@ def build_searches(
         channels_last=(options.channels_last,),
         compile=(options.compile,),
         batch_sizes=(search.start,),
-        recipe=get_recipe(options.recipe or RECIPE),
+        recipe=get_recipe(RECIPE if options.recipe is None else options.recipe),
         data=data,
         launcher=launcher,
         num_processes=processes,

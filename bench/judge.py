@@ -121,10 +121,9 @@ def _asked_of_mode(train: TrainConfig, effective: Labels) -> Labels:
 def _asked_of_passes(cell: Cell) -> Labels:
     """How often a step runs the network on a process, and on how many images each time."""
     train = cell.train
-    steps, recipe = train.accumulation_steps, train.recipe
     return {
-        "forward_passes": steps * (2 if recipe.sam_rho else 1),
-        "micro_batch_size": recipe.global_batch_size // (cell.num_processes * steps),
+        "forward_passes": train.accumulation_steps * train.recipe.passes,
+        "micro_batch_size": train.per_device_batch_size(cell.num_processes),
     }
 
 

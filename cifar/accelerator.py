@@ -68,11 +68,11 @@ def _engines_hidden() -> Iterator[None]:
     `cifar.zero`, which start their engines themselves.
     """
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    told = {name: os.environ.pop(name) for name in names if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(told)
+        os.environ.update(hidden)
 
 
 def autocast_module(accelerator: Accelerator, module: nn.Module, precision: str) -> nn.Module:
@@ -149,11 +149,11 @@ def launched_on_cpu(environ: Mapping[str, str]) -> bool:
     Raises:
         ConfigError: what it was told is neither yes nor no.
     """
-    told = environ.get("ACCELERATE_USE_CPU", "false")
+    value = environ.get("ACCELERATE_USE_CPU", "false")
     try:
-        return bool(str_to_bool(told))
+        return bool(str_to_bool(value))
     except ValueError:
-        raise ConfigError(f"ACCELERATE_USE_CPU: {told!r}: give true or false") from None
+        raise ConfigError(f"ACCELERATE_USE_CPU: {value!r}: give true or false") from None
 
 
 def check_launch(environ: Mapping[str, str]) -> None:

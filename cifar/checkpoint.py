@@ -25,12 +25,11 @@ from cifar.errors import CheckpointError, ConfigError
 from cifar.files import PARTIAL, sweep, sync_folder
 from cifar.meter import MeterState
 from cifar.serialize import STRICT, from_json, to_json
-from cifar.weights import MANIFEST, STEP_PREFIX, find_weights, list_checkpoints
+from cifar.weights import CARD, MANIFEST, STEP_PREFIX, find_weights, list_checkpoints
 
 Tensors = dict[str, Tensor]
 T = TypeVar("T")
 
-_CARD = "model.json"
 _STATE = "state.json"
 
 
@@ -172,7 +171,7 @@ def write_checkpoint(
         f"{group}.safetensors": save({k: v.detach().cpu().contiguous() for k, v in some.items()})
         for group, some in tensors.items()
     }
-    files[_CARD] = to_json(card, indent=2).encode()
+    files[CARD] = to_json(card, indent=2).encode()
     if state is not None:
         files[_STATE] = to_json(state, indent=2).encode()
     write_folder(folder, files)
@@ -180,7 +179,7 @@ def write_checkpoint(
 
 def read_card(files: dict[str, bytes], where: Path) -> ModelCard:
     """What the weights are; raises CheckpointError as `read_state` does."""
-    return _read_json(ModelCard, files, _CARD, where)
+    return _read_json(ModelCard, files, CARD, where)
 
 
 def read_state(files: dict[str, bytes], where: Path) -> TrainState:

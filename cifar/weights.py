@@ -12,8 +12,10 @@ MANIFEST = "manifest.json"
 """Beside the files of a checkpoint, whose sums it holds."""
 STEP_PREFIX = "step-"
 """Of the names of a run's checkpoints."""
-_WEIGHTS = "model.safetensors"
-_AVERAGE = "ema.safetensors"
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+"""Beside them: what they are, see `cifar.checkpoint.ModelCard`."""
+AVERAGE = "ema.safetensors"
 
 
 def list_checkpoints(root: Path, name: str = "checkpoint") -> list[Path]:
@@ -36,20 +38,18 @@ def find_weights(path: Path, name: str = "checkpoint") -> Path:
         CheckpointError: nothing there, or a file that holds no weights.
         UserError: nobody can tell, for a folder may not be searched or a name is too long.
     """
-    is_named = path.name in (_AVERAGE, _WEIGHTS)
+    is_named = path.name in (AVERAGE, WEIGHTS)
     if path.suffix == ".safetensors" and not is_named and is_file(path, name):
-        raise CheckpointError(
-            f"{name}: {path}: no weights of a model; name {_WEIGHTS} or {_AVERAGE}"
-        )
+        raise CheckpointError(f"{name}: {path}: no weights of a model; name {WEIGHTS} or {AVERAGE}")
     candidates = iter([path.parent]) if is_named else _folders_of_weights(path, name)
     found = next((each for each in candidates if is_file(each / MANIFEST, name)), None)
     if found is None:
         raise CheckpointError(
-            f"{name}: {path}: no weights there; give a run, a checkpoint or {_WEIGHTS} in one"
+            f"{name}: {path}: no weights there; give a run, a checkpoint or {WEIGHTS} in one"
         )
     if is_named:
         return path
-    return found / (_AVERAGE if is_file(found / _AVERAGE, name) else _WEIGHTS)
+    return found / (AVERAGE if is_file(found / AVERAGE, name) else WEIGHTS)
 
 
 def _folders_of_weights(path: Path, name: str) -> Iterator[Path]:

@@ -723,12 +723,15 @@ def test_weights_that_break_in_an_epochs_last_step_are_neither_reported_nor_save
 SECOND_SIGNAL = """
 import os, signal, time
 from cifar import signals as module
+from cifar.pulse import PULSE
 from cifar.signals import ECHO_SECONDS, StopSignals
 module.REPEAT_SECONDS = 0.5
 with StopSignals("go on") as signals:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     assert signals.received == signal.SIGINT
+    while not PULSE.is_stopping:  # from when on what is an echo is reckoned
+        time.sleep(0.01)
     time.sleep(ECHO_SECONDS + 0.1)
     print("alive", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)

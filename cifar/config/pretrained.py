@@ -14,14 +14,13 @@ from cifar.config.checks import require
 from cifar.errors import ConfigError
 from cifar.files import user_path
 from cifar.serialize import NOT_IN_DIGEST, STRICT
+from cifar.weights import CARD, WEIGHTS
 
 IMAGENET = "imagenet"
 """The name of a library's default weights, whatever they were trained on."""
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Of files of weights."""
-_OF_A_RUN = Path("final", "model.safetensors")
-_CARD = "model.json"
-"""Beside the weights of a run; see `cifar.checkpoint.ModelCard`."""
+_OF_A_RUN = Path("final", WEIGHTS)
 _GRAMMAR = "write imagenet, the name of weights, FILE, FILE@SHA256 or the folder of a run"
 
 
@@ -103,13 +102,13 @@ def _sha256(path: Path, text: str) -> str:
 def _told_by_card(path: Path, text: str) -> dict[str, Any]:
     """What the card beside a run's weights tells of its images; nothing without a card."""
     try:
-        card = json.loads(path.with_name(_CARD).read_bytes())
+        card = json.loads(path.with_name(CARD).read_bytes())
         told: dict[str, Any] = {name: tuple(map(float, card[name])) for name in ("mean", "std")}
         return told | {"classes": tuple(map(str, card["classes"]))}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        reason = f"{_CARD} beside it is damaged; take it away, or give other weights"
+        reason = f"{CARD} beside it is damaged; take it away, or give other weights"
         raise ConfigError(f"pretrained: {text!r}: {reason}") from None
 
 

@@ -27,11 +27,12 @@ def read_folder(root: Path, max_bytes: int) -> tuple[tuple[str, ...], Split, Spl
         if name not in train_files:
             raise DataError(f"data: {files[0].parent}: no such class in {train}; add it")
     classes = tuple(train_files)
+    numbers = {name: number for number, name in enumerate(classes)}
     shape = read_image(train_files[classes[0]][0]).shape
     splits = [
         read_split(
             folder,
-            [(path, classes.index(name)) for name in files for path in files[name]],
+            [(path, numbers[name]) for name in files for path in files[name]],
             shape,
             max_bytes,
         )

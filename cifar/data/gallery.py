@@ -24,8 +24,8 @@ def gallery(recipe: Recipe, split: Split, *, count: int, epochs: int, seed: int 
     The first `count` images of the split are shown, enlarged by a whole factor. What is mixed with
     others is mixed among these, the first with the last.
     """
-    images = torch.from_numpy(np.ascontiguousarray(split.images))
-    samples = torch.arange(min(count, len(images)))
+    images = torch.from_numpy(np.ascontiguousarray(split.images[:count]))
+    samples = torch.arange(len(images))
     read, augmentations = get_reader(recipe, images), get_augmentations(recipe)
     mixer = get_mixer(recipe)
     columns = [images[samples]]
