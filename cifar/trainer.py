@@ -7,13 +7,14 @@ see `cifar.losses` and `cifar.updates`.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cifar.accelerator import start_accelerator
 from cifar.checkpoint import Tensors
+from cifar.compilation import compiled
 from cifar.config import RunConfig, TrainConfig
 from cifar.data.dataset import Dataset
 from cifar.data.division import divide
@@ -142,7 +143,7 @@ class Trainer:
         wrapped: nn.Module = self.wrapped
         self._compiles = self.config.compile
         if self.config.compile:
-            wrapped = cast(nn.Module, torch.compile(wrapped, mode=self.config.compile_mode))
+            wrapped = compiled(wrapped, self.config.compile_mode)
         self.model: nn.Module = wrapped
 
     @property
@@ -208,7 +209,8 @@ class Trainer:
     def train_step(self) -> None:
         """Load the next global batch and take one optimiser step.
 
-        Reads nothing from the device, but whether a step of Muon overflowed in fp16.
+        Reads nothing from the device, but whether a step of Muon overflowed in fp16, what ZeRO's
+        engine asks of its gradients, and under torch's SyncBatchNorm on GPUs.
         """
         if self._backbone:
             self._set_phase(self._backbone)

@@ -46,6 +46,7 @@ FREE_NAMES = """
 """
 TORCH_NAMES = """
     bench.cold bench.environment bench.faults bench.kernels bench.limits bench.measure
+    cifar.compilation
     bench.measure.anatomy bench.measure.augmentation_cost bench.measure.backends
     bench.measure.batches bench.measure.clock bench.measure.cold bench.measure.comparison
     bench.measure.compilation bench.measure.energy bench.measure.inference bench.measure.memory

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar import compilation
 from cifar.compilers import check_compiler, check_toolkit, find_compiler
 from cifar.config import PRECISIONS
 from cifar.errors import UnsupportedError
@@ -81,8 +82,9 @@ def compiled(source: Source, images: Tensor) -> Run:  # noqa: ARG001 - the first
         UnsupportedError: no compiler.
     """
     check_compiler(source.device.type)
-    mode = source.compile_mode
-    run: Run = torch.compile(plain(source), mode=mode, dynamic=False, fullgraph=True)
+    run: Run = compilation.compiled(
+        plain(source), source.compile_mode, dynamic=False, fullgraph=True
+    )
     return run
 
 

@@ -68,25 +68,25 @@ def measure_cold(subject: Subject) -> Iterable[Measurement]:
 def _exact(subject: Subject) -> Tensor:
     """Logits `[1, K]` of the same image in fp32 eager in this process; a collective call.
 
-    By the algorithms of cuDNN that a fresh process takes, which does not search for the fastest.
+    Without cuDNN, which keeps what its search has found for this shape even where that is off.
     """
     trainer = subject.trainer
     size = trainer.dataset.train.images.shape[1:]
     image = ramp(size, subject.device, channels_last=trainer.config.channels_last)
-    with evaluating(trainer.bare), _without_search():
+    with evaluating(trainer.bare), _without_cudnn():
         module = evaluated_module(trainer)
         source = Source(module=module, precision="fp32", device=subject.device)
         return Reference(trainer, source).exact(image)
 
 
 @contextlib.contextmanager
-def _without_search() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+def _without_cudnn() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.enabled = before
 
 
 def _fault(subject: Subject, found: Cold, exact: Tensor) -> str:

@@ -3,15 +3,14 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import torch
-from torch import nn
 
 from bench.measure.subject import Subject
 from bench.measure.training import pace_of_steps, seconds_of_a_step
 from bench.record import Measurement
 from bench.spec import CAPTURE_STEPS
+from cifar.compilation import compiled as compile_again
 from cifar.training_state import set_aside
 
 PAIRS = 5
@@ -31,7 +30,7 @@ def measure_compilation(subject: Subject) -> Iterable[Measurement]:
         compiled, eager = _take_turns(subject)
         torch._dynamo.reset()
         mode = trainer.config.compile_mode
-        trainer.model = cast(nn.Module, torch.compile(trainer.wrapped, mode=mode))
+        trainer.model = compile_again(trainer.wrapped, mode)
         again = [seconds_of_a_step(subject) for _ in range(1 + CAPTURE_STEPS)]
     typical = statistics.median(compiled)
     first = first_steps(subject.taken, trainer.place.index)

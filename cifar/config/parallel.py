@@ -27,7 +27,8 @@ class Parallel:
 
     sync_batch_norm: bool = False
     """Normalise by the global batch's statistics, so that 2 x 32 images train as 1 x 64 do; else
-    every device normalises its own share. Changes what is learnt; costs two exchanges a layer."""
+    every device normalises its own share. Changes what is learnt; costs two exchanges a layer, and
+    on GPUs as many waits as torch's SyncBatchNorm has."""
     bucket_mib: float = BUCKET_MIB
     """MiB of gradients that are averaged together: less starts earlier, more means fewer exchanges.
     Changes the speed alone; at the default of 25 the first bucket holds 1 MiB."""
