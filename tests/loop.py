@@ -11,9 +11,9 @@ rounds and its exact 95 % interval; a line of JSON per part as soon as it is kno
 same_input/bench means that bench reports a throughput 1 % above the loop's. Rounds end at --pairs,
 or once the ratio that matters and that of the control (a contestant against itself) are known to
 within 1 %: looked at after 10, 20, 40, ... rounds, as a look after each would stop at the interval
-that is narrow by chance. Windows of a GPU are longer and follow a warm-up, for bench lets it come
-to rest and empties its memory before; `bench_long` is bench with windows twice as long, which
-would be faster if any of that were left in them.
+that is narrow by chance; stderr tells what is seen then. Windows of a GPU are longer and follow a
+warm-up, for bench lets it come to rest and empties its memory before; `bench_long` is bench with
+windows twice as long, which would be faster if any of that were left in them.
 
 The trainer's recipe is `sgd` at a small, constant learning rate and without its average of the
 weights, which no loop here keeps; overhead.py tells what that average costs.
@@ -256,7 +256,10 @@ def compete(
         return ratio(taken[above], taken[below])
 
     def known(taken: Taken) -> bool:
-        return all(is_known(find(name, taken), WITHIN) for name in decisive)
+        intervals = {name: find(name, taken) for name in decisive}
+        told = [f"{name} {m:.3f} [{a:.3f}, {b:.3f}]" for name, (m, a, b) in intervals.items()]
+        print(f"{len(taken['bench'])} rounds:", *told, file=sys.stderr, flush=True)
+        return all(is_known(each, WITHIN) for each in intervals.values())
 
     taken = take_turns(
         contestants, rounds, lambda taken: is_look(len(taken["bench"])) and known(taken)
