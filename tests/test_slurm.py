@@ -40,7 +40,9 @@ exit $code
 SCONTROL = """#!/usr/bin/env bash
 case "$1 $2" in
     "show hostnames") [[ $3 == none ]] || printf '127.0.0.1\\n127.0.0.1\\n' ;;
-    "show job") echo "   PreemptEligibleTime=2026-01-02T03:04:05 PreemptTime=${FAKE_TIME:-None}" ;;
+    "show job")
+        echo "   StartTime=2026-01-02T00:00:00 EndTime=Unknown Deadline=N/A"
+        echo "   PreemptEligibleTime=2026-01-02T00:00:00 PreemptTime=${FAKE_TIME:-None}" ;;
     *) echo "scontrol $*" >> "$FAKE_LOG" ;;
 esac
 """
@@ -186,6 +188,20 @@ def test_a_job_whose_launcher_was_killed_comes_back_a_few_times(
     assert found == (0 if comes_back else code)
     assert calls(tmp_path) == ["scontrol requeue 17"] * comes_back
     assert ("back into the queue" in err) is comes_back
+
+
+@pytest.mark.parametrize(
+    ("when", "comes_back"),
+    [("None", False), ("2026-01-02T03:04:05", True), ("2026-01-01T23:59:59", False)],
+)
+def test_a_job_that_failed_comes_back_if_this_start_of_it_was_preempted(
+    sbatch: Sbatch, tmp_path: Path, when: str, comes_back: bool
+) -> None:
+    (tmp_path / "log").touch()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\ncase "$*" in *meet*) ;; *) exit 1;; esac\n')
+    code, _, _ = finish(sbatch(FAKE_TIME=when))
+    assert code == (0 if comes_back else 1)
+    assert calls(tmp_path) == ["scontrol requeue 17"] * comes_back
 
 
 @pytest.mark.parametrize(
