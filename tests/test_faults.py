@@ -10,6 +10,7 @@ from training import make_trainer, tiny_recipe
 from bench import faults, worker
 from bench.faults import InjectedFault
 from bench.job import Fault, Job
+from bench.measure import clock as measure_clock
 from bench.measure.subject import Subject
 from bench.protocol import Protocol
 from bench.record_file import parse_record
@@ -42,6 +43,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(faults, "time", made)
+    monkeypatch.setattr(measure_clock, "time", made)
     monkeypatch.setattr(faults.torch, "mm", made.mm)
     return made
 

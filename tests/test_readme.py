@@ -75,7 +75,7 @@ def check(monkeypatch) -> Callable[[list[str]], None]:
     )
     for module in (*PROGRAMS.values(), *commands):
         monkeypatch.setattr(module, "parse", stop)
-    monkeypatch.setattr(tuning_options, "examine", lambda data: Examined(50_000, (32, 32), ""))
+    monkeypatch.setattr(tuning_options, "examine", lambda data: Examined(50_000, (32, 32), 3, ""))
     stored = SimpleNamespace(train=TrainConfig(), run=RunConfig())
     monkeypatch.setattr(run_folder, "read_config", lambda folder: stored)
     return check_command

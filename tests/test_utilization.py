@@ -162,7 +162,7 @@ def test_a_slow_device_is_spared_the_larger_cases(
     tried = iter([1.0, 2.0])
     monkeypatch.setattr(utilization, "_seconds", lambda *_: [next(tried)])
     chosen = make_subject()
-    best, peak = utilization._best(chosen, utilization._matrix_products(chosen))
+    best, peak = utilization._best(chosen, utilization._matrix_products(chosen), lambda: None)
     assert (best, peak.labels["size"]) == ((32768.0, 32) if fits else (8192.0, 16))
 
 
@@ -173,7 +173,7 @@ def test_repetitions_are_bounded(
     monkeypatch.setattr(utilization, "CASE_SECONDS", seconds)
     calls: list[Tensor] = []
     chosen = make_subject()
-    found = utilization._seconds(chosen, lambda: calls.append(torch.ones(9).exp()))
+    found = utilization._seconds(chosen, lambda: calls.append(torch.ones(9).exp()), lambda: None)
     assert (len(found), len(calls)) == (kept, kept + 2)
     assert min(found) > 0
 
