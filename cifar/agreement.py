@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 """Of the project's packages."""
 _BY_RUN = ("save_every", "check_every", "max_skipped_steps")
 """What of a RunConfig decides when processes exchange something, or stop."""
-_ONE_PROCESS_ALONE = ("output-dir", "recipe")
-"""Options that the first process alone reads, and labels."""
+_LABELS = ("recipe",)
+"""Options that change nothing that is computed."""
 
 
 def told(train: TrainConfig | None, run: RunConfig, **others: object) -> dict[str, str]:
@@ -33,10 +33,10 @@ def told(train: TrainConfig | None, run: RunConfig, **others: object) -> dict[st
         **others,
     }
     if train is not None:
-        found |= options_of(train, run, functools.partial(contents, defaults=True))
+        found |= options_of(train, functools.partial(contents, defaults=True))
         found["pretrained"] = contents(train.model.pretrained, defaults=True)
     found |= {option_name(name): getattr(run, name) for name in _BY_RUN} | others
-    return {name: str(value) for name, value in found.items() if name not in _ONE_PROCESS_ALONE}
+    return {name: str(value) for name, value in found.items() if name not in _LABELS}
 
 
 def first_difference(

@@ -25,7 +25,7 @@ from cifar.errors import CheckpointError, ConfigError
 from cifar.files import PARTIAL, sweep, sync_folder
 from cifar.meter import MeterState
 from cifar.serialize import STRICT, from_json, to_json
-from cifar.weights import CARD, MANIFEST, STEP_PREFIX, find_weights, list_checkpoints
+from cifar.weights import CARD, MANIFEST, STEP_PREFIX, WEIGHTS, find_weights, list_checkpoints
 
 Tensors = dict[str, Tensor]
 T = TypeVar("T")
@@ -235,7 +235,11 @@ def newest_whole(
     """
     for folder in reversed(folders):
         try:
-            return folder, read_folder(folder)
+            files = read_folder(folder)
+            for name in (_STATE, CARD, WEIGHTS):
+                if name not in files:
+                    raise CheckpointError(f"checkpoint: {folder}: has no {name}")
+            return folder, files
         except CheckpointError as error:
             warn(f"warning: {error}")
     return None

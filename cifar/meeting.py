@@ -6,6 +6,7 @@ before, at which the new ones would wait (`TORCHELASTIC_RESTART_COUNT` does not 
 every node counts its own failures).
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -142,6 +143,8 @@ class Meeting:
     def _open(self) -> TCPStore:
         """The store, served by rank 0 unless the launcher has it."""
         serve = self._me.rank == 0 and not self._address.is_launchers
+        if not serve:
+            self._knock()
         try:
             return self._address.connect(self._timeout, serve=serve)
         except RuntimeError as error:
@@ -151,6 +154,16 @@ class Meeting:
                     "program, or by another process with RANK 0; give a free one"
                 ) from None
             raise UnmetError(self.unreachable()) from None
+
+    def _knock(self) -> None:
+        """Wait until something listens there, of which torch would tell in dozens of lines."""
+        where = self._address.host, self._address.port
+        while True:
+            with contextlib.suppress(OSError):
+                left = max(POLL_SECONDS, self._deadline - time.monotonic())
+                socket.create_connection(where, timeout=left).close()
+                return
+            self._check_time(self.unreachable)
 
     def unreachable(self) -> str:
         """What to say where nothing answers."""

@@ -67,6 +67,16 @@ def is_first(environ: Mapping[str, str]) -> bool:
     return rank(environ) == 0
 
 
+def check_not_forgotten(environ: Mapping[str, str]) -> None:
+    """Raise a ConfigError where a rank was given, and not of how many it is one."""
+    number = _first_number(_RANK, environ, 0, _LARGEST, 0)
+    if number and world_size(environ) == 1:
+        raise ConfigError(
+            f"WORLD_SIZE: {environ.get('WORLD_SIZE', 'not set')}: a process has rank {number}; "
+            "give the number of all processes, or start by accelerate launch or torchrun"
+        )
+
+
 def check_rendezvous(environ: Mapping[str, str], *, cpu: bool) -> None:
     """Raise a ConfigError where the processes of a job could not find each other.
 
@@ -107,5 +117,6 @@ def _number(
         value = least - 1
     if not least <= value <= most:
         upper = "or more" if most == _LARGEST else f"to {most}"
-        raise ConfigError(f"{name}: {environ[name]!r}: must be {least} {upper}; {remedy}")
+        shown = max(least, 0)  # -1 stands for no launcher
+        raise ConfigError(f"{name}: {environ[name]!r}: must be {shown} {upper}; {remedy}")
     return value

@@ -93,4 +93,4 @@ def _check_same(folder: Path, train: TrainConfig, run: RunConfig, *, finds_lr: b
         found = stored.train.recipe
         recipe = dataclasses.replace(train.recipe, lr=found.lr, muon_step=found.muon_step)
         train = dataclasses.replace(train, recipe=recipe)
-    run_folder.check_same(stored, train, run)
+    run_folder.check_same(stored, train, run, folder)

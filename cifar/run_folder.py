@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cifar.config import OPTION_NAMES, RunConfig, TrainConfig, check_same_teacher
+from cifar.config import OPTION_NAMES, RunConfig, TrainConfig, check_same_teacher, require
 from cifar.errors import CheckpointError, CifarError, ConfigError
 from cifar.files import LOCK, locked, made, sweep, user_path, write_atomic
 from cifar.serialize import STRICT, contents, from_json, to_dict, to_json
@@ -167,15 +167,20 @@ def write_config(folder: Path, train: TrainConfig, run: RunConfig) -> None:
     replace_file(folder / CONFIG, to_json(StoredConfig(train=train, run=run), indent=2) + "\n")
 
 
-def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None:
-    """Raise a UserError that names the first option that a resumed run cannot change.
+def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig, folder: Path) -> None:
+    """Raise a UserError that names the first option that the run in a folder cannot change.
 
-    Its teacher must be found as well, with the same weights.
+    Its teacher must be found as well, with the same weights. The folder may have another name than
+    it had, or be written in another way.
     """
+    asked = run.output_dir
+    if asked not in (None, stored.run.output_dir):
+        same = user_path(str(asked), "output-dir").resolve() == folder.resolve()
+        remedy = f"the run to resume is in {str(folder)!r}; leave it out, or start a new run"
+        require(same, "output-dir", asked, remedy)
     check_same_teacher(train.distillation.teacher, stored.train.distillation.teacher)
     compared = [
-        (options_of(each.train, each.run, contents), options_of(each.train, each.run, to_dict))
-        for each in (stored, StoredConfig(train=train, run=run))
+        (options_of(each, contents), options_of(each, to_dict)) for each in (stored.train, train)
     ]
     (before, all_before), (now, all_now) = compared
     for name in sorted(before.keys() | now.keys()):
@@ -187,7 +192,7 @@ def check_same(stored: StoredConfig, train: TrainConfig, run: RunConfig) -> None
 
 
 def options_of(
-    train: TrainConfig, run: RunConfig, fields: Callable[[TrainConfig], dict[str, Any]]
+    train: TrainConfig, fields: Callable[[TrainConfig], dict[str, Any]]
 ) -> dict[str, Any]:
     """What must not differ of these fields, by the options' names; files may have moved."""
     weights = train.model.pretrained
@@ -197,8 +202,7 @@ def options_of(
         OPTION_NAMES.get(name, OPTION_NAMES.get(last := name.rpartition(".")[2], last)): value
         for name, value in flat.items()
     }
-    options |= {"recipe": train.recipe.name, "output-dir": run.output_dir}
-    options |= {"pretrained": weights and weights.identity}
+    options |= {"recipe": train.recipe.name, "pretrained": weights and weights.identity}
     return {name.replace("_", "-"): value for name, value in options.items()}
 
 

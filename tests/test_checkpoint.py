@@ -20,6 +20,7 @@ from cifar.checkpoint import (
     list_checkpoints,
     load_into,
     load_weights,
+    newest_whole,
     prune,
     read_card,
     read_folder,
@@ -44,6 +45,16 @@ def saved(tmp_path: Path) -> Path:
     folder = checkpoint_folder(tmp_path / "checkpoints", trainer.step)
     write_checkpoint(folder, tensors, card_of(trainer), counters)
     return folder
+
+
+def test_a_checkpoint_that_lacks_a_part_is_passed_over(tmp_path: Path) -> None:
+    whole, lacking = tmp_path / "step-000000001", tmp_path / "step-000000002"
+    write_folder(whole, dict.fromkeys(("state.json", "model.json", "model.safetensors"), b"x"))
+    write_folder(lacking, {})
+    told: list[str] = []
+    found = newest_whole([whole, lacking], told.append)
+    assert found is not None and found[0] == whole
+    assert told == [f"warning: checkpoint: {lacking}: has no state.json"]
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cifar import interface, rendezvous
 from cifar.errors import ConfigError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
+from cifar.ranks import check_not_forgotten
 
 pytestmark = pytest.mark.multiprocess
 
@@ -134,7 +135,7 @@ def test_processes_started_anew_do_not_wait_for_those_before_them(jobs: Jobs) ->
         ("nowhere", r"MASTER_ADDR: 'nowhere\.invalid': unknown here \(.*\); give the address of"),
         ("silent", "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached nothing at port"),
         ("taken", r"MASTER_PORT: '\d+': in use on .* by another program"),
-        ("local", "LOCAL_RANK: '2': must be -1 to 1; start by"),
+        ("local", "LOCAL_RANK: '2': must be 0 to 1; start by"),
     ],
 )
 def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, said: str) -> None:
@@ -242,3 +243,15 @@ def test_one_process_on_a_gpu_meets_itself_by_nccl() -> None:
     words = ("torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "cifar", "meet")
     code, out, err = finish(start(*words))
     assert (code, out.strip()) == (0, "all 1 have met"), err
+
+
+def test_a_rank_of_nobody_knows_how_many_has_not_met_them() -> None:
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE: not set: a process has rank 1; give the"):
+        check_not_forgotten({"RANK": "1"})
+    check_not_forgotten({"RANK": "0"})
+    check_not_forgotten({"RANK": "1", "WORLD_SIZE": "2"})
+
+
+def test_nothing_is_told_but_the_line_where_nobody_listens(jobs: Jobs) -> None:
+    """torch's own store would tell of it in dozens."""
+    assert len(jobs.err("unreachable-0").splitlines()) == 1

@@ -67,6 +67,22 @@ def test_one_command_begins_and_goes_on_bit_for_bit(
     assert [f"steps {step}..6" in out for step in (0, 2, 4)] == [True] * 3
 
 
+def test_a_folder_may_be_written_otherwise_or_have_moved(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with after_step(3, kill(signal.SIGTERM)):
+        assert train(npz, Path("one"), *AUTO) == 143
+    with after_step(4, kill(signal.SIGTERM)):
+        assert train(npz, tmp_path / "one", *AUTO) == 143
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert train(npz, Path("two"), *AUTO) == 0
+    capsys.readouterr()
+    assert cifar("train", "--resume", "two", "--output-dir", "three") == 2
+    told = "cifar: output-dir: 'three': the run to resume is in 'two'; leave it out, or start a new"
+    assert capsys.readouterr().err.startswith(told)
+
+
 @pytest.mark.parametrize("is_auto", [True, False], ids=["auto", "resume"])
 def test_what_a_killed_process_left_half_written_goes(
     npz: Path, tmp_path: Path, is_auto: bool

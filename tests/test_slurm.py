@@ -154,6 +154,15 @@ def test_a_job_that_is_preempted_with_a_grace_time_is_saved_and_put_back(
     assert calls(tmp_path) == ["scontrol requeue 17"]
 
 
+def test_outside_of_slurm_a_line_says_so() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("slurm.sbatch: SLURM_JOB_NODELIST: not set")
+
+
 def test_every_node_gets_the_same_command(sbatch: Sbatch, tmp_path: Path) -> None:
     """Two nodes of four processes each; what the user gives comes last, and wins."""
     (tmp_path / "bin" / "srun").write_text(
