@@ -7,6 +7,7 @@ every node counts its own failures).
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -143,16 +144,19 @@ class Meeting:
     def _open(self) -> TCPStore:
         """The store, served by rank 0 unless the launcher has it."""
         serve = self._me.rank == 0 and not self._address.is_launchers
+        taken = UnmetError(
+            f"MASTER_PORT: '{self._address.port}': in use on {self._me.host} by another program, "
+            "or by another process with RANK 0; give a free one"
+        )
         if not serve:
             self._knock()
+        elif _is_taken(self._address.port):
+            raise taken
         try:
             return self._address.connect(self._timeout, serve=serve)
         except RuntimeError as error:
             if serve and "EADDRINUSE" in str(error):
-                raise UnmetError(
-                    f"MASTER_PORT: '{self._address.port}': in use on {self._me.host} by another "
-                    "program, or by another process with RANK 0; give a free one"
-                ) from None
+                raise taken from None
             raise UnmetError(self.unreachable()) from None
 
     def _knock(self) -> None:
@@ -248,6 +252,17 @@ class Meeting:
         if time.monotonic() >= self._deadline:
             raise UnmetError(told())
         time.sleep(POLL_SECONDS)
+
+
+def _is_taken(port: int) -> bool:
+    """Whether a program of this machine listens at a port; torch would tell in several lines."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one in TIME_WAIT is free
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _absent(met: Mapping[int, Hello], me: Hello, timeout: float) -> str:

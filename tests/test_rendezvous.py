@@ -254,4 +254,5 @@ def test_a_rank_of_nobody_knows_how_many_has_not_met_them() -> None:
 
 def test_nothing_is_told_but_the_line_where_nobody_listens(jobs: Jobs) -> None:
     """torch's own store would tell of it in dozens."""
-    assert len(jobs.err("unreachable-0").splitlines()) == 1
+    for name in ("unreachable-0", "taken-0"):
+        assert len(jobs.err(name).splitlines()) == 1, name
