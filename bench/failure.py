@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from cifar.errors import PEER_GONE
 from cifar.memory import OUT_OF_MEMORY
 
 Failure = Literal["failed", "oom"]
@@ -110,10 +111,15 @@ def _exception_line(lines: Iterable[str]) -> str:
 
 
 def _root(errors: list[tuple[int | None, str]], stderr: str) -> str:
-    """The last exception of the rank that failed first, of any rank if that is not known."""
+    """The last exception of the rank that failed first, of any rank if that is not known.
+
+    One that only tells of another rank's end counts where there is no other: the launcher looks at
+    the ranks now and then, and may see two that failed together in either order.
+    """
     root = _root_rank(stderr)
-    first = [message for rank, message in errors if rank == root]
-    return (first or [message for _, message in errors])[-1]
+    causes = [each for each in errors if not PEER_GONE.search(each[1])] or errors
+    first = [message for rank, message in causes if rank == root]
+    return (first or [message for _, message in causes])[-1]
 
 
 def _only_peers(errors: list[tuple[int | None, str]], stderr: str) -> bool:

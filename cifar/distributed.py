@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -13,17 +12,11 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from cifar.config import RunConfig
-from cifar.errors import DataError, PeerError, Stopped
+from cifar.errors import PEER_GONE, DataError, PeerError, Stopped
 from cifar.rendezvous import form_group
 from cifar.watchdog import BACKSTOP, Watchdog
 
 T = TypeVar("T")
-
-_PEER_GONE = re.compile(
-    r"Connection (?:closed|reset) by peer|Broken pipe|pair closure|Timed out waiting \d+ms"
-    r"|ncclRemoteError|NCCL communicator was aborted"
-)
-"""What gloo and NCCL say where another process has ended."""
 
 _WATCHDOGS: list[Watchdog] = []
 """That of the default group, if it has one: like the group, one in a process."""
@@ -99,7 +92,7 @@ def explained_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _PEER_GONE.search(str(error)):
+        if not PEER_GONE.search(str(error)):
             raise
         told = " ".join(str(error).split())
         raise PeerError(

@@ -1,5 +1,13 @@
 """The exceptions of this package and the exit code that each stands for."""
 
+import re
+
+PEER_GONE = re.compile(
+    r"Connection (?:closed|reset) by peer|Broken pipe|pair closure|Timed out waiting \d+ms"
+    r"|ncclRemoteError|NCCL communicator was aborted"
+)
+"""What gloo and NCCL say where another process has ended."""
+
 
 class CifarError(Exception):
     """Root of every exception raised on purpose by this package."""

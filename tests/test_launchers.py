@@ -614,6 +614,12 @@ COMPILER = (
             "failed",
             "ValueError: bad",
         ),
+        (  # seen together, so the launcher names the first of them
+            torchrun(traceback(PEER, rank=0) + traceback("ValueError: bad", rank=1), rank=0),
+            "failed",
+            "ValueError: bad",
+        ),
+        (torchrun(traceback(PEER, rank=0), rank=0), "failed", PEER),
         (
             simple(traceback(COMPILER)),
             "failed",
