@@ -154,8 +154,8 @@ def anatomy() -> Suite:
     """What a step is made of: its parts, the input pipeline's ceiling, and the share of the peak.
 
     ResNet-20 and ResNet-18 in fp32 and bf16, either layout, without inference; what every
-    augmentation costs besides. Cost: 8 cells of about a minute and a half; on two slow CPU cores
-    ResNet-18's take three.
+    augmentation costs besides. Cost: not measured with the augmentations; without them 8 cells of
+    about a minute, on two slow CPU cores ResNet-18's of three.
     """
     protocol = Protocol(
         warmup_steps=2,

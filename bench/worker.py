@@ -79,9 +79,8 @@ class Worker:
             return self._record("failed", str(error))
         later = self._later()
         names = list(later)
-        for done, metric in enumerate(later.values()):
+        for done, (name, metric) in enumerate(later.items()):
             self._keep(unfinished(self._record(status, reason), names[done:]))
-            name = names[done]
             # Others take long without a step, or on the first process alone.
             alone = contextlib.nullcontext() if name in STEPPING else PULSE.during(name)
             with alone:

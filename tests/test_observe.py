@@ -645,10 +645,7 @@ def test_what_was_asked_is_observed_on_a_gpu(precision: str, compiled: bool) -> 
     if torch.cuda.get_device_capability() < (8, 0) and precision in ("bf16", "tf32"):
         pytest.skip(f"this GPU has no {precision}")
     cell = make_cell(precision, channels_last=(True,), compile=(compiled,))
-    subject = make_subject(cell, run=RunConfig())
-    if precision == "fp16":  # the usual first scale may cost the first steps
-        subject.trainer.accelerator.scaler.update(128.0)
-    effective = measured(subject)
+    effective = measured(make_subject(cell, run=RunConfig()))
     assert mismatches(cell, effective, "cuda") == unproven(cell.train, effective) == []
     asked = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     assert effective["input_dtype"] == effective["weight_dtype"] == asked

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from conftest import make_dataset
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from training import TINY, make_trainer, mixup, tiny_recipe
 
+from cifar.compilation import compiled
 from cifar.config import ModelConfig, RunConfig
 from cifar.data.loader import TrainBatch
 from cifar.errors import CheckpointError, ConfigError, TrainingError
@@ -415,3 +417,19 @@ def test_compiling_is_announced_in_the_first_step_that_does(
     for _ in range(2):
         trainer.train_step()
     assert announced == ["", "compiling", ""]
+
+
+@pytest.mark.parametrize(("named", "found"), [(None, "ATEN"), ("TRITON", "TRITON")])
+def test_only_the_libraries_convolutions_are_tried_unless_others_are_named(
+    named: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS"
+    monkeypatch.delenv(variable, raising=False)
+    if named:
+        monkeypatch.setenv(variable, named)
+    module, told = nn.Linear(1, 1), []
+    monkeypatch.setattr(torch, "compile", lambda *words, **named: told.append((words, named)))
+    with inductor.patch(max_autotune_conv_backends="TRITON"):
+        compiled(module, "max-autotune", fullgraph=True)
+        assert inductor.max_autotune_conv_backends == found
+    assert told == [((module,), {"mode": "max-autotune", "fullgraph": True})]

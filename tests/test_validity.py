@@ -594,8 +594,8 @@ def test_a_real_gpu_is_watched() -> None:
         torch.cuda.synchronize(device)
     found = {each.name: each for each in watched.report()[0]}
     assert found["window_gpu_clock_after"].value > 1e8
-    told = [found[f"window_gpu_{name}"] for name in ("other_processes", "thermal_share")]
-    assert all(each.status == "absent" or each.value >= 0 for each in told), "some drivers tell"
+    assert found["window_gpu_other_processes"].status == "ok"
+    assert found["window_gpu_thermal_share"].value >= 0
     assert found["window_gpu_allocation_retries"].value == 0
 
 
