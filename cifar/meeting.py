@@ -28,6 +28,8 @@ POLL_SECONDS = 0.05
 """Between two looks at what other processes have written."""
 FAREWELL_SECONDS = 1.0
 """How long rank 0 keeps its store after a refusal, for the others to read it."""
+SILENCE_SECONDS = 0.2
+"""How long what listens is given to hang up or to speak."""
 VERDICT_SECONDS = 2.0
 """How much longer than its own time a process waits whom rank 0 has answered: rank 0, which ends in
 the time of the first that came, knows better why there is no group."""
@@ -118,6 +120,7 @@ class Meeting:
     ) -> None:
         self._address = address_of(environ)
         self._timeout = timeout
+        self._is_listened_to = False
         self._deadline = time.monotonic() + timeout
         self._me = Hello(
             rank=rank(environ),
@@ -160,22 +163,31 @@ class Meeting:
             raise UnmetError(self.unreachable()) from None
 
     def _knock(self) -> None:
-        """Wait until something listens there, of which torch would tell in dozens of lines."""
+        """Wait until what listens there may be a store.
+
+        Of anything else torch would tell in dozens of lines. What hangs up or speaks first is none,
+        but something that stands in for rank 0 until that has come may do so.
+        """
         where = self._address.host, self._address.port
         while True:
             with contextlib.suppress(OSError):
                 left = max(POLL_SECONDS, self._deadline - time.monotonic())
-                socket.create_connection(where, timeout=left).close()
-                return
+                with socket.create_connection(where, timeout=left) as visitor:
+                    self._is_listened_to = True
+                    if _is_silent(visitor):
+                        return
             self._check_time(self.unreachable)
 
     def unreachable(self) -> str:
-        """What to say where nothing answers."""
-        where, port = self._address.host, self._address.port
+        """What to say where no store answers."""
+        where, port, remedy = self._address.host, self._address.port, ", start that one too"
+        found = "nothing"
+        if self._is_listened_to:
+            found, remedy = "another program than rank 0", " and a free port, start that one too"
         return (
-            f"MASTER_ADDR: {where!r}: rank {self._me.rank} on {self._me.host} has reached nothing "
+            f"MASTER_ADDR: {where!r}: rank {self._me.rank} on {self._me.host} has reached {found} "
             f"at port {port} (MASTER_PORT) within {self._timeout:g} s; give the address of rank "
-            "0's machine, start that one too, and let the port through its firewall"
+            f"0's machine{remedy}, and let the port through its firewall"
         )
 
     def _lead(self, store: TCPStore) -> tuple[str, list[Hello]]:
@@ -252,6 +264,18 @@ class Meeting:
         if time.monotonic() >= self._deadline:
             raise UnmetError(told())
         time.sleep(POLL_SECONDS)
+
+
+def _is_silent(visitor: socket.socket) -> bool:
+    """Whether the other side waits to be spoken to, as a store does."""
+    visitor.settimeout(SILENCE_SECONDS)
+    try:
+        visitor.recv(1)
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        pass
+    return False
 
 
 def _is_taken(port: int) -> bool:

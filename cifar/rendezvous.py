@@ -60,11 +60,11 @@ def form_group(
     with _Guard(meeting_timeout, environ) as guard:
         gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
         meeting = Meeting(environ, gpu, told(), meeting_timeout)
-        guard.expect(meeting.unreachable())
+        guard.expect(meeting.unreachable)
         group, store, peers = meeting.hold()
         if "gloo" in backend:
             choose_interface(peers[group.rank].source, [peer.source for peer in peers])
-        guard.expect(_unconnected(environ), CONNECT_SECONDS * group.size)
+        guard.expect(lambda: _unconnected(environ), CONNECT_SECONDS * group.size)
         store.set_timeout(timedelta(seconds=collective_timeout))  # was the meeting's
         dist.init_process_group(
             backend,
@@ -99,12 +99,13 @@ class _Guard:
     def __init__(self, timeout: float, environ: Mapping[str, str]) -> None:
         self._timeout = timeout + GUARD_SECONDS
         self._who = f"cifar: process {rank(environ)}" if rank(environ) else "cifar"
-        self._text, self._deadline = "", time.monotonic() + self._timeout
+        self._tell: Callable[[], str] = str
+        self._deadline = time.monotonic() + self._timeout
         self._done = threading.Event()
 
-    def expect(self, text: str, more: float = 0.0) -> None:
-        """Say that if what comes now fails, or takes so many seconds more than a meeting may."""
-        self._text, self._deadline = text, time.monotonic() + self._timeout + more
+    def expect(self, tell: Callable[[], str], more: float = 0.0) -> None:
+        """Tell that if what comes now fails, or takes so many seconds more than a meeting may."""
+        self._tell, self._deadline = tell, time.monotonic() + self._timeout + more
 
     def __enter__(self) -> "_Guard":
         threading.Thread(target=self._watch, name="meeting-guard", daemon=True).start()
@@ -119,10 +120,10 @@ class _Guard:
         self._done.set()
         if isinstance(error, RuntimeError):  # torch's, of a store, gloo or NCCL
             told = " ".join(str(error).split())
-            raise UnmetError(f"{self._text} ({told[:200]})") from None
+            raise UnmetError(f"{self._tell()} ({told[:200]})") from None
 
     def _watch(self) -> None:
         while not self._done.wait(1.0):
             if time.monotonic() >= self._deadline:
-                os.write(sys.stderr.fileno(), f"{self._who}: {self._text}\n".encode())
+                os.write(sys.stderr.fileno(), f"{self._who}: {self._tell()}\n".encode())
                 os._exit(UnmetError.exit_code)

@@ -1,11 +1,15 @@
 """Processes that meet, and those that cannot: one line that says why, in time, from each."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +20,7 @@ from torch.distributed import TCPStore
 from training import ROOT, finish, free_port, start
 
 from cifar import interface, rendezvous
-from cifar.errors import ConfigError
+from cifar.errors import ConfigError, UnmetError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
 from cifar.ranks import check_not_forgotten
@@ -29,6 +33,27 @@ def listening() -> socket.socket:
     taken = socket.create_server(("127.0.0.1", 0))
     taken.setblocking(False)
     return taken
+
+
+@contextlib.contextmanager
+def hanging_up(times: int = sys.maxsize) -> Iterator[socket.socket]:
+    """A port of another program, which ends the first `times` connections at once."""
+
+    def serve() -> None:
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for number in itertools.count():
+                visitor, _ = server.accept()
+                if number < times:
+                    visitor.close()
+                else:
+                    held.enter_context(visitor)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
 
 
 def process(rank: int, size: int, port: int, **variables: str) -> dict[str, str]:
@@ -66,8 +91,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     )
     store.set("hello/1", json.dumps({"rank": 1, "size": 2, "host": "old", "pid": 1, "token": "x"}))
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with listening() as silent, listening() as taken:
-        ports = {"silent": silent.getsockname()[1], "taken": taken.getsockname()[1]}
+    with listening() as silent, hanging_up() as foreign, listening() as taken:
+        listeners = {"silent": silent, "foreign": foreign, "taken": taken}
+        ports = {name: each.getsockname()[1] for name, each in listeners.items()}
 
         def job(*ranks_and_sizes: tuple[int, int], **variables: str) -> list[dict[str, str]]:
             port = free_port()
@@ -80,6 +106,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "unreachable": job((1, 2)),
             "nowhere": job((1, 2), MASTER_ADDR="nowhere.invalid"),
             "silent": [process(1, 2, ports["silent"])],
+            "foreign": [process(1, 2, ports["foreign"])],
             "taken": [process(0, 2, ports["taken"])],
             "sizes": job((0, 2), (1, 3)),
             "absent": job((0, 4), (1, 4)),
@@ -89,7 +116,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
         for name, processes in listed.items():
-            vain = name in ("absent", "late", "unreachable", "nowhere", "silent")
+            vain = name in ("absent", "late", "unreachable", "nowhere", "silent", "foreign")
             for each in processes:
                 each["MEETING"] = str(TIMEOUT if vain else ENOUGH)
         listed["twice"][2]["LATE"] = "1"
@@ -115,7 +142,7 @@ def test_the_groups_store_waits_as_long_as_a_collective_call(jobs: Jobs) -> None
 def test_connecting_takes_longer_the_more_processes_there_are() -> None:
     guard = rendezvous._Guard(45.0, {})
     before = guard._deadline
-    guard.expect("", rendezvous.CONNECT_SECONDS * 256)
+    guard.expect(str, rendezvous.CONNECT_SECONDS * 256)
     assert guard._deadline - before >= 0.5 * 256
 
 
@@ -133,7 +160,11 @@ def test_processes_started_anew_do_not_wait_for_those_before_them(jobs: Jobs) ->
     [
         ("unreachable", "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached nothing at port"),
         ("nowhere", r"MASTER_ADDR: 'nowhere\.invalid': unknown here \(.*\); give the address of"),
-        ("silent", "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached nothing at port"),
+        ("silent", "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached another program than rank 0 at"),
+        (
+            "foreign",
+            "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached another program than rank 0 at",
+        ),
         ("taken", r"MASTER_PORT: '\d+': in use on .* by another program"),
         ("local", "LOCAL_RANK: '2': must be 0 to 1; start by"),
     ],
@@ -245,6 +276,18 @@ def test_one_process_on_a_gpu_meets_itself_by_nccl() -> None:
     assert (code, out.strip()) == (0, "all 1 have met"), err
 
 
+@pytest.mark.parametrize("times", [2, sys.maxsize])
+def test_what_stands_in_for_rank_0_until_that_has_come_may_hang_up(times: int) -> None:
+    with hanging_up(times) as server:
+        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        meeting = Meeting({**environ, "RANK": "1", "WORLD_SIZE": "2"}, "", {}, timeout=2)
+        if times == 2:
+            meeting._knock()
+        else:
+            with pytest.raises(UnmetError, match="another program than rank 0"):
+                meeting._knock()
+
+
 def test_a_rank_of_nobody_knows_how_many_has_not_met_them() -> None:
     with pytest.raises(ConfigError, match=r"WORLD_SIZE: not set: a process has rank 1; give the"):
         check_not_forgotten({"RANK": "1"})
@@ -253,6 +296,6 @@ def test_a_rank_of_nobody_knows_how_many_has_not_met_them() -> None:
 
 
 def test_nothing_is_told_but_the_line_where_nobody_listens(jobs: Jobs) -> None:
-    """torch's own store would tell of it in dozens."""
-    for name in ("unreachable-0", "taken-0"):
+    """torch's own store would tell of it in dozens, as of a program that hangs up."""
+    for name in ("unreachable-0", "taken-0", "foreign-0"):
         assert len(jobs.err(name).splitlines()) == 1, name
