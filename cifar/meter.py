@@ -141,6 +141,11 @@ class Meter:
             samples=int(samples), loss=loss / max(1, samples), top1=correct / max(1, samples)
         )
 
+    def slowest(self, seconds: float) -> float:
+        """The most seconds that any process gives; a collective call."""
+        with PULSE.waiting():
+            return float(reduce_max(self._on_device(seconds)))
+
     def _all_sums(self) -> tuple[float, float, float]:
         self._read()
         with PULSE.waiting():

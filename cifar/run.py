@@ -118,8 +118,11 @@ def found_there(folder: Path, config: TrainConfig, run: RunConfig) -> tuple[Trai
     found = 0
     if is_first(os.environ):
         checkpoints = list_checkpoints(folder / "checkpoints")
-        warn = functools.partial(print, file=sys.stderr, flush=True)
-        found = int(newest_whole(checkpoints, warn) is not None)
+        warnings: list[str] = []
+        found = int(newest_whole(checkpoints, warnings.append) is not None)
+        if not found:  # else the session that goes on from one tells
+            for warning in warnings:
+                print(warning, file=sys.stderr, flush=True)
     device = torch.device("cpu" if runs_on_cpu(run) else "cuda")
     with PULSE.waiting():
         is_found = bool(reduce_max(torch.tensor(found, device=device)))

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +176,7 @@ class Session:
         """Evaluate the weights just saved and write the epoch's line."""
         trainer = self.trainer
         self._seconds += time.monotonic() - self._since
-        metrics = trainer.meter.train_metrics()
+        seconds, metrics = trainer.meter.slowest(self._seconds), trainer.meter.train_metrics()
         scores = self._score()
         line = {
             "epoch": trainer.epoch,
@@ -183,8 +185,8 @@ class Session:
             "lr": trainer.lr_of(trainer.step - 1),
             "train_loss": metrics.loss,
             "train_top1": metrics.top1,
-            "train_seconds": self._seconds,
-            "train_images_per_s": metrics.samples / self._seconds,
+            "train_seconds": seconds,
+            "train_images_per_s": metrics.samples / seconds,
             **scores,
             "skipped_steps": trainer.meter.skipped_steps,
         }
@@ -283,7 +285,8 @@ class Session:
         chosen: tuple[Path, dict[str, bytes]] | None = None
         if self.trainer.is_main:
             found = list_checkpoints(root)
-            chosen = checkpoint.newest_whole(found, warn=self._progress.say)
+            warn = functools.partial(print, file=sys.stderr, flush=True)
+            chosen = checkpoint.newest_whole(found, warn)
         step = torch.tensor(
             -1 if chosen is None else checkpoint.step_of(chosen[0]), device=self.trainer.device
         )

@@ -207,13 +207,16 @@ def learned(name: str, teacher: Path, *, parts: int) -> dict[str, Tensor]:
 LEARNING = """
 import os, sys
 from pathlib import Path
+import torch
 from safetensors.torch import save_file
 from cifar.distributed import leave
+from cifar.meter import Meter
 from test_multiprocess import ALIKE, learned
 folder = Path(sys.argv[1])
 for name in ALIKE:
     weights = learned(name, folder / "teacher", parts=1)
     save_file(weights, folder / f"{name}-{os.environ['RANK']}.safetensors")
+assert Meter(torch.device("cpu")).slowest(1.0 + int(os.environ["RANK"])) == 2.0
 leave()
 """
 

@@ -49,6 +49,7 @@ from cifar.data.loader import TrainBatch
 from cifar.emulation import emulate_bf16
 from cifar.errors import ConfigError, Stopped
 from cifar.evaluation import Evaluation
+from cifar.meter import Meter
 from cifar.process import MALLOC, has_nvidia_gpus
 from cifar.progress import TrainingProgress
 from cifar.run import train as train_run
@@ -121,6 +122,16 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_and_weights(
     assert second["train_images_per_s"] == pytest.approx(96 / second["train_seconds"])
     card, _ = load_weights(folder)
     assert card.step == 6 and card.samples_seen == 192 and len(card.classes) == 10
+
+
+def test_throughput_is_that_of_the_slowest_process(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Meter, "slowest", lambda *_: 1e6)
+    train(npz, tmp_path / "run")
+    for line in run_folder.read_metrics(tmp_path / "run"):
+        assert line["train_seconds"] == 1e6
+        assert line["train_images_per_s"] == pytest.approx(96 / 1e6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -341,8 +352,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     damaged.write_bytes(content)
     capsys.readouterr()
     assert resume(folder, "--keep-checkpoints", keep) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"warning: .*step-000000005.*checksum", out) and "steps 4..6" in out
+    out, err = capsys.readouterr()
+    assert re.search(r"^warning: .*step-000000005.*checksum", err) and "steps 4..6" in out
     assert_same(folder, straight("plain"))
 
 
