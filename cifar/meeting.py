@@ -6,8 +6,6 @@ before, at which the new ones would wait (`TORCHELASTIC_RESTART_COUNT` does not 
 every node counts its own failures).
 """
 
-import contextlib
-import errno
 import json
 import os
 import secrets
@@ -15,49 +13,19 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cifar.agreement import first_difference
 from cifar.errors import ConfigError, UnmetError
-from cifar.interface import source_towards
 from cifar.ranks import rank, world_size
+from cifar.store import POLL_SECONDS, Address, Entrance
 
-POLL_SECONDS = 0.05
-"""Between two looks at what other processes have written."""
 FAREWELL_SECONDS = 1.0
 """How long rank 0 keeps its store after a refusal, for the others to read it."""
-SILENCE_SECONDS = 0.2
-"""How long what listens is given to hang up or to speak."""
 VERDICT_SECONDS = 2.0
 """How much longer than its own time a process waits whom rank 0 has answered: rank 0, which ends in
 the time of the first that came, knows better why there is no group."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Address:
-    """Where the processes meet; `is_launchers` if the launcher and not rank 0 has the store."""
-
-    host: str
-    port: int
-    is_launchers: bool
-
-    def connect(self, timeout: float, *, serve: bool = False) -> TCPStore:
-        """A connection of one's own, or the store itself; seconds for every answer.
-
-        Raises:
-            RuntimeError: nothing answers there, or the port is taken.
-        """
-        return TCPStore(
-            self.host,
-            self.port,
-            None,
-            serve,
-            timedelta(seconds=timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,16 +66,6 @@ class Hello:
         return f"{self.host}, pid {self.pid}"
 
 
-def address_of(environ: Mapping[str, str]) -> Address:
-    """Where the launcher says to meet, with Accelerate's default for the port."""
-    agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    return Address(
-        host=environ["MASTER_ADDR"],
-        port=int(environ.get("MASTER_PORT") or 29500),
-        is_launchers=agents,
-    )
-
-
 class Meeting:
     """One process's part in a meeting: rank 0 leads, the others follow.
 
@@ -118,9 +76,9 @@ class Meeting:
     def __init__(
         self, environ: Mapping[str, str], gpu: str, told: Mapping[str, str], timeout: float
     ) -> None:
-        self._address = address_of(environ)
+        self._address = Address.read(environ)
+        self.entrance = Entrance(self._address, rank(environ), timeout)
         self._timeout = timeout
-        self._is_listened_to = False
         self._deadline = time.monotonic() + timeout
         self._me = Hello(
             rank=rank(environ),
@@ -128,7 +86,7 @@ class Meeting:
             host=socket.gethostname(),
             pid=os.getpid(),
             gpu=gpu,
-            source=_source(self._address),
+            source=self._address.source(),
             told=told,
         )
 
@@ -139,56 +97,10 @@ class Meeting:
             ConfigError: the processes do not fit together; all of them say so.
             UnmetError: this one has not met the others.
         """
-        store = self._open()
+        store = self.entrance.open()
         name, peers = self._lead(store) if self._me.rank == 0 else self._follow(store)
         me = self._me
         return Group(address=self._address, name=name, rank=me.rank, size=me.size), store, peers
-
-    def _open(self) -> TCPStore:
-        """The store, served by rank 0 unless the launcher has it."""
-        serve = self._me.rank == 0 and not self._address.is_launchers
-        taken = UnmetError(
-            f"MASTER_PORT: '{self._address.port}': in use on {self._me.host} by another program, "
-            "or by another process with RANK 0; give a free one"
-        )
-        if not serve:
-            self._knock()
-        elif _is_taken(self._address.port):
-            raise taken
-        try:
-            return self._address.connect(self._timeout, serve=serve)
-        except RuntimeError as error:
-            if serve and "EADDRINUSE" in str(error):
-                raise taken from None
-            raise UnmetError(self.unreachable()) from None
-
-    def _knock(self) -> None:
-        """Wait until what listens there may be a store.
-
-        Of anything else torch would tell in dozens of lines. What hangs up or speaks first is none,
-        but something that stands in for rank 0 until that has come may do so.
-        """
-        where = self._address.host, self._address.port
-        while True:
-            with contextlib.suppress(OSError):
-                left = max(POLL_SECONDS, self._deadline - time.monotonic())
-                with socket.create_connection(where, timeout=left) as visitor:
-                    self._is_listened_to = True
-                    if _is_silent(visitor):
-                        return
-            self._check_time(self.unreachable)
-
-    def unreachable(self) -> str:
-        """What to say where no store answers."""
-        where, port, remedy = self._address.host, self._address.port, ", start that one too"
-        found = "nothing"
-        if self._is_listened_to:
-            found, remedy = "another program than rank 0", " and a free port, start that one too"
-        return (
-            f"MASTER_ADDR: {where!r}: rank {self._me.rank} on {self._me.host} has reached {found} "
-            f"at port {port} (MASTER_PORT) within {self._timeout:g} s; give the address of rank "
-            f"0's machine{remedy}, and let the port through its firewall"
-        )
 
     def _lead(self, store: TCPStore) -> tuple[str, list[Hello]]:
         """Greet all ranks; those of an earlier start may be greeted too, but do not answer."""
@@ -266,29 +178,6 @@ class Meeting:
         time.sleep(POLL_SECONDS)
 
 
-def _is_silent(visitor: socket.socket) -> bool:
-    """Whether the other side waits to be spoken to, as a store does."""
-    visitor.settimeout(SILENCE_SECONDS)
-    try:
-        visitor.recv(1)
-    except TimeoutError:
-        return True
-    except ConnectionError:
-        pass
-    return False
-
-
-def _is_taken(port: int) -> bool:
-    """Whether a program of this machine listens at a port; torch would tell in several lines."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one in TIME_WAIT is free
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
-
-
 def _absent(met: Mapping[int, Hello], me: Hello, timeout: float) -> str:
     missing = [str(each) for each in range(me.size) if each not in met]
     which = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
@@ -333,19 +222,3 @@ def check_gpus(peers: list[Hello]) -> None:
                 f"LOCAL_RANK: ranks {other.rank} and {peer.rank} on {peer.host} have the same GPU "
                 f"({peer.gpu}); number the processes of a machine from 0, one for each GPU"
             )
-
-
-def _source(address: Address) -> str:
-    """This machine's address on the way to the store.
-
-    Raises:
-        UnmetError: the host's name means nothing here.
-    """
-    try:
-        return source_towards(address.host, address.port)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no host's name"
-        raise UnmetError(
-            f"MASTER_ADDR: {address.host!r}: unknown here ({reason}); give the address of rank 0's "
-            "machine"
-        ) from None

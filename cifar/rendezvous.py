@@ -60,7 +60,7 @@ def form_group(
     with _Guard(meeting_timeout, environ) as guard:
         gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
         meeting = Meeting(environ, gpu, told(), meeting_timeout)
-        guard.expect(meeting.unreachable)
+        guard.expect(meeting.entrance.unreachable)
         group, store, peers = meeting.hold()
         if "gloo" in backend:
             choose_interface(peers[group.rank].source, [peer.source for peer in peers])

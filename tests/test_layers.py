@@ -61,7 +61,8 @@ TORCH_NAMES = """
     cifar.models.summary cifar.models.weights cifar.muon cifar.network cifar.optim cifar.outcome
     cifar.precision
     cifar.rendezvous cifar.report cifar.roles cifar.run cifar.scoring cifar.selection cifar.session
-    cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_data cifar.training_state
+    cifar.store cifar.sync_batch_norm cifar.teacher cifar.trainer cifar.training_data
+    cifar.training_state
     cifar.updates cifar.watchdog cifar.zero
 """
 FREE, TORCH = set(FREE_NAMES.split()), set(TORCH_NAMES.split())
@@ -110,7 +111,7 @@ CHAINS = (
     "cifar.optim cifar.exchange cifar.trainer",
     "cifar.interval cifar.trainer",
     "cifar.run_folder cifar.agreement cifar.meeting",
-    "cifar.ranks cifar.interface cifar.meeting cifar.rendezvous cifar.distributed "
+    "cifar.ranks cifar.interface cifar.store cifar.meeting cifar.rendezvous cifar.distributed "
     "cifar.accelerator cifar.trainer",
     "cifar.pulse cifar.watchdog cifar.distributed",
     "cifar.meeting cifar.watchdog",

@@ -24,6 +24,7 @@ from cifar.errors import ConfigError, UnmetError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
 from cifar.ranks import check_not_forgotten
+from cifar.store import Address, Entrance
 
 pytestmark = pytest.mark.multiprocess
 
@@ -279,13 +280,13 @@ def test_one_process_on_a_gpu_meets_itself_by_nccl() -> None:
 @pytest.mark.parametrize("times", [2, sys.maxsize])
 def test_what_stands_in_for_rank_0_until_that_has_come_may_hang_up(times: int) -> None:
     with hanging_up(times) as server:
-        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-        meeting = Meeting({**environ, "RANK": "1", "WORLD_SIZE": "2"}, "", {}, timeout=2)
+        address = Address(host="127.0.0.1", port=server.getsockname()[1], is_launchers=False)
+        entrance = Entrance(address, rank=1, timeout=2)
         if times == 2:
-            meeting._knock()
+            entrance._knock()
         else:
             with pytest.raises(UnmetError, match="another program than rank 0"):
-                meeting._knock()
+                entrance._knock()
 
 
 def test_a_rank_of_nobody_knows_how_many_has_not_met_them() -> None:

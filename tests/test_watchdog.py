@@ -13,8 +13,9 @@ import pytest
 import torch
 from training import ROOT, TINY_OPTIONS, complaints, finish, free_port, start
 
-from cifar.meeting import Address, Group
+from cifar.meeting import Group
 from cifar.pulse import Pulse
+from cifar.store import Address
 from cifar.watchdog import EXIT_CODE, STOPPING_SECONDS, Beat, Watchdog, missing, whereabouts
 
 GROUP = Group(address=Address(host="here", port=1, is_launchers=True), name="group", rank=0, size=3)
