@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -227,22 +227,23 @@ def _number(folder: Path) -> str:
 
 
 def newest_whole(
-    folders: Sequence[Path], warn: Callable[[str], None]
-) -> tuple[Path, dict[str, bytes]] | None:
+    folders: Sequence[Path],
+) -> tuple[tuple[Path, dict[str, bytes]] | None, list[str]]:
     """The last of these checkpoints that is whole, and its files; None if none is.
 
-    What is wrong with those after it is told to `warn`.
+    And what is wrong with those after it, a line each.
     """
+    faults: list[str] = []
     for folder in reversed(folders):
         try:
             files = read_folder(folder)
             for name in (_STATE, CARD, WEIGHTS):
                 if name not in files:
                     raise CheckpointError(f"checkpoint: {folder}: has no {name}")
-            return folder, files
+            return (folder, files), faults
         except CheckpointError as error:
-            warn(f"warning: {error}")
-    return None
+            faults.append(str(error))
+    return None, faults
 
 
 def prune(newest: Path, keep: int) -> None:

@@ -117,12 +117,10 @@ def found_there(folder: Path, config: TrainConfig, run: RunConfig) -> tuple[Trai
     """
     found = 0
     if is_first(os.environ):
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        warnings: list[str] = []
-        found = int(newest_whole(checkpoints, warnings.append) is not None)
-        if not found:  # else the session that goes on from one tells
-            for warning in warnings:
-                print(warning, file=sys.stderr, flush=True)
+        whole, faults = newest_whole(list_checkpoints(folder / "checkpoints"))
+        found = int(whole is not None)
+        for fault in () if found else faults:  # else the session that goes on from it tells
+            print(f"warning: {fault}", file=sys.stderr, flush=True)
     device = torch.device("cpu" if runs_on_cpu(run) else "cuda")
     with PULSE.waiting():
         is_found = bool(reduce_max(torch.tensor(found, device=device)))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import shlex
 import sys
 import time
@@ -283,10 +282,9 @@ class Session:
     def _newest_checkpoint(self, root: Path) -> tuple[Path, dict[str, bytes]]:
         """Chosen by the first process, for the others may see the folder differently."""
         chosen: tuple[Path, dict[str, bytes]] | None = None
+        faults: list[str] = []
         if self.trainer.is_main:
-            found = list_checkpoints(root)
-            warn = functools.partial(print, file=sys.stderr, flush=True)
-            chosen = checkpoint.newest_whole(found, warn)
+            chosen, faults = checkpoint.newest_whole(list_checkpoints(root))
         step = torch.tensor(
             -1 if chosen is None else checkpoint.step_of(chosen[0]), device=self.trainer.device
         )
@@ -294,9 +292,13 @@ class Session:
         with PULSE.waiting():
             number = int(step)
         if number < 0:
+            reason = "".join(f" ({fault.partition(';')[0]})" for fault in faults[:1])
             raise CheckpointError(
-                f"resume: '{root}': no whole checkpoint there; remove it and start a new run"
+                f"resume: '{root}': no whole checkpoint there{reason}; remove it and start a new "
+                "run"
             )
+        for fault in faults:
+            print(f"warning: {fault}", file=sys.stderr, flush=True)
         if chosen is None:
             folder = checkpoint.checkpoint_folder(root, number)
             chosen = folder, checkpoint.read_folder(folder)

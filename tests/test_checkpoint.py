@@ -51,10 +51,9 @@ def test_a_checkpoint_that_lacks_a_part_is_passed_over(tmp_path: Path) -> None:
     whole, lacking = tmp_path / "step-000000001", tmp_path / "step-000000002"
     write_folder(whole, dict.fromkeys(("state.json", "model.json", "model.safetensors"), b"x"))
     write_folder(lacking, {})
-    told: list[str] = []
-    found = newest_whole([whole, lacking], told.append)
+    found, faults = newest_whole([whole, lacking])
     assert found is not None and found[0] == whole
-    assert told == [f"warning: checkpoint: {lacking}: has no state.json"]
+    assert faults == [f"checkpoint: {lacking}: has no state.json"]
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
