@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from cifar.errors import PEER_GONE
@@ -18,7 +18,8 @@ _LAUNCHER_ERRORS = ("ChildFailedError", "CalledProcessError", "SignalException")
 _RANK = re.compile(r"^\[rank(\d+)\]:\s?")
 _LOG_LINE = re.compile(r"^(?:\[rank\d+\]:)?[EWI]\d{4} \d\d:\d\d:\d\d")
 _ROOT_RANK = re.compile(r"Root Cause .*?rank\s*:\s*(\d+)", re.DOTALL)
-_SIGNAL = re.compile(r"failed \(exitcode: -(\d+)\)|died with <Signals\.\w+: (\d+)>")
+_END = re.compile(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)")
+_SIGNAL = re.compile(r"died with <Signals\.\w+: (\d+)>")
 _HUNG = re.compile(r"cifar(?:: process \d+)?: timeout: (.+?)(?:; continue from .*)?$")
 """The line of `cifar.watchdog`, whose process ends without a traceback."""
 _FRAME = (" ", "Traceback")
@@ -37,18 +38,19 @@ def classify(
     """
     errors = list(_tracebacks(stderr))
     own = _own_lines(stderr)
-    number = _signal(returncode, stderr)
-    if memory := _memory(errors, own, _root_rank(stderr) if number else None, limited):
+    root = _root_rank(errors, stderr)
+    number = _signal(returncode, stderr, root)
+    if memory := _memory(errors, own, root if number else None, limited):
         return "oom", memory
     if number == signal.SIGKILL and oom_kills:
-        which = _process(_root_rank(stderr), " was ")
+        which = _process(root, " was ")
         return "oom", f"{which}killed by the kernel: the machine or the container ran out of memory"
     if hung := [match[1] for line in own if (match := _HUNG.match(line))]:
         return "failed", _short(hung[0])
-    if errors and not (number and own and _only_peers(errors, stderr)):
-        reason = _root(errors, stderr)
+    if errors and not (number and _only_peers(errors, root, own)):
+        reason = _root_error(errors, root)
     elif number:
-        reason = ": ".join([_describe(number, _root_rank(stderr)), *own[-1:]])
+        reason = ": ".join([_describe(number, root), *own[-1:]])
     elif own:
         reason = own[-1]
     elif returncode == 0:
@@ -110,28 +112,44 @@ def _exception_line(lines: Iterable[str]) -> str:
     return ""
 
 
-def _root(errors: list[tuple[int | None, str]], stderr: str) -> str:
+def _root_error(errors: list[tuple[int | None, str]], root: int | None) -> str:
     """The last exception of the rank that failed first, of any rank if that is not known.
 
     One that only tells of another rank's end counts where there is no other: the launcher looks at
     the ranks now and then, and may see two that failed together in either order.
     """
-    root = _root_rank(stderr)
     causes = [each for each in errors if not PEER_GONE.search(each[1])] or errors
     first = [message for rank, message in causes if rank == root]
     return (first or [message for _, message in causes])[-1]
 
 
-def _only_peers(errors: list[tuple[int | None, str]], stderr: str) -> bool:
+def _only_peers(errors: list[tuple[int | None, str]], root: int | None, own: Sequence[str]) -> bool:
     """Whether all exceptions are of ranks that only noticed that another one had ended."""
-    root = _root_rank(stderr)
-    return root is not None and all(rank not in (None, root) for rank, _ in errors)
+    others = root is not None and all(rank not in (None, root) for rank, _ in errors)
+    return others and bool(own or all(PEER_GONE.search(message) for _, message in errors))
 
 
-def _root_rank(stderr: str) -> int | None:
-    """The rank that the launcher saw fail first, None if it tells none."""
+def _root_rank(errors: list[tuple[int | None, str]], stderr: str) -> int | None:
+    """The rank that failed first, None if the launcher tells none.
+
+    That is the one it saw first, unless that only noticed the end of another one, which a signal
+    has ended; SIGTERM does not count, by which the launcher ends those that are left.
+    """
     match = _ROOT_RANK.search(stderr)
-    return int(match[1]) if match else None
+    if match is None:
+        return None
+    seen = int(match[1])
+    said = [message for rank, message in errors if rank == seen]
+    if said and all(map(PEER_GONE.search, said)):
+        for rank, code in _ends(stderr).items():
+            if code < 0 and code != -signal.SIGTERM:
+                return rank
+    return seen
+
+
+def _ends(stderr: str) -> dict[int, int]:
+    """Exit codes by rank, of those that the launcher lists; negative for a signal."""
+    return {int(rank): int(code) for rank, code in _END.findall(stderr)}
 
 
 def _own_lines(stderr: str) -> list[str]:
@@ -149,12 +167,13 @@ def _own_lines(stderr: str) -> list[str]:
     ]
 
 
-def _signal(returncode: int, stderr: str) -> int:
-    """Number of the signal that ended the worker, 0 if none did."""
+def _signal(returncode: int, stderr: str, root: int | None) -> int:
+    """Number of the signal that ended the worker, of several the root; 0 if none did."""
+    ends = _ends(stderr)
+    if root in ends:
+        return max(0, -ends[root])
     match = _SIGNAL.search(stderr)
-    if match:
-        return int(match[1] or match[2])
-    return -returncode if returncode < 0 else 0
+    return int(match[1]) if match else max(0, -returncode)
 
 
 def _describe(number: int, rank: int | None) -> str:

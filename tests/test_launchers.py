@@ -565,6 +565,12 @@ def torchrun(text="", code=1, rank=1, signal_name=""):
     return text + LAUNCHER_TAIL.format(code=code, rank=rank, signal=signal_name)
 
 
+def killed_beside(text, code):
+    """The launcher saw rank 0 fail first, and then that a signal had ended rank 1."""
+    end = f"[1]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : {code} (pid: 7)"
+    return torchrun(text, rank=0).replace("  <NO_OTHER_FAILURES>", end)
+
+
 def simple(text="", how="returned non-zero exit status 1"):
     return text + SIMPLE_TAIL.format(how=how)
 
@@ -731,6 +737,18 @@ COMPILER = (
             "failed",
             "bench.worker: no folder",
         ),
+        (
+            torchrun(traceback(PEER, rank=0), code=-9, signal_name=" (SIGKILL)"),
+            "failed",
+            "process 1 was killed by signal 9 (out of memory?)",
+        ),
+        (
+            killed_beside(traceback(PEER, rank=0), -9),
+            "failed",
+            "process 1 was killed by signal 9 (out of memory?)",
+        ),
+        (killed_beside(traceback(PEER, rank=0), -15), "failed", PEER),
+        (killed_beside(traceback("ValueError: bad", rank=0), -6), "failed", "ValueError: bad"),
         (traceback("ValueError: " + "x" * 1000), "failed", "ValueError: " + "x" * 285 + "..."),
     ],
 )
@@ -745,6 +763,12 @@ def test_a_kill_is_out_of_memory_only_with_the_kernels_word_for_it():
     assert "killed by the kernel" in reason
     which = "process 1 was killed by the kernel"
     assert classify(1, torchrun(code=-9), oom_kills=1)[1].startswith(which)
+    for text in (
+        torchrun(traceback(PEER, rank=0), code=-9),
+        killed_beside(traceback(PEER, rank=0), -9),
+    ):
+        found = classify(1, text, oom_kills=1)
+        assert found[0] == "oom" and found[1].startswith(which)
     assert classify(1, traceback("ValueError: bad"), oom_kills=1)[0] == "failed"
     assert classify(-11, "", oom_kills=1) == ("failed", "killed by signal 11 (SIGSEGV)")
 
