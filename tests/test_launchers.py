@@ -496,6 +496,7 @@ def test_a_rank_that_breaks_alone_leaves_the_record_of_the_training(tmp_path, mo
 
 
 FULL = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -507,23 +508,34 @@ original = Trainer.train_step
 def train_step(self):
     original(self)
     if self.step == 2 and self.place.index == 1:
-        torch.empty(2**60, dtype=torch.uint8)
+        FAULT
 Trainer.train_step = train_step
 sys.exit(run_to_end(lambda: worker.main(Path(sys.argv[1]))))
 """
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_runs_out_of_memory_is_told_in_the_record(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "status", "reason"),
+    [
+        (
+            "torch.empty(2**60, dtype=torch.uint8)",
+            "oom",
+            "process 1: RuntimeError: .*DefaultCPUAllocator",
+        ),
+        ("os.kill(os.getpid(), 9)", "failed", "process 1 was killed by signal 9"),
+    ],
+)
+def test_a_rank_that_dies_is_told_in_the_record(tmp_path, monkeypatch, fault, status, reason):
     """And no other waits for it: the cell may take two minutes."""
-    (tmp_path / "full.py").write_text(FULL)
+    (tmp_path / "full.py").write_text(FULL.replace("FAULT", fault))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{FAKE.parents[1]}")
     monkeypatch.setattr(launchers, "WORKER", "full")
     protocol = Protocol(warmup_steps=0, timed_steps=2, timeout=120.0)
     (cell,) = grid(["resnet20-w4"], ["fp32"], batch_sizes=(16,), num_processes=2)
     record = launch(Job(task=Task(cell=cell, protocol=protocol)), tmp_path)
-    assert record.status == "oom"
-    assert re.match("process 1: RuntimeError: .*DefaultCPUAllocator", record.reason)
+    assert record.status == status
+    assert re.match(reason, record.reason)
     assert record.environment is not None and record.data is not None
 
 
