@@ -9,6 +9,7 @@ import errno
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 import psutil
@@ -22,6 +23,11 @@ _HELD: set[int] = set()
 """The descriptors of this process's locks."""
 _CREDENTIALS = struct.Struct("3i")
 """Process, user and group: `struct ucred` of unix(7)."""
+DYING_SECONDS = 0.3
+"""How long a process may seem alive that was killed just now."""
+ENDING_SECONDS = 3.0
+"""How long what a bench that was killed has left is given to end."""
+POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
@@ -48,7 +54,24 @@ def descriptors() -> tuple[int, ...]:
 
 
 def _held(device: str) -> socket.socket:
-    """A socket whose name says that this process measures on a device."""
+    """A socket whose name says that this process measures on a device.
+
+    What a bench that was killed has left there may be about to end: that is waited for.
+    """
+    since = time.monotonic()
+    while True:
+        if sock := _bound(device):
+            return sock
+        holder = _holder(device)
+        is_measuring = holder is None or _is_alive(holder)
+        if time.monotonic() - since >= (DYING_SECONDS if is_measuring else ENDING_SECONDS):
+            told = _told(holder)
+            raise UserError(f"devices: {device!r}: {told}, or give other --devices")
+        time.sleep(POLL_SECONDS)
+
+
+def _bound(device: str) -> socket.socket | None:
+    """The socket, None if another process has it."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(PREFIX + device)
@@ -57,25 +80,33 @@ def _held(device: str) -> socket.socket:
         sock.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        raise UserError(
-            f"devices: {device!r}: {_holder(device)}, or give other --devices"
-        ) from None
+        return None
     return sock
 
 
-def _holder(device: str) -> str:
-    """Who measures on it, as far as that is told, and what to do about it."""
+def _holder(device: str) -> int | None:
+    """The process that has taken it, which may have died since; None if that is not told."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         sock.connect(PREFIX + device)
         answer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        process = _CREDENTIALS.unpack(answer)[0]
-        if not process:  # of a container with other process ids
-            return "another bench measures on it; wait for it"
-        if psutil.pid_exists(process):
-            return f"another bench (process {process}) measures on it; wait for it"
-        return (
-            f"what a bench that was killed (process {process}) has started still measures on it; "
-            "--resume its run, which ends that"
-        )
-    return "another bench measures on it; wait for it"
+        return int(_CREDENTIALS.unpack(answer)[0]) or None  # 0: of another container
+    return None
+
+
+def _is_alive(process: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def _told(holder: int | None) -> str:
+    """Who measures there, and what to do about it."""
+    if holder is None:
+        return "another bench measures on it; wait for it"
+    if _is_alive(holder):
+        return f"another bench (process {holder}) measures on it; wait for it"
+    return (
+        f"what a bench that was killed (process {holder}) has started still measures on it; "
+        "--resume its run, which ends that"
+    )

@@ -343,6 +343,30 @@ def test_a_device_is_held_until_its_holder_ends_in_whatever_way() -> None:
         pass
 
 
+LEAVE = """
+import subprocess, sys, time
+from bench.device_lock import descriptors, held
+with held(sys.argv[2:]):
+    subprocess.Popen(["sleep", sys.argv[1]], pass_fds=descriptors())
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+def test_what_a_killed_holder_has_left_is_given_time_to_end() -> None:
+    name = f"test-{os.getpid()}"
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVE, "1.0", name],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        process.send_signal(signal.SIGKILL)
+        with held([name]):
+            pass
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
 @pytest.mark.parametrize(
     "words",
