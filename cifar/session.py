@@ -219,6 +219,7 @@ class Session:
             folder = self._checkpoint_folder()
             with _writing(folder), PULSE.during("writing a checkpoint"):
                 checkpoint.write_checkpoint(folder, tensors, card_of(self.trainer), state)
+        barrier()  # else the others' clocks run while the first process writes
         self._since = time.monotonic()
 
     def _prune(self) -> None:

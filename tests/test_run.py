@@ -40,7 +40,7 @@ from training import (
     train,
 )
 
-from cifar import checkpoint, distributed, run_folder
+from cifar import checkpoint, distributed, run_folder, session
 from cifar import run as run_module
 from cifar.checkpoint import list_checkpoints, load_weights, read_folder
 from cifar.config import RunConfig, TrainConfig
@@ -132,6 +132,21 @@ def test_throughput_is_that_of_the_slowest_process(
     for line in run_folder.read_metrics(tmp_path / "run"):
         assert line["train_seconds"] == 1e6
         assert line["train_images_per_s"] == pytest.approx(96 / 1e6)
+
+
+def test_writing_checkpoints_is_not_counted_wherever_a_process_waits_for_it(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def wait() -> None:
+        waits.append(0.5)
+        time.sleep(waits[-1])
+
+    monkeypatch.setattr(session, "barrier", wait)
+    train(npz, tmp_path / "run", "--save-every", "1")
+    seconds = [line["train_seconds"] for line in run_folder.read_metrics(tmp_path / "run")]
+    assert len(waits) >= 6 and sum(seconds) < sum(waits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
