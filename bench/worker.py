@@ -42,6 +42,7 @@ from cifar.process import run_to_end
 from cifar.pulse import PULSE
 from cifar.ranks import is_first
 from cifar.serialize import from_json, to_json
+from cifar.signals import end_with_parent
 from cifar.trainer import Trainer
 
 
@@ -244,4 +245,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()  # else it would measure on beside the next one when its launcher is killed
     sys.exit(run_to_end(lambda: main(Path(sys.argv[1]))))

@@ -48,13 +48,22 @@ def end_with_launcher(environ: Mapping[str, str]) -> None:
     """Let this process get a SIGTERM when torchrun, or Accelerate by it, ends without one.
 
     After a SIGKILL of the launcher a run would go on unseen, and hold its folder against the next
-    start. Linux alone can do that (prctl(2), PR_SET_PDEATHSIG). One that ends just before that is
-    told by the change of this process's parent.
+    start.
     """
-    if "TORCHELASTIC_RUN_ID" in environ and sys.platform == "linux":
-        launcher = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process get a SIGTERM when the one that started it ends.
+
+    Linux alone can do that (prctl(2), PR_SET_PDEATHSIG). One that ends just before that is told by
+    the change of this process's parent.
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:
+        if os.getppid() != parent:
             signal.raise_signal(signal.SIGTERM)
 
 

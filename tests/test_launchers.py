@@ -539,6 +539,27 @@ def test_a_rank_that_dies_is_told_in_the_record(tmp_path, monkeypatch, fault, st
     assert record.environment is not None and record.data is not None
 
 
+START = """
+import subprocess, sys
+subprocess.run([sys.executable, "-m", "bench.worker", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_worker_ends_with_its_launcher(tmp_path):
+    """It reads its cell from a pipe here, and so waits for this test."""
+    os.mkfifo(tmp_path / "cell.json")
+    environment = {**os.environ, "PYTHONPATH": str(FAKE.parents[1])}
+    words = [sys.executable, "-c", START, tmp_path]
+    with (
+        subprocess.Popen(words, env=environment) as launcher,
+        (tmp_path / "cell.json").open("w"),
+    ):
+        (worker,) = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        assert psutil.wait_procs([worker], timeout=20) == ([worker], [])
+
+
 # --- Causes ---
 
 LAUNCHER_TAIL = """\
