@@ -23,7 +23,7 @@ from cifar.files import user_path
 from cifar.lr_find_options import run_lr_find
 from cifar.process import ensure_environment, run_to_end
 from cifar.range_test import RangeTest
-from cifar.ranks import check_not_forgotten, is_first, world_size
+from cifar.ranks import is_first, world_size
 from cifar.recipes import get_recipe
 from cifar.signals import end_with_launcher
 from cifar.strategy import launched_strategy
@@ -253,7 +253,6 @@ def run_meet(argv: list[str]) -> int:
     from cifar.accelerator import join_job
     from cifar.distributed import leave
 
-    check_not_forgotten(os.environ)
     run = RunConfig(cpu=options.cpu, meeting_timeout=options.meeting_timeout)
     join_job(None, run, strategy=launched_strategy(os.environ))
     if is_first(os.environ):

@@ -1,7 +1,7 @@
 """Which process of how many this is, as its launcher says in the environment. No torch in here.
 
 The names and their order are Accelerate's (`accelerate.utils.environment`): torchrun's first, then
-those of MPI launchers. A rank alone means nothing: without others this process is the first.
+those of MPI launchers. Without a number of processes this one is alone, and the first.
 """
 
 from collections.abc import Mapping
@@ -67,14 +67,15 @@ def is_first(environ: Mapping[str, str]) -> bool:
     return rank(environ) == 0
 
 
-def check_not_forgotten(environ: Mapping[str, str]) -> None:
-    """Raise a ConfigError where a rank was given, and not of how many it is one."""
-    number = _first_number(_RANK, environ, 0, _LARGEST, 0)
-    if number and world_size(environ) == 1:
-        raise ConfigError(
-            f"WORLD_SIZE: {environ.get('WORLD_SIZE', 'not set')}: a process has rank {number}; "
-            "give the number of all processes, or start by accelerate launch or torchrun"
-        )
+def note_on_tasks(environ: Mapping[str, str]) -> str:
+    """What to say where srun has started programs that know nothing of each other, "" elsewhere."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or world_size(environ) > 1:
+        return ""
+    return (
+        f"SLURM_STEP_NUM_TASKS: {tasks}: each of srun's tasks trains by itself; for one training "
+        "by all start one torchrun on a node, as launch/slurm.sbatch does"
+    )
 
 
 def check_rendezvous(environ: Mapping[str, str], *, cpu: bool) -> None:
@@ -86,6 +87,7 @@ def check_rendezvous(environ: Mapping[str, str], *, cpu: bool) -> None:
     """
     size = world_size(environ)
     if local_rank(environ) < 0 and size == 1:
+        _check_alone(environ)
         return
     on_gpus = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     for name in ("MASTER_ADDR",) if cpu else on_gpus:
@@ -98,6 +100,16 @@ def check_rendezvous(environ: Mapping[str, str], *, cpu: bool) -> None:
     if environ.get("MASTER_PORT"):
         remedy = "give a free one, or start by torchrun --standalone"
         _number("MASTER_PORT", environ, 1, 65_535, remedy)
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raise a ConfigError where a rank was given, and not of how many it is one."""
+    if number := _first_number(_RANK, environ, 0, _LARGEST, 0):
+        raise ConfigError(
+            f"WORLD_SIZE: {environ.get('WORLD_SIZE', 'not set')}: a process has rank {number}; "
+            "give the number of all processes, start by accelerate launch or torchrun, or unset "
+            "its rank"
+        )
 
 
 def _first_number(

@@ -22,7 +22,7 @@ from cifar.precision import shortfall_of
 from cifar.process import differences, has_nvidia_gpus
 from cifar.pulse import PULSE
 from cifar.range_test import RangeTest
-from cifar.ranks import is_first
+from cifar.ranks import is_first, note_on_tasks
 from cifar.session import Session, resume_command
 from cifar.signals import StopSignals
 from cifar.trainer import Trainer
@@ -106,7 +106,7 @@ def _train(
             else:
                 session.begin(lr_files)
             if trainer.is_main:
-                _tell_of_speed(trainer)  # after the last check: an error is one line on stderr
+                _tell_of_place(trainer)  # after the last check: an error is one line on stderr
             return session.fit()
 
 
@@ -129,8 +129,8 @@ def found_there(folder: Path, config: TrainConfig, run: RunConfig) -> tuple[Trai
     return run_folder.read_config(folder).train, True
 
 
-def _tell_of_speed(trainer: Trainer) -> None:
-    """Say what makes this process slower than another one, or another speed than bench measures."""
+def _tell_of_place(trainer: Trainer) -> None:
+    """Say what makes this process slower than another one, or than bench measures, or alone."""
     name, notes = trainer.config.precision, []
     assert name is not None, "a trainer has resolved it"
     if shortfall := shortfall_of(name, trainer.device):
@@ -140,6 +140,8 @@ def _tell_of_speed(trainer: Trainer) -> None:
             f"device: cpu: this machine has NVIDIA GPUs, and torch for CUDA {torch.version.cuda} "
             "cannot use them; renew their driver, give them to this container, or give --cpu"
         )
+    if note := note_on_tasks(os.environ):
+        notes.append(note)
     if different := differences(os.environ):
         notes.append(f"environment: {', '.join(different)}")
     for note in notes:

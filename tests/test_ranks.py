@@ -8,7 +8,14 @@ import pytest
 from training import TINY_OPTIONS, cifar, complaints, finish, start, train
 
 from cifar.errors import ConfigError
-from cifar.ranks import check_rendezvous, is_first, local_world_size, rank, world_size
+from cifar.ranks import (
+    check_rendezvous,
+    is_first,
+    local_world_size,
+    note_on_tasks,
+    rank,
+    world_size,
+)
 
 MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -63,7 +70,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
     ("environment", "cpu"),
     [
         ({}, False),
-        ({"RANK": "1"}, False),
+        ({"RANK": "0"}, False),
         ({"LOCAL_RANK": "-1"}, False),
         ({**TWO, **MET}, False),
         ({**TWO, "MASTER_ADDR": "node1"}, True),
@@ -85,6 +92,9 @@ def test_processes_that_can_meet_pass(environment: dict[str, str], cpu: bool) ->
         ({"LOCAL_RANK": "0"}, True, "MASTER_ADDR: not set"),
         ({"LOCAL_RANK": "0"}, False, "WORLD_SIZE: not set"),
         ({"LOCAL_RANK": "0", "RANK": "1", **MET}, True, "RANK: '1': must be 0 to 0"),
+        ({"RANK": "1"}, True, "WORLD_SIZE: not set: a process has rank 1; give the number of all"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True, "WORLD_SIZE: 1: a process has rank 1; give the"),
+        ({"RANK": "abc"}, True, "RANK: 'abc': must be 0 or more"),
     ],
 )
 def test_processes_that_could_not_meet_are_refused(
@@ -94,15 +104,30 @@ def test_processes_that_could_not_meet_are_refused(
         check_rendezvous(environment, cpu=cpu)
 
 
-@pytest.mark.parametrize("stray", ["1", "abc"])
-def test_a_rank_without_others_trains_as_the_first(
-    stray: str, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setenv("RANK", stray)
-    assert train(npz, tmp_path / "run", "--epochs", "1") == 0
-    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
-    assert "top-1" in capsys.readouterr().out
+def test_a_rank_of_nobody_knows_how_many_does_not_train_alone(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert train(npz, tmp_path / "run", "--epochs", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cifar: WORLD_SIZE: not set: a process has rank 1; give the number")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "2", **TWO}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS: 2: each of srun's tasks trains by"),
+    ],
+)
+def test_tasks_that_know_nothing_of_each_other_are_told(
+    environment: dict[str, str], told: str
+) -> None:
+    found = note_on_tasks(environment)
+    assert found.startswith(told) and bool(found) == bool(told)
 
 
 @pytest.mark.parametrize(

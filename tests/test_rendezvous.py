@@ -23,7 +23,6 @@ from cifar import interface, rendezvous
 from cifar.errors import ConfigError, UnmetError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
-from cifar.ranks import check_not_forgotten
 from cifar.store import Address, Entrance
 
 pytestmark = pytest.mark.multiprocess
@@ -287,13 +286,6 @@ def test_what_stands_in_for_rank_0_until_that_has_come_may_hang_up(times: int) -
         else:
             with pytest.raises(UnmetError, match="another program than rank 0"):
                 entrance._knock()
-
-
-def test_a_rank_of_nobody_knows_how_many_has_not_met_them() -> None:
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE: not set: a process has rank 1; give the"):
-        check_not_forgotten({"RANK": "1"})
-    check_not_forgotten({"RANK": "0"})
-    check_not_forgotten({"RANK": "1", "WORLD_SIZE": "2"})
 
 
 def test_nothing_is_told_but_the_line_where_nobody_listens(jobs: Jobs) -> None:
