@@ -23,6 +23,7 @@ from cifar.store import POLL_SECONDS, Address, Entrance
 
 FAREWELL_SECONDS = 1.0
 """How long rank 0 keeps its store after a refusal, for the others to read it."""
+_SAME_SIZES = "start all nodes with the same numbers of nodes and of processes"
 VERDICT_SECONDS = 2.0
 """How much longer than its own time a process waits whom rank 0 has answered: rank 0, which ends in
 the time of the first that came, knows better why there is no group."""
@@ -79,6 +80,7 @@ class Meeting:
         self._address = Address.read(environ)
         self.entrance = Entrance(self._address, rank(environ), timeout)
         self._timeout = timeout
+        self._leaders_size = ""
         self._deadline = time.monotonic() + timeout
         self._me = Hello(
             rank=rank(environ),
@@ -104,6 +106,7 @@ class Meeting:
 
     def _lead(self, store: TCPStore) -> tuple[str, list[Hello]]:
         """Greet all ranks; those of an earlier start may be greeted too, but do not answer."""
+        store.set("size", str(self._me.size))
         name, met = secrets.token_hex(8), {0: self._me}
         try:
             while len(met) < self._me.size:
@@ -150,11 +153,26 @@ class Meeting:
             self._deadline += VERDICT_SECONDS
             peers = [Hello(**each) for each in json.loads(self._await(store, f"go/{name}"))]
         except RuntimeError:
-            raise UnmetError(
+            gone = (
                 f"MASTER_ADDR: {self._address.host!r}: the store at port {self._address.port} has "
                 "gone while the processes met; look at what rank 0 says"
-            ) from None
+            )
+            raise UnmetError(self._other_size() or gone) from None
         return name, peers
+
+    def _other_size(self) -> str:
+        """What to say where rank 0 counts other processes, "" if it does not or has not come.
+
+        It looks only for those that it counts; a launcher, that may have left an earlier start's
+        number in its store, counts by itself.
+        """
+        me, size = self._me, self._leaders_size
+        if self._address.is_launchers or size in ("", str(me.size)):
+            return ""
+        return (
+            f"WORLD_SIZE: '{me.size}': given to rank {me.rank} ({me.label}), but '{size}' to rank "
+            f"0; {_SAME_SIZES}"
+        )
 
     def _await(self, store: TCPStore, key: str) -> str:
         """The value of a key once it is set; a refusal is raised."""
@@ -164,9 +182,12 @@ class Meeting:
                 raise ConfigError(store.get(refusal).decode())
             if store.check([key]):
                 return store.get(key).decode()
+            if store.check(["size"]):
+                self._leaders_size = store.get("size").decode()
             self._check_time(
                 lambda: (
-                    f"RANK: '{self._me.rank}': rank 0 has not come to {self._address.host}:"
+                    self._other_size()
+                    or f"RANK: '{self._me.rank}': rank 0 has not come to {self._address.host}:"
                     f"{self._address.port} or not answered this process ({self._me.label}) within "
                     f"{self._timeout:g} s; start rank 0, and no two processes with one RANK"
                 )
@@ -199,7 +220,7 @@ def _refuse(store: TCPStore, met: Mapping[int, Hello], size: int, text: str) -> 
 def check_alike(first: Hello, other: Hello) -> None:
     """Raise a ConfigError if a process was not told what rank 0 was."""
     sizes = {"WORLD_SIZE": str(first.size)}, {"WORLD_SIZE": str(other.size)}
-    remedy = "start all nodes with the same numbers of nodes and of processes"
+    remedy = _SAME_SIZES
     difference = first_difference(*sizes)
     if difference is None:
         difference = first_difference(first.told, other.told)

@@ -4,11 +4,12 @@ What keeps them apart is one line that names the variable, its value and the rem
 time whatever hangs.
 """
 
+import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
 
@@ -61,7 +62,8 @@ def form_group(
         gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
         meeting = Meeting(environ, gpu, told(), meeting_timeout)
         guard.expect(meeting.entrance.unreachable)
-        group, store, peers = meeting.hold()
+        with _silenced(environ):
+            group, store, peers = meeting.hold()
         if "gloo" in backend:
             choose_interface(peers[group.rank].source, [peer.source for peer in peers])
         guard.expect(lambda: _unconnected(environ), CONNECT_SECONDS * group.size)
@@ -93,6 +95,36 @@ def _unconnected(environ: Mapping[str, str]) -> str:
     )
 
 
+def _stderr() -> int:
+    """A descriptor of its own for stderr, or for nothing where that is closed."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+@contextlib.contextmanager
+def _silenced(environ: Mapping[str, str]) -> Iterator[None]:
+    """While entered, nothing is written to stderr, unless the user wants to see torch's log.
+
+    torch's store tells of every try to reach it with the frames of its stack, more than a hundred
+    lines before the one that says what to do.
+    """
+    if "TORCH_CPP_LOG_LEVEL" in environ:
+        yield
+        return
+    sys.stderr.flush()
+    kept = _stderr()
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 class _Guard:
     """While entered, a process that hangs is ended with a line, as Python could not do it in C."""
 
@@ -101,14 +133,16 @@ class _Guard:
         self._who = f"cifar: process {rank(environ)}" if rank(environ) else "cifar"
         self._tell: Callable[[], str] = str
         self._deadline = time.monotonic() + self._timeout
+        self._stderr = _stderr()
         self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="meeting-guard", daemon=True)
 
     def expect(self, tell: Callable[[], str], more: float = 0.0) -> None:
         """Tell that if what comes now fails, or takes so many seconds more than a meeting may."""
         self._tell, self._deadline = tell, time.monotonic() + self._timeout + more
 
     def __enter__(self) -> "_Guard":
-        threading.Thread(target=self._watch, name="meeting-guard", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -118,6 +152,8 @@ class _Guard:
         traceback: TracebackType | None,
     ) -> None:
         self._done.set()
+        self._thread.join()
+        os.close(self._stderr)
         if isinstance(error, RuntimeError):  # torch's, of a store, gloo or NCCL
             told = " ".join(str(error).split())
             raise UnmetError(f"{self._tell()} ({told[:200]})") from None
@@ -125,5 +161,5 @@ class _Guard:
     def _watch(self) -> None:
         while not self._done.wait(1.0):
             if time.monotonic() >= self._deadline:
-                os.write(sys.stderr.fileno(), f"{self._who}: {self._tell()}\n".encode())
+                os.write(self._stderr, f"{self._who}: {self._tell()}\n".encode())
                 os._exit(UnmetError.exit_code)

@@ -1,7 +1,6 @@
 """The store at which the processes of a job meet: the launcher's, or one that rank 0 serves.
 
-torch's own client and server tell of what is wrong there in dozens of lines, each with the frames
-of its stack. So plain sockets look first, and the error is one line.
+Plain sockets look first whether one may be there: while torch's own client tries, Ctrl-C waits.
 """
 
 import contextlib
@@ -76,6 +75,7 @@ class Entrance:
     def __init__(self, address: Address, rank: int, timeout: float) -> None:
         self._address, self._rank, self._timeout = address, rank, timeout
         self._deadline = time.monotonic() + timeout
+        self._serves = rank == 0 and not address.is_launchers
         self._is_listened_to = False
 
     def open(self) -> TCPStore:
@@ -84,19 +84,18 @@ class Entrance:
         Raises:
             UnmetError: it cannot be reached, or the port is taken.
         """
-        serve = self._rank == 0 and not self._address.is_launchers
         taken = UnmetError(
             f"MASTER_PORT: '{self._address.port}': in use on {socket.gethostname()} by another "
             "program, or by another process with RANK 0; give a free one"
         )
-        if not serve:
+        if not self._serves:
             self._knock()
         elif _is_taken(self._address.port):
             raise taken
         try:
-            return self._address.connect(self._timeout, serve=serve)
+            return self._address.connect(self._timeout, serve=self._serves)
         except RuntimeError as error:
-            if serve and "EADDRINUSE" in str(error):
+            if self._serves and "EADDRINUSE" in str(error):
                 raise taken from None
             raise UnmetError(self.unreachable()) from None
 
@@ -121,6 +120,12 @@ class Entrance:
     def unreachable(self) -> str:
         """What to say where no store answers."""
         where, port, host = self._address.host, self._address.port, socket.gethostname()
+        if self._serves:
+            return (
+                f"MASTER_ADDR: {where!r}: rank 0 on {host} serves port {port} (MASTER_PORT), but "
+                f"has not reached itself there within {self._timeout:g} s; give this machine's own "
+                "address, as the others reach it"
+            )
         found, remedy = "nothing", ", start that one too"
         if self._is_listened_to:
             found, remedy = "another program than rank 0", " and a free port, start that one too"

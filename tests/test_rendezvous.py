@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,29 +36,56 @@ def listening() -> socket.socket:
 
 
 @contextlib.contextmanager
-def hanging_up(times: int = sys.maxsize) -> Iterator[socket.socket]:
-    """A port of another program, which ends the first `times` connections at once."""
+def serving(serve: Callable[[socket.socket, int], object]) -> Iterator[socket.socket]:
+    """A port of another program, which does this with each connection, counted from 0."""
 
-    def serve() -> None:
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+    def accept() -> None:
+        with contextlib.suppress(OSError):
             for number in itertools.count():
-                visitor, _ = server.accept()
-                if number < times:
-                    visitor.close()
-                else:
-                    held.enter_context(visitor)
+                serve(server.accept()[0], number)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=accept)
         thread.start()
         yield server
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
+@contextlib.contextmanager
+def hanging_up(times: int = sys.maxsize) -> Iterator[socket.socket]:
+    """It ends the first `times` connections at once."""
+    with contextlib.ExitStack() as held:
+        yield held.enter_context(
+            serving(
+                lambda visitor, number: (
+                    visitor.close() if number < times else held.enter_context(visitor)
+                )
+            )
+        )
+
+
+def answering() -> contextlib.AbstractContextManager[socket.socket]:
+    """It sends back what it gets, once."""
+
+    def answer(visitor: socket.socket, _number: int) -> None:
+        with visitor, contextlib.suppress(OSError):
+            visitor.settimeout(1.0)
+            visitor.sendall(visitor.recv(1000))
+
+    return serving(answer)
+
+
 def process(rank: int, size: int, port: int, **variables: str) -> dict[str, str]:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return {"RANK": str(rank), "WORLD_SIZE": str(size), **where, **variables}
+
+
+IN_VAIN = {
+    *("absent", "late", "unreachable", "nowhere", "silent", "foreign", "answering", "elsewhere"),
+    "stray",
+}
+"""Jobs with a process that waits for all of its time."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +118,13 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     )
     store.set("hello/1", json.dumps({"rank": 1, "size": 2, "host": "old", "pid": 1, "token": "x"}))
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with listening() as silent, hanging_up() as foreign, listening() as taken:
-        listeners = {"silent": silent, "foreign": foreign, "taken": taken}
+    with (
+        listening() as silent,
+        listening() as taken,
+        hanging_up() as foreign,
+        answering() as echo,
+    ):
+        listeners = {"silent": silent, "taken": taken, "foreign": foreign, "answering": echo}
         ports = {name: each.getsockname()[1] for name, each in listeners.items()}
 
         def job(*ranks_and_sizes: tuple[int, int], **variables: str) -> list[dict[str, str]]:
@@ -107,6 +139,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "nowhere": job((1, 2), MASTER_ADDR="nowhere.invalid"),
             "silent": [process(1, 2, ports["silent"])],
             "foreign": [process(1, 2, ports["foreign"])],
+            "answering": [process(1, 2, ports["answering"])],
+            "elsewhere": job((0, 2), MASTER_ADDR="192.0.2.1"),
+            "stray": job((0, 2), (1, 2), (2, 3)),
             "taken": [process(0, 2, ports["taken"])],
             "sizes": job((0, 2), (1, 3)),
             "absent": job((0, 4), (1, 4)),
@@ -116,10 +151,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
         for name, processes in listed.items():
-            vain = name in ("absent", "late", "unreachable", "nowhere", "silent", "foreign")
+            vain = name in IN_VAIN
             for each in processes:
                 each["MEETING"] = str(TIMEOUT if vain else ENOUGH)
         listed["twice"][2]["LATE"] = "1"
+        listed["stray"][1]["LATE"] = "2"
         listed["absent"][0]["LATE"] = "2"
         listed["late"][0]["LATE"] = "4"
         listed["options"][1]["TOLD"] = '{"epochs": "3", "lr": "0.2"}'
@@ -165,6 +201,15 @@ def test_processes_started_anew_do_not_wait_for_those_before_them(jobs: Jobs) ->
             "foreign",
             "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached another program than rank 0 at",
         ),
+        (
+            "answering",
+            "MASTER_ADDR: '127.0.0.1': rank 1 on .* reached another program than rank 0 at",
+        ),
+        (
+            "elsewhere",
+            r"MASTER_ADDR: '192\.0\.2\.1': rank 0 on .* serves port \d+ \(MASTER_PORT\), but "
+            "has not reached itself there within 6 s; give this machine's own address",
+        ),
         ("taken", r"MASTER_PORT: '\d+': in use on .* by another program"),
         ("local", "LOCAL_RANK: '2': must be 0 to 1; start by"),
     ],
@@ -195,6 +240,17 @@ def test_processes_that_do_not_fit_together_are_all_told(jobs: Jobs, job: str, s
     for number, (_, line) in enumerate(ends):
         who = "meeting" if number == 0 else "meeting: process 1"
         assert re.match(f"{who}: {said}", line) and "\n" not in line, line
+
+
+def test_a_process_that_rank_0_does_not_count_says_so(jobs: Jobs) -> None:
+    """The others have met without it."""
+    *met, (code, line) = jobs.of("stray")
+    assert met == [(0, "met as 0 of 2"), (0, "met as 1 of 2")]
+    assert code == 2 and "\n" not in line
+    assert re.match(
+        r"meeting: process 2: WORLD_SIZE: '3': given to rank 2 \(.*\), but '2' to", line
+    )
+    assert len(jobs.err("stray-2").splitlines()) == 1
 
 
 def test_they_are_told_in_time_and_without_a_traceback(jobs: Jobs) -> None:
@@ -289,6 +345,7 @@ def test_what_stands_in_for_rank_0_until_that_has_come_may_hang_up(times: int) -
 
 
 def test_nothing_is_told_but_the_line_where_nobody_listens(jobs: Jobs) -> None:
-    """torch's own store would tell of it in dozens, as of a program that hangs up."""
-    for name in ("unreachable-0", "taken-0", "foreign-0"):
+    """torch's own store would tell of it in dozens, as of a program that answers."""
+    for job in ("unreachable", "taken", "silent", "foreign", "answering", "elsewhere"):
+        name = f"{job}-0"
         assert len(jobs.err(name).splitlines()) == 1, name
