@@ -148,15 +148,12 @@ def build_suite(options: RunOptions) -> Suite:
 
 def _check_devices(options: RunOptions) -> None:
     """Refuse to count this machine's devices for a suite that SLURM starts on others."""
-    require(
-        bool(options.num_processes)
-        or not options.place.slurm
-        or options.suite not in (SCALING, exchange.__name__),
-        "num-processes",
-        ",".join(map(str, options.num_processes)),
-        f"suite {options.suite} counts the devices of this machine, and --slurm measures on "
-        "others; give the numbers for theirs, such as 1,2,4,8",
-    )
+    counts = options.suite in (SCALING, exchange.__name__) and not options.num_processes
+    if counts and options.place.slurm:
+        raise ConfigError(
+            f"num-processes: not given: suite {options.suite} counts the devices of this machine, "
+            "and --slurm measures on others; give the numbers for theirs, such as 1,2,4,8"
+        )
 
 
 def _check_counts(counts: Sequence[int]) -> None:

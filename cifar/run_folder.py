@@ -153,7 +153,8 @@ def read_config(folder: Path) -> StoredConfig:
         text = (folder / CONFIG).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"resume: '{folder}': no run there (it has no {CONFIG}); give the folder of a run"
+            f"resume: '{folder}': no run there (it has no {CONFIG}); give the folder of a run, "
+            "which every machine of a job must see"
         ) from None
     except OSError as error:
         raise CheckpointError(

@@ -529,7 +529,9 @@ def test_the_devices_of_the_login_node_are_not_counted(suite, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "which", lambda program: None)
     assert main(["run", suite, "--slurm"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"bench: num-processes: '': suite {suite} counts the devices of this")
+    assert told.startswith(
+        f"bench: num-processes: not given: suite {suite} counts the devices of this"
+    )
     if suite == "scaling":  # the other one needs its images first
         assert main(["run", suite, "--slurm", "--num-processes", "2"]) == 2
         assert capsys.readouterr().err.startswith("bench: slurm: 'sbatch': is not on this machine")
