@@ -200,7 +200,9 @@ def run_program(
     except CifarError as error:
         if isinstance(error, PeerError) and _is_one_of_several():
             time.sleep(PEER_SECONDS)
-        complain(prog, str(error))
+            complain_of_own(prog, error)  # it may have been the first process that has ended
+        else:
+            complain(prog, str(error))
         return error.exit_code
     except BrokenPipeError:
         _drop_output()
@@ -281,8 +283,15 @@ def complain_of_input(prog: str, error: CifarError) -> None:
         is_memory = isinstance(error, OutOfMemoryError)
         time.sleep(MEMORY_SECONDS if is_memory else FIRST_PROCESS_SECONDS)
     if rank or (isinstance(error, OutOfMemoryError) and _is_one_of_several()):
-        prog = f"{prog}: process {rank}"
-    print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        complain_of_own(prog, error)
+    else:
+        complain(prog, str(error))
+
+
+def complain_of_own(prog: str, error: CifarError) -> None:
+    """One line on stderr that says which process it is of."""
+    text = " ".join(str(error).split())
+    print(f"{prog}: process {_rank()}: {text}", file=sys.stderr, flush=True)
 
 
 def _is_one_of_several() -> bool:

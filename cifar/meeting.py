@@ -19,8 +19,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from cifar.agreement import first_difference
 from cifar.errors import ConfigError, UnmetError
 from cifar.ranks import rank, world_size
-from cifar.store import POLL_SECONDS, Address, Entrance
+from cifar.store import Address, Entrance
 
+POLL_SECONDS = 0.05
+"""Between two looks at what other processes have written."""
 FAREWELL_SECONDS = 1.0
 """How long rank 0 keeps its store after a refusal, for the others to read it."""
 _SAME_SIZES = "start all nodes with the same numbers of nodes and of processes"

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -66,6 +67,9 @@ the launcher, the kind of GPU and the software are recorded anyway."""
 
 _THREADS = "OMP_NUM_THREADS"
 _RESTARTED = "CIFAR_RESTARTED"
+
+IN_C = "in-c"
+"""Name of a thread for a call in C that may outlast the program."""
 
 
 ROOT = Path("/")
@@ -189,21 +193,21 @@ def ensure_environment() -> None:
 
 
 def run_to_end(work: Callable[[], int]) -> int:
-    """A program's exit code, or, where its group of processes still exists, its end with that code.
+    """A program's exit code, or its end with that code where the interpreter's end would abort it.
 
     A group that was not left by all together is left by none: to take NCCL down alone may wait for
     the others, which wait for this process (https://github.com/NVIDIA/nccl/issues/863), and at the
     interpreter's end the threads of a group abort it, as of those that DeepSpeed's hooks hold in
-    autograd (https://github.com/pytorch/pytorch/issues/190489).
+    autograd (https://github.com/pytorch/pytorch/issues/190489), or one that comes back from C.
     """
     try:
         code = work()
     except Exception:
-        if not _has_group():
+        if not _would_abort():
             raise
         sys.excepthook(*sys.exc_info())  # torch's names the rank in every line
         code = 1
-    if _has_group():
+    if _would_abort():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -211,8 +215,11 @@ def run_to_end(work: Callable[[], int]) -> int:
     return code
 
 
-def _has_group() -> bool:
-    """Whether this process has not left its group, or has used ZeRO, whose groups nobody leaves."""
+def _would_abort() -> bool:
+    """Whether this process has not left its group, has used ZeRO, whose groups nobody leaves, or
+    has a thread in C.
+    """
     group = sys.modules.get("torch.distributed")
     formed = group is not None and group.is_available() and group.is_initialized()
-    return bool(formed) or "cifar.zero" in sys.modules
+    in_c = any(thread.name == IN_C for thread in threading.enumerate())
+    return bool(formed) or "cifar.zero" in sys.modules or in_c

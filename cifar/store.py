@@ -1,11 +1,9 @@
-"""The store at which the processes of a job meet: the launcher's, or one that rank 0 serves.
-
-Plain sockets look first whether one may be there: while torch's own client tries, Ctrl-C waits.
-"""
+"""The store at which the processes of a job meet: the launcher's, or one that rank 0 serves."""
 
 import contextlib
-import errno
+import queue
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +13,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cifar.errors import UnmetError
 from cifar.interface import source_towards
+from cifar.process import IN_C
 
-POLL_SECONDS = 0.05
-"""Between two looks at what other processes have done."""
-SILENCE_SECONDS = 0.2
-"""How long what listens is given to hang up or to speak."""
+LOOK_SECONDS = 1.0
+"""How long a program that may listen at the address is given to take a connection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,46 +73,36 @@ class Entrance:
         self._address, self._rank, self._timeout = address, rank, timeout
         self._deadline = time.monotonic() + timeout
         self._serves = rank == 0 and not address.is_launchers
-        self._is_listened_to = False
+        self._opened: queue.SimpleQueue[TCPStore | RuntimeError] = queue.SimpleQueue()
 
     def open(self) -> TCPStore:
         """The store, served by rank 0 unless the launcher has it.
 
+        torch's client is left to a thread of its own, since in it this one would notice neither
+        Ctrl-C nor the end of its time.
+
         Raises:
             UnmetError: it cannot be reached, or the port is taken.
         """
-        taken = UnmetError(
-            f"MASTER_PORT: '{self._address.port}': in use on {socket.gethostname()} by another "
-            "program, or by another process with RANK 0; give a free one"
-        )
-        if not self._serves:
-            self._knock()
-        elif _is_taken(self._address.port):
-            raise taken
+        threading.Thread(target=self._connect, name=IN_C, daemon=True).start()
         try:
-            return self._address.connect(self._timeout, serve=self._serves)
-        except RuntimeError as error:
-            if self._serves and "EADDRINUSE" in str(error):
-                raise taken from None
+            found = self._opened.get(timeout=max(0.0, self._deadline - time.monotonic()))
+        except queue.Empty:
             raise UnmetError(self.unreachable()) from None
+        if isinstance(found, TCPStore):
+            return found
+        if self._serves and "EADDRINUSE" in str(found):
+            raise UnmetError(
+                f"MASTER_PORT: '{self._address.port}': in use on {socket.gethostname()} by another "
+                "program, or by another process with RANK 0; give a free one"
+            )
+        raise UnmetError(self.unreachable())
 
-    def _knock(self) -> None:
-        """Wait until what listens there may be a store.
-
-        What hangs up or speaks first is none; but what stands in for rank 0 until that has come may
-        do so, as the proxies of clusters do.
-        """
-        where = self._address.host, self._address.port
-        while True:
-            with contextlib.suppress(OSError):
-                left = max(POLL_SECONDS, self._deadline - time.monotonic())
-                with socket.create_connection(where, timeout=left) as visitor:
-                    self._is_listened_to = True
-                    if _is_silent(visitor):
-                        return
-            if time.monotonic() >= self._deadline:
-                raise UnmetError(self.unreachable())
-            time.sleep(POLL_SECONDS)
+    def _connect(self) -> None:
+        try:
+            self._opened.put(self._address.connect(self._timeout, serve=self._serves))
+        except RuntimeError as error:
+            self._opened.put(error)
 
     def unreachable(self) -> str:
         """What to say where no store answers."""
@@ -127,7 +114,7 @@ class Entrance:
                 "address, as the others reach it"
             )
         found, remedy = "nothing", ", start that one too"
-        if self._is_listened_to:
+        if _is_listened_to(self._address):
             found, remedy = "another program than rank 0", " and a free port, start that one too"
         return (
             f"MASTER_ADDR: {where!r}: rank {self._rank} on {host} has reached {found} at port "
@@ -136,24 +123,9 @@ class Entrance:
         )
 
 
-def _is_silent(visitor: socket.socket) -> bool:
-    """Whether the other side waits to be spoken to, as a store does."""
-    visitor.settimeout(SILENCE_SECONDS)
-    try:
-        visitor.recv(1)
-    except TimeoutError:
+def _is_listened_to(address: Address) -> bool:
+    """Whether any program takes connections there."""
+    with contextlib.suppress(OSError):
+        socket.create_connection((address.host, address.port), timeout=LOOK_SECONDS).close()
         return True
-    except ConnectionError:
-        pass
-    return False
-
-
-def _is_taken(port: int) -> bool:
-    """Whether a program of this machine listens at a port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one in TIME_WAIT is free
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
     return False

@@ -21,6 +21,7 @@ from training import (
     cifar,
     complaints,
     finish,
+    free_port,
     make_trainer,
     metrics,
     reset_accelerate,
@@ -350,3 +351,25 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_found_out(
     assert code != 0
     (line,) = complaints(err)
     assert line.startswith("cifar: num-processes: 2: 1 run together")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_whoever_is_left_of_two_says_so(toy: Path, tmp_path: Path, killed: int) -> None:
+    """Nobody started them together, so nobody else does."""
+    folder, port = tmp_path / "run", free_port()
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = ("cifar", *train(toy, folder, "--epochs", 100_000))
+    ranks = [
+        start(*words, environment={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    while not list_checkpoints(folder / "checkpoints"):
+        assert all(each.poll() is None for each in ranks)
+        time.sleep(0.05)
+    ranks[killed].kill()
+    code, _, err = finish(ranks[1 - killed])
+    finish(ranks[killed])
+    (line,) = (each for each in err.splitlines() if each.startswith("cifar: "))
+    assert code == 1 and line.startswith(f"cifar: process {1 - killed}: processes: another one has")
+    assert ("what was saved stays", "--resume")[killed] in line  # the first knows its folder

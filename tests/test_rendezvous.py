@@ -1,10 +1,10 @@
 """Processes that meet, and those that cannot: one line that says why, in time, from each."""
 
 import contextlib
-import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +20,9 @@ from torch.distributed import TCPStore
 from training import ROOT, finish, free_port, start
 
 from cifar import interface, rendezvous
-from cifar.errors import ConfigError, UnmetError
+from cifar.errors import ConfigError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
-from cifar.store import Address, Entrance
 
 pytestmark = pytest.mark.multiprocess
 
@@ -36,13 +35,13 @@ def listening() -> socket.socket:
 
 
 @contextlib.contextmanager
-def serving(serve: Callable[[socket.socket, int], object]) -> Iterator[socket.socket]:
-    """A port of another program, which does this with each connection, counted from 0."""
+def serving(serve: Callable[[socket.socket], object]) -> Iterator[socket.socket]:
+    """A port of another program, which does this with each connection."""
 
     def accept() -> None:
         with contextlib.suppress(OSError):
-            for number in itertools.count():
-                serve(server.accept()[0], number)
+            while True:
+                serve(server.accept()[0])
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=accept)
@@ -52,28 +51,11 @@ def serving(serve: Callable[[socket.socket, int], object]) -> Iterator[socket.so
         thread.join()
 
 
-@contextlib.contextmanager
-def hanging_up(times: int = sys.maxsize) -> Iterator[socket.socket]:
-    """It ends the first `times` connections at once."""
-    with contextlib.ExitStack() as held:
-        yield held.enter_context(
-            serving(
-                lambda visitor, number: (
-                    visitor.close() if number < times else held.enter_context(visitor)
-                )
-            )
-        )
-
-
-def answering() -> contextlib.AbstractContextManager[socket.socket]:
-    """It sends back what it gets, once."""
-
-    def answer(visitor: socket.socket, _number: int) -> None:
-        with visitor, contextlib.suppress(OSError):
-            visitor.settimeout(1.0)
-            visitor.sendall(visitor.recv(1000))
-
-    return serving(answer)
+def echo(visitor: socket.socket) -> None:
+    """Send back what comes first."""
+    with visitor, contextlib.suppress(OSError):
+        visitor.settimeout(1.0)
+        visitor.sendall(visitor.recv(1000))
 
 
 def process(rank: int, size: int, port: int, **variables: str) -> dict[str, str]:
@@ -121,10 +103,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     with (
         listening() as silent,
         listening() as taken,
-        hanging_up() as foreign,
-        answering() as echo,
+        serving(socket.socket.close) as foreign,
+        serving(echo) as answering,
     ):
-        listeners = {"silent": silent, "taken": taken, "foreign": foreign, "answering": echo}
+        listeners = {"silent": silent, "taken": taken, "foreign": foreign, "answering": answering}
         ports = {name: each.getsockname()[1] for name, each in listeners.items()}
 
         def job(*ranks_and_sizes: tuple[int, int], **variables: str) -> list[dict[str, str]]:
@@ -332,20 +314,30 @@ def test_one_process_on_a_gpu_meets_itself_by_nccl() -> None:
     assert (code, out.strip()) == (0, "all 1 have met"), err
 
 
-@pytest.mark.parametrize("times", [2, sys.maxsize])
-def test_what_stands_in_for_rank_0_until_that_has_come_may_hang_up(times: int) -> None:
-    with hanging_up(times) as server:
-        address = Address(host="127.0.0.1", port=server.getsockname()[1], is_launchers=False)
-        entrance = Entrance(address, rank=1, timeout=2)
-        if times == 2:
-            entrance._knock()
-        else:
-            with pytest.raises(UnmetError, match="another program than rank 0"):
-                entrance._knock()
-
-
 def test_nothing_is_told_but_the_line_where_nobody_listens(jobs: Jobs) -> None:
     """torch's own store would tell of it in dozens, as of a program that answers."""
     for job in ("unreachable", "taken", "silent", "foreign", "answering", "elsewhere"):
         name = f"{job}-0"
         assert len(jobs.err(name).splitlines()) == 1, name
+
+
+def test_a_program_that_has_met_nobody_ends_with_its_code() -> None:
+    """And is not aborted by the thread in which torch's client still tries."""
+    with serving(echo) as other:
+        variables = process(1, 2, other.getsockname()[1], LOCAL_RANK="1")
+        words = ("cifar", "meet", "--cpu", "--meeting-timeout", 2)
+        code, _, err = finish(start(*words, environment=variables))
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "another program than rank 0" in line
+
+
+def test_ctrl_c_is_noticed_while_torch_s_client_waits() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        variables = process(1, 2, silent.getsockname()[1], LOCAL_RANK="1")
+        words = ("cifar", "meet", "--cpu", "--meeting-timeout", 100)
+        waiting = start(*words, environment=variables)
+        with silent.accept()[0]:
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(timeout=50) == 130
+    finish(waiting)
