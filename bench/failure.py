@@ -19,6 +19,7 @@ _RANK = re.compile(r"^\[rank(\d+)\]:\s?")
 _LOG_LINE = re.compile(r"^(?:\[rank\d+\]:)?[EWI]\d{4} \d\d:\d\d:\d\d")
 _ROOT_RANK = re.compile(r"Root Cause .*?rank\s*:\s*(\d+)", re.DOTALL)
 _END = re.compile(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)")
+"""One of the ranks that torchrun lists at its end, and its exit code."""
 _SIGNAL = re.compile(r"died with <Signals\.\w+: (\d+)>")
 _HUNG = re.compile(r"cifar(?:: process \d+)?: timeout: (.+?)(?:; continue from .*)?$")
 """The line of `cifar.watchdog`, whose process ends without a traceback."""

@@ -184,7 +184,7 @@ class Meeting:
                 raise ConfigError(store.get(refusal).decode())
             if store.check([key]):
                 return store.get(key).decode()
-            if store.check(["size"]):
+            if not self._leaders_size and store.check(["size"]):
                 self._leaders_size = store.get("size").decode()
             self._check_time(
                 lambda: (

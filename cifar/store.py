@@ -73,7 +73,7 @@ class Entrance:
         self._address, self._rank, self._timeout = address, rank, timeout
         self._deadline = time.monotonic() + timeout
         self._serves = rank == 0 and not address.is_launchers
-        self._opened: queue.SimpleQueue[TCPStore | RuntimeError] = queue.SimpleQueue()
+        self._opened: queue.SimpleQueue[TCPStore | Exception] = queue.SimpleQueue()
 
     def open(self) -> TCPStore:
         """The store, served by rank 0 unless the launcher has it.
@@ -91,6 +91,8 @@ class Entrance:
             raise UnmetError(self.unreachable()) from None
         if isinstance(found, TCPStore):
             return found
+        if not isinstance(found, RuntimeError):  # which is torch's
+            raise found
         if self._serves and "EADDRINUSE" in str(found):
             raise UnmetError(
                 f"MASTER_PORT: '{self._address.port}': in use on {socket.gethostname()} by another "
@@ -101,7 +103,7 @@ class Entrance:
     def _connect(self) -> None:
         try:
             self._opened.put(self._address.connect(self._timeout, serve=self._serves))
-        except RuntimeError as error:
+        except Exception as error:  # `open` raises it
             self._opened.put(error)
 
     def unreachable(self) -> str:
@@ -115,7 +117,10 @@ class Entrance:
             )
         found, remedy = "nothing", ", start that one too"
         if _is_listened_to(self._address):
-            found, remedy = "another program than rank 0", " and a free port, start that one too"
+            found, remedy = (
+                "something that does not answer as rank 0",
+                " and a free port, start that one too",
+            )
         return (
             f"MASTER_ADDR: {where!r}: rank {self._rank} on {host} has reached {found} at port "
             f"{port} (MASTER_PORT) within {self._timeout:g} s; give the address of rank 0's "

@@ -86,8 +86,8 @@ SIZES_ON_A_CPU = {"resnet18": {"batch_size": 8, "inference_batch_size": 16, "ste
 """Those of a model whose steps are long."""
 LATENCIES = {"cpu": (20, 3), "cuda": (200, 50)}
 """Batches of a window of inference: of single images, and of large batches. Before those of the
-loop come half as many that are not timed: bench observes some before its own, and with one alone a
-small network's single images took 2 % longer than after ten."""
+loop come half as many that are not timed, since bench observes some before its own: a CPU's first
+ones are slower."""
 WARM_UP = {"cpu": 2, "cuda": 20}
 """Steps of a loop that are not timed, before each window."""
 Batches = Iterator[tuple[Tensor, Tensor]]

@@ -364,11 +364,15 @@ def test_whoever_is_left_of_two_says_so(toy: Path, tmp_path: Path, killed: int) 
         start(*words, environment={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    while not list_checkpoints(folder / "checkpoints"):
-        assert all(each.poll() is None for each in ranks)
-        time.sleep(0.05)
-    ranks[killed].kill()
-    code, _, err = finish(ranks[1 - killed])
+    try:
+        while not list_checkpoints(folder / "checkpoints"):
+            assert all(each.poll() is None for each in ranks)
+            time.sleep(0.05)
+        ranks[killed].kill()
+        code, _, err = finish(ranks[1 - killed])
+    finally:
+        for each in ranks:
+            each.kill()
     finish(ranks[killed])
     (line,) = (each for each in err.splitlines() if each.startswith("cifar: "))
     assert code == 1 and line.startswith(f"cifar: process {1 - killed}: processes: another one has")
