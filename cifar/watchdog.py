@@ -211,7 +211,7 @@ class Watchdog:
         long = self._patience / 4  # of the half of it that this one has looked at the others for
         is_early = self._still < self._timeout  # then only one that does not answer is missing
         if self._unheard > long:
-            return None if is_early else self._lost()
+            return self._lost() if not is_early or self._misses_first() else None
         others = {each for each in range(self._group.size) if each != self._group.rank}
         frozen = {
             each for each in others if each not in self._seen or self._seen[each].quiet > long
@@ -231,6 +231,14 @@ class Watchdog:
             return missing(beats, self._still)
         told = "; ".join(self._silent(each) for each in sorted(frozen))
         return told, min((others | {self._group.rank}) - frozen)
+
+    def _misses_first(self) -> bool:
+        """Whether the silent store is that of rank 0, and nobody is known to be at long work.
+
+        A launcher's goes with a launcher that was killed, whose processes save and end.
+        """
+        is_busy = bool(self._pulse.announced) or self._has_announced(0)
+        return not self._group.address.is_launchers and not is_busy
 
     def _has_announced(self, rank: int) -> bool:
         """Whether another process was at long work of its own when it last told of itself."""

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,11 @@ TIMEOUT = 16.0
 class Watched:
     """A watchdog of rank 0 whose thread, store and end are the test's."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, timeout: float = TIMEOUT, group: Group = GROUP
+    ) -> None:
         self.pulse = Pulse()
-        self.watchdog = Watchdog(GROUP, timeout, pulse=self.pulse)
+        self.watchdog = Watchdog(group, timeout, pulse=self.pulse)
         self.told: list[tuple[str, int]] = []
         self.store = self.watchdog._correspondent
         self.answers = True
@@ -123,6 +126,24 @@ def test_once_told_to_stop_a_slow_step_or_checkpoint_is_still_waited_for(watched
     watched.frozen, watched.answers = set(), False
     watched.pass_time(int(TIMEOUT) - 1)
     assert watched.told == [], "a launcher that was killed has taken the store with it"
+
+
+def test_once_told_to_stop_it_waits_less_long_for_rank_0_that_has_the_store(monkeypatch) -> None:
+    """Which tells of nobody then; a launcher's store may have gone with a launcher alone."""
+    address = replace(GROUP.address, is_launchers=False)
+    watched = Watched(monkeypatch, group=replace(GROUP, address=address, rank=2))
+    watched.others = {rank: Beat(number=0, host="node", pid=rank, waits=True) for rank in (0, 1)}
+    watched.pass_time(20, watched.pulse.beat)
+    watched.pulse.is_stopping, watched.answers = True, False
+    with watched.pulse.during("writing a checkpoint"):
+        watched.pass_time(int(TIMEOUT) - 1)
+    watched.pulse.beat()
+    watched.pass_time(int(STOPPING_SECONDS))
+    assert watched.told == []
+    watched.pass_time(2)
+    ((told, speaker),) = watched.told
+    assert told.startswith("rank 0 at here:1, which has the group's store, has not answered")
+    assert speaker == 1
 
 
 def test_what_was_long_already_when_it_is_told_to_stop_is_looked_into_first(monkeypatch) -> None:
@@ -272,7 +293,7 @@ from cifar.commands import main
 from cifar.trainer import Trainer
 original = Trainer.train_step
 def train_step(self):
-    if self.step == 2 and self.place.index == 1:
+    if self.step == 2 and self.place.index == int(os.environ["WHO"]):
         Path(os.environ["TOLD"]).write_text(str(os.getpid()))
         if os.environ["HOW"] == "asleep":
             time.sleep(600)
@@ -290,17 +311,19 @@ def two(
     how: str,
     *options: object,
     device: str = "--cpu",
+    who: int = 1,
     then: Callable[[int], object] = lambda pid: None,
 ) -> Callable[[], tuple[int, str]]:
-    """Start two processes, the second of which stops in step 3; how the first has ended.
+    """Start two processes, of which rank `who` stops in step 3; how the other one has ended.
 
-    `then` is done with the first one's id.
+    `then` is done with the other one's id.
     """
     (tmp_path / "hung.py").write_text(HUNG)
     words = ("train", *filter(None, [device]), *TINY_OPTIONS, "--data", f"npz:{npz}",
              "--output-dir", tmp_path / "run", *options)  # fmt: skip
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "CIFAR_RESTARTED": "1", "TOLD": str(tmp_path / "pid"), "HOW": how}  # fmt: skip
+              "CIFAR_RESTARTED": "1", "TOLD": str(tmp_path / "pid"), "HOW": how,
+              "WHO": str(who)}  # fmt: skip
     processes = [
         start(tmp_path / "hung.py", *words, module=False, cwd=ROOT,
               environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -309,11 +332,11 @@ def two(
 
     def ends() -> tuple[int, str]:
         try:
-            then(processes[0].pid)
-            code, _, err = finish(processes[0], seconds=120)
+            then(processes[1 - who].pid)
+            code, _, err = finish(processes[1 - who], seconds=120)
         finally:
-            os.killpg(processes[1].pid, signal.SIGKILL)
-            processes[1].communicate()
+            os.killpg(processes[who].pid, signal.SIGKILL)
+            processes[who].communicate()
         return code, err
 
     return ends
@@ -331,6 +354,26 @@ def test_a_process_told_to_stop_ends_though_another_one_never_comes(
     npz: Path, tmp_path: Path
 ) -> None:
     """It waits in C, as under NCCL for one that has died; the timeout is ten minutes."""
+    assert_named(tmp_path, "stopped", *two(tmp_path, npz, "stopped", then=terminate(tmp_path))())
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_process_told_to_stop_ends_though_rank_0_has_stopped_with_the_store(
+    npz: Path, tmp_path: Path
+) -> None:
+    code, err = two(tmp_path, npz, "stopped", who=0, then=terminate(tmp_path))()
+    assert code == EXIT_CODE
+    (line,) = complaints(err)
+    assert re.fullmatch(
+        r"cifar: process 1: timeout: rank 0 at 127\.0\.0\.1:\d+, which has the group's store, has "
+        r"not answered since step 2 \(\d+ s ago\); continue from the last checkpoint with --resume",
+        line,
+    )
+
+
+def terminate(tmp_path: Path) -> Callable[[int], None]:
+    """What sends a process SIGTERM when the other one has stopped."""
 
     def stop(pid: int) -> None:
         while not (tmp_path / "pid").exists():
@@ -338,7 +381,7 @@ def test_a_process_told_to_stop_ends_though_another_one_never_comes(
         time.sleep(3.5)
         os.kill(pid, signal.SIGTERM)
 
-    assert_named(tmp_path, "stopped", *two(tmp_path, npz, "stopped", then=stop)())
+    return stop
 
 
 def assert_named(tmp_path: Path, how: str, code: int, err: str) -> None:
