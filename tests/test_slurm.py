@@ -251,6 +251,30 @@ def test_nodes_that_do_not_meet_end_the_job_at_once(sbatch: Sbatch, tmp_path: Pa
     assert line.endswith("RANK=$SLURM_NODEID exec python -m cifar meet --cpu")
 
 
+@pytest.mark.parametrize(
+    ("number", "comes_back"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)]
+)
+@pytest.mark.parametrize("ends_at_once", [True, False])
+def test_a_job_that_is_told_to_stop_before_its_nodes_have_met_trains_nothing(
+    sbatch: Sbatch, tmp_path: Path, number: int, comes_back: bool, ends_at_once: bool
+) -> None:
+    """Whether the signal ends the meeting, or comes when that has just succeeded."""
+    (tmp_path / "bin" / "srun").write_text(
+        "#!/usr/bin/env bash\n"
+        f"trap 'exit {138 if ends_at_once else 0}' USR1\n"
+        'echo "$@" >> "$FAKE_LOG"\n'
+        "for _ in {1..600}; do sleep 0.1; done\n"
+    )
+    job = sbatch()
+    while not (tmp_path / "log").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    job.send_signal(number)
+    assert finish(job)[0] == (0 if comes_back else 138)
+    assert calls(tmp_path) == ["scontrol requeue 17"] * comes_back
+    assert "-m cifar train" not in (tmp_path / "log").read_text()
+
+
 def test_a_job_without_hosts_is_refused_in_a_line(sbatch: Sbatch) -> None:
     code, _, err = finish(sbatch(SLURM_JOB_NODELIST="none"))
     assert code == 2
