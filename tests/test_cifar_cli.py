@@ -2,6 +2,8 @@ import errno
 import json
 import pickle
 import re
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,13 @@ from training import TINY_OPTIONS, cifar, finish, start, train
 
 from cifar import scoring
 from cifar.checkpoint import ModelCard
-from cifar.cli import FIRST_PROCESS_SECONDS, MEMORY_SECONDS, complain_of_input
+from cifar.cli import (
+    FIRST_PROCESS_SECONDS,
+    MEMORY_SECONDS,
+    Command,
+    complain_of_input,
+    run_program,
+)
 from cifar.config import ModelConfig, TrainConfig
 from cifar.data.config import parse_data
 from cifar.data.sources import load_dataset
@@ -500,6 +508,49 @@ def test_started_directly_bad_input_is_one_line_without_a_traceback(tmp_path: Pa
     code, out, err = finish(process)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1 and re.match("cifar: data: /.*/absent.npz", err)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({}, "cifar: interrupted\n"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "cifar: process 1: interrupted\n"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, "cifar: interrupted\n"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, ""),
+    ],
+)
+def test_ctrl_c_is_told_by_the_first_process_or_by_one_that_no_launcher_has_started(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    line: str,
+) -> None:
+    def run(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_program("cifar", "", {"go": Command(help="", run=run)}, ["go"]) == 130
+    assert capsys.readouterr().err == line
+
+
+def test_a_process_that_is_left_has_its_say_before_the_launcher_ends_it() -> None:
+    """One that was killed has said nothing, and a launcher's signal comes soon after that."""
+    script = """
+import sys
+from cifar import cli
+from cifar.errors import PeerError
+cli.PEER_SECONDS = 100.0
+def run(words):
+    print("left", flush=True)
+    raise PeerError("processes: another one has gone")
+sys.exit(cli.run_program("cifar", "", {"go": cli.Command(help="", run=run)}, ["go"]))
+"""
+    left = start("-c", script, module=False, environment={"RANK": "1", "WORLD_SIZE": "2"})
+    assert left.stdout is not None and left.stdout.readline() == "left\n"
+    time.sleep(0.5)
+    left.send_signal(signal.SIGTERM)
+    assert finish(left) == (1, "", "cifar: process 1: processes: another one has gone\n")
 
 
 @pytest.mark.parametrize("program", ["cifar", "bench"])
