@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -26,6 +26,8 @@ POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 1.0
 """How long rank 0 keeps its store after a refusal, for the others to read it."""
 _SAME_SIZES = "start all nodes with the same numbers of nodes and of processes"
+_TWICE = "twice"
+"""Where a process whose rank another one has says so."""
 VERDICT_SECONDS = 2.0
 """How much longer than its own time a process waits whom rank 0 has answered: rank 0, which ends in
 the time of the first that came, knows better why there is no group."""
@@ -80,9 +82,11 @@ class Meeting:
         self, environ: Mapping[str, str], gpu: str, told: Mapping[str, str], timeout: float
     ) -> None:
         self._address = Address.read(environ)
-        self.entrance = Entrance(self._address, rank(environ), timeout)
+        self._entrance = Entrance(self._address, rank(environ), timeout)
         self._timeout = timeout
         self._leaders_size = ""
+        self._met: dict[int, Hello] = {}
+        self._is_in = False
         self._deadline = time.monotonic() + timeout
         self._me = Hello(
             rank=rank(environ),
@@ -101,21 +105,40 @@ class Meeting:
             ConfigError: the processes do not fit together; all of them say so.
             UnmetError: this one has not met the others.
         """
-        store = self.entrance.open()
+        store = self._entrance.open()
+        self._is_in = True
         name, peers = self._lead(store) if self._me.rank == 0 else self._follow(store)
         me = self._me
         return Group(address=self._address, name=name, rank=me.rank, size=me.size), store, peers
 
+    def unmet(self) -> str:
+        """What to say where it takes too long."""
+        me = self._me
+        if not self._is_in:
+            return self._entrance.unreachable()
+        if me.rank == 0:
+            return _absent(self._met, me, self._timeout)
+        return self._other_size() or (
+            f"RANK: '{me.rank}': rank 0 has not come to {self._address.host}:{self._address.port} "
+            f"or not answered this process ({me.label}) within {self._timeout:g} s; start rank 0, "
+            "and no two processes with one RANK"
+        )
+
     def _lead(self, store: TCPStore) -> tuple[str, list[Hello]]:
         """Greet all ranks; those of an earlier start may be greeted too, but do not answer."""
         store.set("size", str(self._me.size))
-        name, met = secrets.token_hex(8), {0: self._me}
+        name, met = secrets.token_hex(8), self._met
+        met[0] = self._me
         try:
-            while len(met) < self._me.size:
+            while True:
                 for each in range(1, self._me.size):
+                    self._check_time()
                     self._greet(store, name, each, met)
-                if len(met) < self._me.size:
-                    self._check_time(lambda: _absent(met, self._me, self._timeout))
+                if store.check([_TWICE]):
+                    raise ConfigError(store.get(_TWICE).decode())
+                if len(met) == self._me.size:
+                    break
+                time.sleep(POLL_SECONDS)
             peers = [met[each] for each in range(self._me.size)]
             check_gpus(peers)
         except ConfigError as error:
@@ -132,10 +155,7 @@ class Meeting:
         hello = Hello.read(store.get(f"hello/{other}"))
         if other in met:
             if hello != met[other]:
-                raise ConfigError(
-                    f"RANK: '{other}': given to two processes ({met[other].label}; {hello.label}); "
-                    "number the processes from 0, or start by accelerate launch or torchrun"
-                )
+                raise ConfigError(_given_twice(met[other], hello))
             return
         store.set(f"answer/{hello.token}", name)
         if store.check([here := f"here/{name}/{hello.token}"]):
@@ -148,7 +168,7 @@ class Meeting:
         """Say hello until rank 0 answers, then wait until all are there."""
         me = self._me
         try:
-            store.set(f"hello/{me.rank}", json.dumps(asdict(me)))
+            self._say_hello(store)
             name = self._await(store, f"answer/{me.token}")
             left = self._deadline - time.monotonic()
             store.set(f"here/{name}/{me.token}", str(left))
@@ -157,10 +177,27 @@ class Meeting:
         except RuntimeError:
             gone = (
                 f"MASTER_ADDR: {self._address.host!r}: the store at port {self._address.port} has "
-                "gone while the processes met; look at what rank 0 says"
+                "gone while the processes met; look at what rank 0 says, and start no two "
+                "processes with one RANK"
             )
             raise UnmetError(self._other_size() or gone) from None
         return name, peers
+
+    def _say_hello(self, store: TCPStore) -> None:
+        """Leave a hello for rank 0; in its own store, which is as new as it is, only one per rank.
+
+        A launcher's still holds those of an earlier start.
+        """
+        me = self._me
+        key, hello = f"hello/{me.rank}", json.dumps(asdict(me))
+        if self._address.is_launchers:
+            store.set(key, hello)
+            return
+        first = store.compare_set(key, "", hello).decode()
+        if first != hello:
+            told = _given_twice(Hello.read(first), me)
+            store.set(_TWICE, told)
+            raise ConfigError(told)
 
     def _other_size(self) -> str:
         """What to say where rank 0 counts other processes, "" if it does not or has not come.
@@ -186,19 +223,19 @@ class Meeting:
                 return store.get(key).decode()
             if not self._leaders_size and store.check(["size"]):
                 self._leaders_size = store.get("size").decode()
-            self._check_time(
-                lambda: (
-                    self._other_size()
-                    or f"RANK: '{self._me.rank}': rank 0 has not come to {self._address.host}:"
-                    f"{self._address.port} or not answered this process ({self._me.label}) within "
-                    f"{self._timeout:g} s; start rank 0, and no two processes with one RANK"
-                )
-            )
+            self._check_time()
+            time.sleep(POLL_SECONDS)
 
-    def _check_time(self, told: Callable[[], str]) -> None:
+    def _check_time(self) -> None:
         if time.monotonic() >= self._deadline:
-            raise UnmetError(told())
-        time.sleep(POLL_SECONDS)
+            raise UnmetError(self.unmet())
+
+
+def _given_twice(first: Hello, second: Hello) -> str:
+    return (
+        f"RANK: '{first.rank}': given to two processes ({first.label}; {second.label}); number the "
+        "processes from 0, or start by accelerate launch or torchrun"
+    )
 
 
 def _absent(met: Mapping[int, Hello], me: Hello, timeout: float) -> str:

@@ -16,6 +16,8 @@ _LOCAL_WORLD_SIZE = (
 )
 _REMEDY = "start by accelerate launch or torchrun, or unset it"
 _LARGEST = 2**31 - 1
+_MOST_PROCESSES = 2**16
+"""Of a job: rank 0 greets each of them."""
 
 
 def world_size(environ: Mapping[str, str]) -> int:
@@ -24,7 +26,7 @@ def world_size(environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError: not a number of processes.
     """
-    return _first_number(_WORLD_SIZE, environ, 1, _LARGEST, 1)
+    return _first_number(_WORLD_SIZE, environ, 1, _MOST_PROCESSES, 1)
 
 
 def local_world_size(environ: Mapping[str, str]) -> int:

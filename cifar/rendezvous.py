@@ -58,10 +58,11 @@ def form_group(
     device = _device(backend, environ)
     if device is not None:
         torch.cuda.set_device(device)
+    gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
+    given = told()
     with _Guard(meeting_timeout, environ) as guard:
-        gpu = "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
-        meeting = Meeting(environ, gpu, told(), meeting_timeout)
-        guard.expect(meeting.entrance.unreachable)
+        meeting = Meeting(environ, gpu, given, meeting_timeout)
+        guard.expect(meeting.unmet)
         with _silenced(environ):
             group, store, peers = meeting.hold()
         if "gloo" in backend:
@@ -85,6 +86,13 @@ def _device(backend: str, environ: Mapping[str, str]) -> torch.device | None:
     if "nccl" not in backend:
         return None
     return torch.device("cuda", max(0, local_rank(environ)))
+
+
+def _unresolved(environ: Mapping[str, str]) -> str:
+    return (
+        f"MASTER_ADDR: {environ['MASTER_ADDR']!r}: this machine has not found out in time which "
+        "address that is; give rank 0's as a number, or mend the name service"
+    )
 
 
 def _unconnected(environ: Mapping[str, str]) -> str:
@@ -131,7 +139,7 @@ class _Guard:
     def __init__(self, timeout: float, environ: Mapping[str, str]) -> None:
         self._timeout = timeout + GUARD_SECONDS
         self._who = f"cifar: process {rank(environ)}" if rank(environ) else "cifar"
-        self._tell: Callable[[], str] = str
+        self._tell: Callable[[], str] = lambda: _unresolved(environ)
         self._deadline = time.monotonic() + self._timeout
         self._stderr = _stderr()
         self._done = threading.Event()

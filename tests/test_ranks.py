@@ -43,9 +43,13 @@ def test_rank_and_numbers_of_processes(
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"WORLD_SIZE": "abc"}, r"^WORLD_SIZE: 'abc': must be 1 or more; start by .* or unset it$"),
-        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE: '0': must be 1 or more"),
-        ({"WORLD_SIZE": ""}, "^WORLD_SIZE: '': must be 1 or more"),
+        (
+            {"WORLD_SIZE": "abc"},
+            r"^WORLD_SIZE: 'abc': must be 1 to 65536; start by .* or unset it$",
+        ),
+        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE: '0': must be 1 to 65536"),
+        ({"WORLD_SIZE": ""}, "^WORLD_SIZE: '': must be 1 to 65536"),
+        ({"WORLD_SIZE": "65537"}, "^WORLD_SIZE: '65537': must be 1 to 65536"),
         ({"WORLD_SIZE": "2"}, "^RANK: not set: .* 2 processes"),
         ({"WORLD_SIZE": "2", "RANK": "abc"}, "^RANK: 'abc': must be 0 to 1; start by"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "^RANK: '2': must be 0 to 1"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 
 import pytest
 from meet_all import ENOUGH, TIMEOUT
@@ -20,7 +21,7 @@ from torch.distributed import TCPStore
 from training import ROOT, finish, free_port, start
 
 from cifar import interface, rendezvous
-from cifar.errors import ConfigError
+from cifar.errors import ConfigError, UnmetError
 from cifar.interface import choose_interface, interface_of, source_towards
 from cifar.meeting import Hello, Meeting, check_gpus
 
@@ -70,7 +71,7 @@ STRANGER = (
 )
 IN_VAIN = {
     *("absent", "late", "unreachable", "nowhere", "silent", "foreign", "answering", "elsewhere"),
-    "stray",
+    *("stray", "deaf"),
 }
 """Jobs with a process that waits for all of its time."""
 
@@ -99,9 +100,9 @@ class Jobs:
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """All jobs, started at once, for each takes as long as its processes wait in vain."""
     folder = tmp_path_factory.mktemp("jobs")
-    store, other = (
+    store, other, agents = (
         TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
-        for _ in range(2)
+        for _ in range(3)
     )
     store.set("hello/1", json.dumps({"rank": 1, "size": 2, "host": "old", "pid": 1, "token": "x"}))
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -134,6 +135,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             "absent": job((0, 4), (1, 4)),
             "late": [process(each, 3, other.port, **agent) for each in (0, 1)],
             "twice": job((0, 3), (1, 3), (1, 3)),
+            "both": [process(*each, agents.port, **agent) for each in ((0, 3), (1, 3), (1, 3))],
+            "deaf": job((1, 2), DEAF="1"),
             "options": job((0, 2), (1, 2), TOLD='{"epochs": "3", "lr": "0.1"}'),
             "local": job((0, 2), LOCAL_RANK="2", LOCAL_WORLD_SIZE="2"),
         }
@@ -141,7 +144,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
             vain = name in IN_VAIN
             for each in processes:
                 each["MEETING"] = str(TIMEOUT if vain else ENOUGH)
-        listed["twice"][2]["LATE"] = "1"
+        listed["twice"][2]["LATE"] = listed["both"][2]["LATE"] = "1"
         listed["stray"][1]["LATE"] = "2"
         listed["absent"][0]["LATE"] = "2"
         listed["late"][0]["LATE"] = "4"
@@ -193,6 +196,7 @@ def test_processes_started_anew_do_not_wait_for_those_before_them(jobs: Jobs) ->
         ),
         ("taken", r"MASTER_PORT: '\d+': in use on .* by another program"),
         ("local", "LOCAL_RANK: '2': must be 0 to 1; start by"),
+        ("deaf", r"MASTER_ADDR: '127\.0\.0\.1': this machine has not found out in time which"),
     ],
 )
 def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, said: str) -> None:
@@ -213,6 +217,7 @@ def test_a_process_that_cannot_meet_the_others_says_why(jobs: Jobs, job: str, sa
             "start all processes with the same options and sources",
         ),
         ("twice", r"RANK: '1': given to two processes \(.*, pid \d+; .*, pid \d+\)"),
+        ("both", r"RANK: '1': given to two processes \(.*, pid \d+; .*, pid \d+\)"),
     ],
 )
 def test_processes_that_do_not_fit_together_are_all_told(jobs: Jobs, job: str, said: str) -> None:
@@ -249,6 +254,33 @@ def test_two_processes_with_one_gpu_are_refused() -> None:
         check_gpus(hellos)
     check_gpus(hellos[:2])
     check_gpus([Hello(rank=each, size=2, host="node", pid=each) for each in (0, 1)])
+
+
+def test_a_rank_that_another_process_has_is_told_though_rank_0_has_met_neither() -> None:
+    """In rank 0's own store, where no earlier start has left a hello."""
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    first, second = (
+        Meeting({**process(1, 2, store.port), "LOCAL_RANK": "1"}, "", {}, 5.0) for _ in range(2)
+    )
+    first._say_hello(store)
+    with pytest.raises(ConfigError, match=r"^RANK: '1': given to two processes \("):
+        second._say_hello(store)
+    leader = Meeting({**process(0, 2, store.port), "LOCAL_RANK": "0"}, "", {}, 5.0)
+    with pytest.raises(ConfigError, match=r"^RANK: '1': given to two processes \("):
+        leader._lead(store)
+
+
+def test_rank_0_says_who_lacks_however_many_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at the time between two of them, and the guard says the same."""
+    looked_for: list[int] = []
+    monkeypatch.setattr(
+        Meeting, "_greet", lambda *given: looked_for.append(given[3]) or sleep(0.01)
+    )
+    meeting = Meeting({**process(0, 65536, free_port()), "LOCAL_RANK": "0"}, "", {}, 3.0)
+    with pytest.raises(UnmetError, match=r"^WORLD_SIZE: '65536': rank 1, 2, .* has not come") as it:
+        meeting.hold()
+    assert 0 < len(looked_for) < 65535
+    assert meeting.unmet() == str(it.value)
 
 
 def test_a_hello_of_other_sources_can_be_read() -> None:
