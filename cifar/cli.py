@@ -8,9 +8,7 @@ import io
 import itertools
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ MEMORY_SECONDS = 2.0
 
 PEER_SECONDS = 5.0
 """How long a process that another one has left waits for the launcher to end it, too: the other's
-own words, if it had time for some, come first."""
+own words say more."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """What a full or broken disk says; of files that the programs write, they tell the name."""
@@ -201,7 +199,7 @@ def run_program(
         return error.exit_code
     except CifarError as error:
         if isinstance(error, PeerError) and _is_one_of_several():
-            _await_launcher(PEER_SECONDS)
+            time.sleep(PEER_SECONDS)
             complain_of_own(prog, error)  # it may have been the first process that has ended
         else:
             complain(prog, str(error))
@@ -302,13 +300,6 @@ def _complain_of_interruption(prog: str) -> None:
         print(f"{prog}: process {_rank()}: interrupted", file=sys.stderr, flush=True)
     else:
         complain(prog, "interrupted")
-
-
-def _await_launcher(seconds: float) -> None:
-    """Wait for the SIGTERM that a launcher sends to those who are left; it ends the waiting."""
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
-    told.wait(seconds)
 
 
 def _is_one_of_several() -> bool:

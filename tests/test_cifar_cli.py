@@ -2,8 +2,6 @@ import errno
 import json
 import pickle
 import re
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -532,25 +530,6 @@ def test_ctrl_c_is_told_by_the_first_process_or_by_one_that_no_launcher_has_star
         monkeypatch.setenv(name, value)
     assert run_program("cifar", "", {"go": Command(help="", run=run)}, ["go"]) == 130
     assert capsys.readouterr().err == line
-
-
-def test_a_process_that_is_left_has_its_say_before_the_launcher_ends_it() -> None:
-    """One that was killed has said nothing, and a launcher's signal comes soon after that."""
-    script = """
-import sys
-from cifar import cli
-from cifar.errors import PeerError
-cli.PEER_SECONDS = 100.0
-def run(words):
-    print("left", flush=True)
-    raise PeerError("processes: another one has gone")
-sys.exit(cli.run_program("cifar", "", {"go": cli.Command(help="", run=run)}, ["go"]))
-"""
-    left = start("-c", script, module=False, environment={"RANK": "1", "WORLD_SIZE": "2"})
-    assert left.stdout is not None and left.stdout.readline() == "left\n"
-    time.sleep(0.5)
-    left.send_signal(signal.SIGTERM)
-    assert finish(left) == (1, "", "cifar: process 1: processes: another one has gone\n")
 
 
 @pytest.mark.parametrize("program", ["cifar", "bench"])
