@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from cifar.errors import PEER_GONE
 from cifar.pulse import PULSE
 from cifar.ranks import world_size
 
@@ -74,6 +75,9 @@ class StopSignals:
     none if that is empty. Python runs handlers on the main thread, and not while that sits in C, as
     in a collective call whose peer is gone. So a thread counts the signals, by what the handler in
     C writes to a pipe, and lets the watchdog know of the first.
+
+    A SIGTERM of the launcher ends this process after all where another one has ended: the launcher
+    says which, and so may that one.
     """
 
     def __init__(self, remedy: str = "") -> None:
@@ -107,6 +111,16 @@ class StopSignals:
         PULSE.is_stopping = False
         for end in self._pipe:
             os.close(end)
+        if self._ended_by_launcher(error):
+            signal.raise_signal(self.received)
+
+    def _ended_by_launcher(self, error: BaseException | None) -> bool:
+        """Whether the signal was no wish, but what a launcher sends to those whom one has left.
+
+        It comes before the error where a collective call is slow to notice that a peer is gone.
+        """
+        is_left = error is not None and PEER_GONE.search(str(error)) is not None
+        return is_left and self.received == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or number

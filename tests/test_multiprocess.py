@@ -282,10 +282,17 @@ def test_ctrl_c_reaches_every_process_twice_and_yet_the_run_is_saved(
 
 
 FULL = """
-import os, sys
+import os, sys, time
 import torch
 from cifar.commands import main
+from cifar.signals import StopSignals
 from cifar.trainer import Trainer
+leave = StopSignals.__exit__
+def slowly(self, *error):
+    if os.environ["RANK"] == "0":
+        time.sleep(float(os.environ["SLOWNESS"]))
+    leave(self, *error)
+StopSignals.__exit__ = slowly
 original = Trainer.train_step
 def train_step(self):
     original(self)
@@ -297,12 +304,16 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-def test_a_process_that_runs_out_of_memory_ends_all_and_is_named(toy: Path, tmp_path: Path) -> None:
-    """The other one waits for it in a collective call meanwhile."""
+@pytest.mark.parametrize("slowness", [0, 2])
+def test_a_process_that_runs_out_of_memory_ends_all_and_is_named(
+    toy: Path, tmp_path: Path, slowness: int
+) -> None:
+    """The other one waits for it in a collective call meanwhile, and may be slow to come back from
+    there: the launcher's signal is there first then."""
     (tmp_path / "full.py").write_text(FULL)
     process = start("torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                     tmp_path / "full.py", *train(toy, tmp_path / "run"),
-                    environment={"CIFAR_RESTARTED": "1"})  # fmt: skip
+                    environment={"CIFAR_RESTARTED": "1", "SLOWNESS": str(slowness)})  # fmt: skip
     code, _, err = finish(process, seconds=60)
     assert code != 0
     (line,) = complaints(err)

@@ -793,6 +793,37 @@ def test_what_timeout_sends_twice_is_one_signal_and_a_hand_s_second_one_is_not()
     assert echo_seconds({"WORLD_SIZE": "1"}) == REPEAT_SECONDS
 
 
+LEFT = """
+import os, signal
+from cifar.signals import StopSignals
+try:
+    with StopSignals():
+        os.kill(os.getpid(), signal.{sent})
+        raise RuntimeError("{told}")
+except RuntimeError:
+    print("goes on")
+"""
+GONE = "[pair.cc:5] Connection closed by peer [127.0.0.1]:1"
+
+
+@pytest.mark.parametrize(
+    ("sent", "told", "launched", "expected"),
+    [
+        ("SIGTERM", GONE, True, (-signal.SIGTERM, "", "")),
+        ("SIGTERM", GONE, False, (0, "goes on\n", "")),
+        ("SIGUSR1", GONE, True, (0, "goes on\n", "")),
+        ("SIGTERM", "mat1 and mat2 shapes cannot be multiplied", True, (0, "goes on\n", "")),
+    ],
+)
+def test_a_launcher_s_signal_ends_a_process_that_notices_later_that_it_is_left(
+    sent: str, told: str, launched: bool, expected: tuple[int, str, str]
+) -> None:
+    """What breaks by itself then has its say, and so has one that nobody else speaks for."""
+    environment = {"TORCHELASTIC_RUN_ID": "2"} if launched else {}
+    script = LEFT.format(sent=sent, told=told)
+    assert finish(start("-c", script, module=False, environment=environment)) == expected
+
+
 BLOCKED_IN_C = """
 import ctypes
 from cifar.signals import StopSignals
