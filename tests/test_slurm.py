@@ -98,14 +98,14 @@ def calls(tmp_path: Path) -> list[str]:
 def test_a_job_whose_time_is_up_is_saved_put_back_and_goes_on(
     sbatch: Sbatch, npz: Path, tmp_path: Path
 ) -> None:
-    words = ("--cpu", "--data", f"npz:{npz}", *TINY_OPTIONS, "--epochs", 200)
+    words = ("--cpu", "--data", f"npz:{npz}", *TINY_OPTIONS, "--epochs", 60)
     folder = tmp_path / "runs" / "slurm" / "17"
     job = sbatch(*words)
     wait_for_epoch(job, folder)
     job.send_signal(signal.SIGUSR1)  # to the script alone, as --signal=B: does
     code, out, err = finish(job)
     assert code == 0, err
-    assert "2 x cpu, global batch 32, steps 0..600" in out
+    assert "2 x cpu, global batch 32, steps 0..180" in out
     (line,) = complaints(err)
     step = int(re.match(r"cifar: stopped by signal 10 after step (\d+);", line)[1])
     assert list_checkpoints(folder / "checkpoints")[-1].name == f"step-{step:09d}"
@@ -114,8 +114,8 @@ def test_a_job_whose_time_is_up_is_saved_put_back_and_goes_on(
 
     code, out, err = finish(sbatch(*words))
     assert code == 0, err
-    assert f"steps {step}..600" in out
-    assert [line["step"] for line in metrics(folder)] == [*range(3, 601, 3)]
+    assert f"steps {step}..180" in out
+    assert [line["step"] for line in metrics(folder)] == [*range(3, 181, 3)]
     assert len(calls(tmp_path)) == 1, "a finished job stays finished"
 
 

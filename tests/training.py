@@ -176,6 +176,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
+        process.communicate()  # or its pipes are a warning in another test
         raise
     return process.returncode, out, err
 
