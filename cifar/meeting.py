@@ -133,7 +133,7 @@ class Meeting:
             while True:
                 for each in range(1, self._me.size):
                     self._check_time()
-                    self._greet(store, name, each, met)
+                    self._greet(store, name, each)
                 if store.check([_TWICE]):
                     raise ConfigError(store.get(_TWICE).decode())
                 if len(met) == self._me.size:
@@ -148,18 +148,18 @@ class Meeting:
         store.set(f"go/{name}", json.dumps(brief))
         return name, peers
 
-    def _greet(self, store: TCPStore, name: str, other: int, met: dict[int, Hello]) -> None:
+    def _greet(self, store: TCPStore, name: str, other: int) -> None:
         """Answer a rank's hello; it is met once it has seen that."""
         if not store.check([f"hello/{other}"]):
             return
         hello = Hello.read(store.get(f"hello/{other}"))
-        if other in met:
-            if hello != met[other]:
-                raise ConfigError(_given_twice(met[other], hello))
+        if other in self._met:
+            if hello != self._met[other]:
+                raise ConfigError(_given_twice(self._met[other], hello))
             return
         store.set(f"answer/{hello.token}", name)
         if store.check([here := f"here/{name}/{hello.token}"]):
-            met[other] = hello
+            self._met[other] = hello
             left = float(store.get(here))
             self._deadline = min(self._deadline, time.monotonic() + left)
             check_alike(self._me, hello)
